@@ -1,0 +1,1 @@
+from keras_uvit.data.digits import digits as digits

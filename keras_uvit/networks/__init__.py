@@ -1,0 +1,1 @@
+from keras_uvit.networks.uvit import UViT as UViT

@@ -1,0 +1,418 @@
+"""The layers of U-ViT: patches, time, tokens, transformer block, long skip.
+
+Facts about the published network, each stated once, where it is used:
+`LayerNormalization` epsilon 1e-5 and exact GELU (`TransformerBlock`), cosine before sine
+(`TimeEmbedding`), patch order (row, column, channel) (`patchify`), nothing starts at zero but
+biases (`normal_init`, `fan_in_init`).
+"""
+
+import inspect
+import math
+
+import keras
+import numpy as np
+from keras import initializers, layers, ops
+
+from keras_uvit import backend
+
+SKIPS = ("concat", "add", "add_project", "project_sum")
+
+
+def serializable(cls):
+    """Registers `cls` with Keras; its `get_config` returns the constructor's own arguments.
+
+    The constructor must store each argument as an attribute of the same name, so that the list of
+    arguments is written once and cannot drift from the config.
+    """
+    own = inspect.signature(cls.__init__).parameters if "__init__" in vars(cls) else ()
+    names = [name for name in own if name not in ("self", "kwargs")]
+
+    def get_config(self):
+        return {**super(cls, self).get_config(), **{name: getattr(self, name) for name in names}}
+
+    cls.get_config = get_config
+    return keras.saving.register_keras_serializable("keras_uvit")(cls)
+
+
+def normal_init():
+    """N(0, 0.02^2), the published `trunc_normal_(std=.02)`, which cuts at +-2, never reached."""
+    return initializers.RandomNormal(stddev=0.02)
+
+
+def fan_in_init(fan_in):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for convolutions, kernel and bias."""
+    bound = 1.0 / math.sqrt(fan_in)
+    return initializers.RandomUniform(-bound, bound)
+
+
+def dense(units, dtype, name, use_bias=True):
+    return layers.Dense(
+        units, use_bias=use_bias, kernel_initializer=normal_init(), dtype=dtype, name=name
+    )
+
+
+def layer_norm(dtype, name, affine=True):
+    return layers.LayerNormalization(
+        epsilon=1e-5, center=affine, scale=affine, dtype=dtype, name=name
+    )
+
+
+def patchify(images, patch_size):
+    """(B, H, W, C) -> (B, H/P * W/P, P * P * C); inside a patch: row, column, channel."""
+    p, (h, w, c) = patch_size, images.shape[1:]
+    x = ops.reshape(images, (-1, h // p, p, w // p, p, c))
+    x = ops.transpose(x, (0, 1, 3, 2, 4, 5))  # (B, H/P, W/P, P, P, C)
+    return ops.reshape(x, (-1, (h // p) * (w // p), p * p * c))
+
+
+def unpatchify(patches, patch_size, image_shape):
+    """(B, H/P * W/P, P * P * C) -> (B, H, W, C), the inverse of `patchify`."""
+    p, (h, w, c) = patch_size, image_shape
+    x = ops.reshape(patches, (-1, h // p, w // p, p, p, c))
+    x = ops.transpose(x, (0, 1, 3, 2, 4, 5))  # (B, H/P, P, W/P, P, C)
+    return ops.reshape(x, (-1, h, w, c))
+
+
+@serializable
+class PatchEmbedding(layers.Layer):
+    """Cuts an image into patches and projects each one to a token.
+
+    A convolution of kernel P and stride P is the same as a dense layer on flattened patches; the
+    dense form is the faster one on every backend. Initialised like PyTorch's convolution.
+
+    Args:
+        hidden_dim: int. Width D of a token.
+        patch_size: int. Side P of a patch in pixels; divides H and W.
+
+    Call arguments:
+        images: `(B, H, W, C)`.
+
+    Returns:
+        `(B, H/P * W/P, D)`.
+    """
+
+    def __init__(self, hidden_dim, patch_size, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden_dim = hidden_dim
+        self.patch_size = patch_size
+
+    def build(self, input_shape):
+        fan_in = self.patch_size**2 * input_shape[-1]
+        self.proj = layers.Dense(
+            self.hidden_dim,
+            kernel_initializer=fan_in_init(fan_in),
+            bias_initializer=fan_in_init(fan_in),
+            dtype=self.dtype_policy,
+            name="proj",
+        )
+        self.proj.build((None, None, fan_in))
+
+    def call(self, images):
+        return self.proj(patchify(images, self.patch_size))
+
+
+@serializable
+class ConvPatchEmbedding(layers.Layer):
+    """Stride-2 3x3 convolutions with GELU, then a 1x1 convolution: the paper's ablation.
+
+    Each convolution halves the image and the last has the full width, so P must be a power of two;
+    P = 1 has one 3x3 convolution of stride 1. Arguments and shapes as in `PatchEmbedding`.
+    """
+
+    def __init__(self, hidden_dim, patch_size, **kwargs):
+        super().__init__(**kwargs)
+        if patch_size & (patch_size - 1):
+            raise ValueError(
+                'patch_embed="conv" halves the image step by step, so patch_size must be a power '
+                f'of two. Received: patch_size={patch_size}. Use patch_embed="linear".'
+            )
+        self.hidden_dim = hidden_dim
+        self.patch_size = patch_size
+
+    def build(self, input_shape):
+        halvings = self.patch_size.bit_length() - 1
+        kernels = [(3, 2)] * halvings or [(3, 1)]  # (kernel size, stride)
+        widths = [max(8, self.hidden_dim >> i) for i in range(len(kernels) - 1, -1, -1)]
+        self.convs, shape = [], tuple(input_shape)
+        for i, ((size, stride), width) in enumerate(zip(kernels + [(1, 1)], widths + widths[-1:])):
+            fan_in = size * size * shape[-1]
+            conv = layers.Conv2D(
+                width if i < len(kernels) else self.hidden_dim,
+                size,
+                stride,
+                "same",
+                kernel_initializer=fan_in_init(fan_in),
+                bias_initializer=fan_in_init(fan_in),
+                dtype=self.dtype_policy,
+                name=f"conv_{i}",
+            )
+            conv.build(shape)
+            shape = conv.compute_output_shape(shape)
+            self.convs.append(conv)
+
+    def call(self, images):
+        x = images
+        for conv in self.convs[:-1]:
+            x = ops.gelu(conv(x), approximate=False)
+        x = self.convs[-1](x)  # (B, H/P, W/P, D)
+        return ops.reshape(x, (-1, x.shape[1] * x.shape[2], self.hidden_dim))
+
+
+@serializable
+class TimeEmbedding(layers.Layer):
+    """Sinusoid of the timestep: cosines first, then sines; period 1e4.
+
+    e = [cos(s f_0), ..., cos(s f_{D/2-1}), sin(s f_0), ...], f_i = 10000^(-2i / D)
+
+    Always float32, whatever the policy: bfloat16 would round 999 to 1000. The result is cast to
+    the compute dtype. An odd D gets one zero at the end.
+
+    Args:
+        hidden_dim: int. Width D.
+
+    Call arguments:
+        timestep: `(B,)`, what the network receives (`time_scale * t`, 0 to 999 or 1000).
+
+    Returns:
+        `(B, D)`.
+    """
+
+    def __init__(self, hidden_dim, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.hidden_dim = hidden_dim
+
+    def call(self, timestep):
+        half = self.hidden_dim // 2
+        frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype("float32")
+        angles = ops.cast(timestep, "float32")[:, None] * frequencies[None]  # (B, D/2)
+        x = ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=-1)
+        return ops.cast(ops.pad(x, ((0, 0), (0, self.hidden_dim % 2))), self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape, self.hidden_dim)
+
+
+@serializable
+class PositionEmbedding(layers.Layer):
+    """Adds a learned vector to every token: N(0, 0.02^2), 1-D over all tokens, extras first.
+
+    Call arguments:
+        tokens: `(B, L, D)`.
+
+    Returns:
+        `(B, L, D)`.
+    """
+
+    def build(self, input_shape):
+        self.embeddings = self.add_weight(
+            shape=input_shape[1:], initializer=normal_init(), name="embeddings"
+        )
+
+    def call(self, tokens):
+        return tokens + ops.cast(self.embeddings, tokens.dtype)
+
+
+@serializable
+class SinusoidalPositions(layers.Layer):
+    """Adds fixed 2-D sinusoids to the patch tokens: half the width for rows, half for columns.
+
+    The extra tokens in front (time, label, context) get none: each kind has its own embedding.
+
+    Args:
+        grid: pair of ints `(H/P, W/P)`.
+
+    Call arguments:
+        tokens: `(B, L, D)`, the last `H/P * W/P` of them patches; D divisible by 4.
+
+    Returns:
+        `(B, L, D)`.
+    """
+
+    def __init__(self, grid, **kwargs):
+        super().__init__(**kwargs)
+        self.grid = tuple(grid)
+
+    def build(self, input_shape):
+        _, length, dim = input_shape
+        if dim % 4:
+            raise ValueError(
+                'position="sinusoidal" splits the width in four (rows and columns, cosine and '
+                f"sine). Received: hidden_dim={dim}; choose a multiple of 4."
+            )
+        frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
+        rows, columns = np.meshgrid(*(np.arange(n) for n in self.grid), indexing="ij")
+        angles = [axis.reshape(-1, 1) * frequencies for axis in (rows, columns)]
+        table = np.concatenate([f(a) for a in angles for f in (np.cos, np.sin)], axis=-1)
+        self.table = np.zeros((length, dim), "float32")
+        self.table[length - len(table) :] = table
+
+    def call(self, tokens):
+        return tokens + ops.cast(self.table, tokens.dtype)
+
+
+@serializable
+class Attention(layers.Layer):
+    """Multi-head self-attention: softmax(Q K^T / sqrt(K)) V, softmax in float32.
+
+    One projection makes query, key and value, in this order, each (head, head dim).
+
+    Args:
+        num_heads: int N, divides the width.
+        qkv_bias: bool. Bias on that projection; the published models have none.
+
+    Call arguments:
+        tokens: `(B, L, D)`.
+
+    Returns:
+        `(B, L, D)`.
+    """
+
+    def __init__(self, num_heads, qkv_bias=False, **kwargs):
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.qkv_bias = qkv_bias
+
+    def build(self, input_shape):
+        dim = input_shape[-1]
+        self.qkv = dense(3 * dim, self.dtype_policy, "qkv", use_bias=self.qkv_bias)
+        self.proj = dense(dim, self.dtype_policy, "proj")
+        self.qkv.build(input_shape)
+        self.proj.build(input_shape)
+
+    def call(self, tokens):
+        length, dim = tokens.shape[1:]
+        qkv = ops.reshape(
+            self.qkv(tokens), (-1, length, 3, self.num_heads, dim // self.num_heads)
+        )  # (B, L, 3, N, K)
+        x = backend.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # (B, L, N, K)
+        return self.proj(ops.reshape(x, (-1, length, dim)))
+
+
+@serializable
+class TransformerBlock(layers.Layer):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Layer norm epsilon 1e-5, exact (erf) GELU, no dropout. With `adaln` each norm is modulated by
+    the time embedding e: (1 + scale(e)) norm(x) + shift(e), both linear in e (the paper's AdaLN,
+    y_s LayerNorm(h) + y_b, with the constant part of y_s written out).
+
+    Args:
+        num_heads: int N, divides D.
+        mlp_dim: int. Hidden width of the MLP.
+        qkv_bias: bool.
+        adaln: bool. Whether `call` takes the time embedding.
+        remat: bool. Recompute the block in the backward pass instead of storing it.
+
+    Call arguments:
+        tokens: `(B, L, D)`.
+        time: `(B, D)`, only with `adaln`.
+
+    Returns:
+        `(B, L, D)`.
+    """
+
+    def __init__(
+        self, num_heads, mlp_dim, qkv_bias=False, adaln=False, remat=False, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.mlp_dim = mlp_dim
+        self.qkv_bias = qkv_bias
+        self.adaln = adaln
+        self.remat = remat
+
+    def build(self, tokens_shape, time_shape=None):
+        policy, dim = self.dtype_policy, tokens_shape[-1]
+        self.norm_1 = layer_norm(policy, "norm_1", affine=not self.adaln)
+        self.attention = Attention(self.num_heads, self.qkv_bias, dtype=policy, name="attention")
+        self.norm_2 = layer_norm(policy, "norm_2", affine=not self.adaln)
+        self.mlp_in = dense(self.mlp_dim, policy, "mlp_in")
+        self.mlp_out = dense(dim, policy, "mlp_out")
+        for layer in (self.norm_1, self.attention, self.norm_2, self.mlp_in):
+            layer.build(tokens_shape)
+        self.mlp_out.build((*tokens_shape[:-1], self.mlp_dim))
+        if self.adaln:
+            self.modulation = dense(4 * dim, policy, "modulation")
+            self.modulation.build((None, dim))
+
+    def call(self, tokens, time=None, training=False):
+        if self.remat and training:
+            # A new closure at each call, tensors as positional arguments: the only form with
+            # right gradients on all three backends.
+            if self.adaln:
+                return keras.remat(lambda x, e: self._body(x, e))(tokens, time)
+            return keras.remat(lambda x: self._body(x, None))(tokens)
+        return self._body(tokens, time)
+
+    def _body(self, x, time):
+        parts = [None] * 4
+        if self.adaln:
+            parts = ops.split(self.modulation(time)[:, None], 4, axis=-1)  # each (B, 1, D)
+        x = x + self.attention(_modulate(self.norm_1(x), *parts[:2]))
+        h = ops.gelu(self.mlp_in(_modulate(self.norm_2(x), *parts[2:])), approximate=False)
+        return x + self.mlp_out(h)
+
+    def compute_output_shape(self, tokens_shape, time_shape=None):
+        return tokens_shape
+
+
+def _modulate(x, scale, shift):
+    return x if scale is None else (1 + scale) * x + shift
+
+
+@serializable
+class LongSkip(layers.Layer):
+    """Joins a deep layer's tokens x with a shallow layer's tokens s (the paper's long skip).
+
+    | merge | result | paper |
+    |---|---|---|
+    | "concat" | Linear([x, s]), in this order | the published model |
+    | "add_project" | Linear(x + s) | ablation |
+    | "project_sum" | x + Linear(s) | ablation |
+    | "add" | x + s | ablation |
+
+    Args:
+        merge: one of the above.
+
+    Call arguments:
+        x: `(B, L, D)`.
+        skip: `(B, L, D)`.
+
+    Returns:
+        `(B, L, D)`.
+    """
+
+    def __init__(self, merge="concat", **kwargs):
+        super().__init__(**kwargs)
+        self.merge = merge
+
+    def build(self, x_shape, skip_shape=None):
+        if self.merge != "add":
+            dim = x_shape[-1]
+            self.proj = dense(dim, self.dtype_policy, "proj")
+            self.proj.build((None, None, 2 * dim if self.merge == "concat" else dim))
+
+    def call(self, x, skip):
+        if self.merge == "concat":
+            return self.proj(ops.concatenate([x, skip], axis=-1))
+        if self.merge == "add_project":
+            return self.proj(x + skip)
+        if self.merge == "project_sum":
+            return x + self.proj(skip)
+        return x + skip
+
+    def compute_output_shape(self, x_shape, skip_shape=None):
+        return x_shape
+
+
+@serializable
+class Unpatchify(layers.Layer):
+    """Patches back to an image; see `unpatchify`. `(B, L, P * P * C)` -> `(B, H, W, C)`."""
+
+    def __init__(self, patch_size, image_shape, **kwargs):
+        super().__init__(**kwargs)
+        self.patch_size = patch_size
+        self.image_shape = tuple(image_shape)
+
+    def call(self, patches):
+        return unpatchify(patches, self.patch_size, self.image_shape)

@@ -1,0 +1,230 @@
+"""U-ViT: a vision transformer whose inputs are all tokens and whose layers are joined in a U."""
+
+import keras
+from keras import layers, ops
+
+from keras_uvit.networks import layers as parts
+
+CHOICES = {
+    "skip": (*parts.SKIPS, None),
+    "time": ("token", "adaln"),
+    "position": ("learned", "sinusoidal", None),
+    "patch_embed": ("linear", "conv"),
+}
+
+
+@keras.saving.register_keras_serializable("keras_uvit")
+class UViT(keras.Model):
+    """The backbone of "All are Worth Words" (Bao et al. 2023, arXiv 2209.12152, Figure 1).
+
+    Every input becomes a token: [label, time, context, patches] (the published models have label
+    or context, not both). `num_layers // 2` shallow blocks, one in the middle and as many deep
+    ones; the k-th shallow block is joined to the k-th deep block from the end by a long skip.
+    A last norm and a linear layer give each patch its pixels (row, column, channel), and a 3x3
+    convolution may smooth the seams.
+
+    A functional Keras model: `summary()` shows every block and long skip, and
+    `keras.Model(net.inputs, net.get_layer("mid_block").output)` taps any of them.
+
+    Args:
+        image_shape: `(H, W, C)`; need not be square.
+        patch_size: int P, divides H and W.
+        hidden_dim: int D, width of a token.
+        num_layers: odd int, counts all blocks (13, 17, 21, 29 in the paper).
+        num_heads: int, divides `hidden_dim`.
+        mlp_dim: int; `None` means `4 * hidden_dim`.
+        num_classes: int K for a label token, `None` for none.
+        null_label: bool. Whether the table of labels has one more row, number K, that means "no
+            label": needed by classifier-free guidance.
+        context_shape: `(length, width)` of text features for context tokens, `None` for none.
+        skip: "concat", "add", "add_project", "project_sum" or None; see `LongSkip`.
+        time: "token", or "adaln" for modulated norms instead of a time token.
+        time_mlp: bool. Two dense layers (4 D, SiLU, D) after the sinusoid of the timestep.
+        qkv_bias: bool. Bias on query, key and value.
+        output_conv: bool. The 3x3 convolution at the end.
+        position: "learned" (one vector a token), "sinusoidal" (2-D, patches only) or None.
+        patch_embed: "linear", or "conv" (3x3 convolutions; P a power of two).
+        remat: bool. Recompute blocks in the backward pass: less memory, a third more work.
+        dtype: policy of every layer; `None` is the global policy.
+
+    Call arguments, a dict:
+        image: `(B, H, W, C)` float, the noisy image or latent.
+        timestep: `(B,)`, `time_scale * t`: 0 to 999 for continuous schedules, 1 to 1000 for the
+            discrete one.
+        label: `(B,)` int32 in [0, K], only with `num_classes`.
+        context: `(B, length, width)` float, only with `context_shape`.
+
+    Returns:
+        `(B, H, W, C)` float32: what the diffusion model's `prediction` says (noise, x0, ...).
+
+    Raises:
+        ValueError: if an argument does not fit; the message names values that do.
+
+    Example:
+        >>> net = UViT((8, 8, 1), patch_size=2, hidden_dim=32, num_layers=3, num_heads=2)
+        >>> net.output_shape
+        (None, 8, 8, 1)
+    """
+
+    def __init__(
+        self,
+        image_shape,
+        patch_size=2,
+        hidden_dim=512,
+        num_layers=13,
+        num_heads=8,
+        mlp_dim=None,
+        num_classes=None,
+        null_label=True,
+        context_shape=None,
+        skip="concat",
+        time="token",
+        time_mlp=False,
+        qkv_bias=False,
+        output_conv=True,
+        position="learned",
+        patch_embed="linear",
+        remat=False,
+        dtype=None,
+        name="uvit",
+    ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        config["image_shape"] = tuple(image_shape)
+        config["context_shape"] = context_shape and tuple(context_shape)
+        config["dtype"] = keras.dtype_policies.get(dtype).name
+        _check(config)
+        inputs, outputs = _build(config)
+        super().__init__(inputs, outputs, name=name)
+        self.autocast = False  # mixed precision must not round the timestep
+        self.config = config
+        self.image_shape = config["image_shape"]
+        self.context_shape = config["context_shape"]
+        self.num_classes = num_classes
+        self.null_label = num_classes if num_classes is not None and null_label else None
+
+    def get_config(self):
+        return dict(self.config)
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+
+def _check(config):
+    shape, patch = config["image_shape"], config["patch_size"]
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(
+            f"image_shape must be (height, width, channels), channels last. Received: {shape}."
+        )
+    if patch < 1 or shape[0] % patch or shape[1] % patch:
+        near = [n for n in range(1, min(shape[:2]) + 1) if shape[0] % n == shape[1] % n == 0]
+        sizes = tuple(max(patch, round(n / max(patch, 1)) * patch) for n in shape[:2])
+        raise ValueError(
+            f"patch_size={patch} does not divide image_shape={shape}. Patch sizes that do: {near}; "
+            f"the nearest image size for patch_size={patch} is {sizes}."
+        )
+    layers_count, heads, dim = config["num_layers"], config["num_heads"], config["hidden_dim"]
+    if layers_count < 1 or layers_count % 2 == 0:
+        raise ValueError(
+            "num_layers counts every block, the middle one too, so it must be odd (the published "
+            f"`depth` + 1). Received: {layers_count}; use {max(layers_count - 1, 1)} or "
+            f"{layers_count + 1}."
+        )
+    if heads < 1 or dim % heads:
+        near = [n for n in range(1, dim + 1) if dim % n == 0]
+        raise ValueError(
+            f"num_heads={heads} does not divide hidden_dim={dim}. Head counts that do: {near}."
+        )
+    for key, allowed in CHOICES.items():
+        if config[key] not in allowed:
+            raise ValueError(f"{key} must be one of {allowed}. Received: {config[key]!r}.")
+    if config["num_classes"] is not None and config["num_classes"] < 1:
+        raise ValueError(
+            f"num_classes must be at least 1, or None for a network without labels. "
+            f"Received: {config['num_classes']}."
+        )
+    if config["context_shape"] is not None and len(config["context_shape"]) != 2:
+        raise ValueError(
+            f"context_shape must be (length, width). Received: {config['context_shape']}."
+        )
+
+
+def _build(c):
+    """Inputs and output of the functional graph for a checked config."""
+    dtype, dim, adaln = c["dtype"], c["hidden_dim"], c["time"] == "adaln"
+    (height, width, channels), patch = c["image_shape"], c["patch_size"]
+    grid = (height // patch, width // patch)
+    inputs = {
+        "image": keras.Input(c["image_shape"], dtype="float32", name="image"),
+        "timestep": keras.Input((), dtype="float32", name="timestep"),
+    }
+    embed = parts.PatchEmbedding if c["patch_embed"] == "linear" else parts.ConvPatchEmbedding
+    tokens = [embed(dim, patch, dtype=dtype, name="patch_embed")(inputs["image"])]
+    if c["context_shape"]:
+        inputs["context"] = keras.Input(c["context_shape"], dtype="float32", name="context")
+        tokens.insert(0, parts.dense(dim, dtype, "context_embed")(inputs["context"]))
+    time = parts.TimeEmbedding(dim, dtype=dtype, name="time_embed")(inputs["timestep"])
+    if c["time_mlp"]:
+        hidden = parts.dense(4 * dim, dtype, "time_mlp_in")(time)
+        time = parts.dense(dim, dtype, "time_mlp_out")(ops.silu(hidden))
+    if not adaln:
+        tokens.insert(0, layers.Reshape((1, dim), dtype=dtype, name="time_token")(time))
+    if c["num_classes"] is not None:
+        inputs["label"] = keras.Input((), dtype="int32", name="label")
+        table = layers.Embedding(
+            c["num_classes"] + int(c["null_label"]),
+            dim,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),  # PyTorch's default
+            dtype=dtype,
+            name="label_embed",
+        )
+        label = layers.Reshape((1, dim), dtype=dtype, name="label_token")(table(inputs["label"]))
+        tokens.insert(0, label)
+    x = tokens[0]
+    if len(tokens) > 1:
+        x = layers.Concatenate(axis=1, dtype=dtype, name="tokens")(tokens)  # (B, L, D)
+    if c["position"] == "learned":
+        x = parts.PositionEmbedding(dtype=dtype, name="position")(x)
+    elif c["position"] == "sinusoidal":
+        x = parts.SinusoidalPositions(grid, dtype=dtype, name="position")(x)
+    x = _trunk(x, time, c)
+    # The norm and the head work token by token, so the extra tokens are dropped before them.
+    extras = x.shape[1] - grid[0] * grid[1]
+    x = layers.Cropping1D((extras, 0), dtype=dtype, name="patches")(x)
+    x = parts.layer_norm(dtype, "norm")(x)
+    x = parts.dense(patch * patch * channels, dtype, "head")(x)
+    x = parts.Unpatchify(patch, c["image_shape"], dtype=dtype, name="unpatchify")(x)
+    if c["output_conv"]:
+        x = layers.Conv2D(
+            channels,
+            3,
+            padding="same",
+            kernel_initializer=parts.fan_in_init(9 * channels),
+            bias_initializer=parts.fan_in_init(9 * channels),
+            dtype="float32",
+            name="output_conv",
+        )(x)
+    return inputs, layers.Activation("linear", dtype="float32", name="output")(x)
+
+
+def _trunk(x, time, c):
+    """The U of blocks: shallow ones, the middle one, deep ones joined by long skips."""
+    adaln, half = c["time"] == "adaln", c["num_layers"] // 2
+    mlp_dim = c["mlp_dim"] or 4 * c["hidden_dim"]
+
+    def block(name, x):
+        layer = parts.TransformerBlock(
+            c["num_heads"], mlp_dim, c["qkv_bias"], adaln, c["remat"], dtype=c["dtype"], name=name
+        )
+        return layer(x, time) if adaln else layer(x)
+
+    shallow = []
+    for i in range(half):
+        x = block(f"in_block_{i}", x)
+        shallow.append(x)
+    x = block("mid_block", x)
+    for i in range(half):
+        if c["skip"] is not None:
+            x = parts.LongSkip(c["skip"], dtype=c["dtype"], name=f"skip_{i}")(x, shallow.pop())
+        x = block(f"out_block_{i}", x)
+    return x

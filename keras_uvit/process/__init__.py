@@ -1,0 +1,3 @@
+from keras_uvit.process import predictions as predictions
+from keras_uvit.process import samplers as samplers
+from keras_uvit.process import schedules as schedules

@@ -1,0 +1,55 @@
+"""What a network may predict, and how its output becomes `denoised`, the x0 estimate.
+
+Every prediction is a mix of data and noise, output = a x0 + b noise. With
+x_t = alpha x0 + sigma noise these are two equations in two unknowns, so one formula serves all:
+
+    x0 = (b x_t - sigma output) / (b alpha - a sigma)
+"""
+
+from keras import ops
+
+# name: (schedule, t) -> (a, b)
+PREDICTIONS = {
+    "epsilon": lambda schedule, t: (0.0, 1.0),
+    "x0": lambda schedule, t: (1.0, 0.0),
+    # Salimans and Ho 2022, arXiv 2202.00512, Appendix D: v = alpha noise - sigma x0.
+    "v": lambda schedule, t: (-schedule.sigma(t), schedule.alpha(t)),
+    # Lipman et al. 2023, arXiv 2210.02747: dx_t/dt; noise - x0 on the linear path.
+    "velocity": lambda schedule, t: (schedule.alpha_slope(t), schedule.sigma_slope(t)),
+}
+
+
+def target(prediction, schedule, t, x0, noise):
+    """What the network should answer.
+
+    Args:
+        prediction: a name in `PREDICTIONS`.
+        schedule: see `schedules`.
+        t: `(B,)` in [0, 1].
+        x0: `(B, ...)`.
+        noise: like `x0`.
+
+    Returns:
+        `(B, ...)`.
+    """
+    a, b = (_column(c, x0) for c in PREDICTIONS[prediction](schedule, t))
+    return a * x0 + b * noise
+
+
+def denoised(prediction, schedule, t, x, output):
+    """The x0 estimate from noisy `x` and the network's `output`, `(B, ...)` each; t is `(B,)`."""
+    a, b = (_column(c, x) for c in PREDICTIONS[prediction](schedule, t))
+    alpha, sigma = _column(schedule.alpha(t), x), _column(schedule.sigma(t), x)
+    return (b * x - sigma * output) / (b * alpha - a * sigma)
+
+
+def add_noise(schedule, t, x0, noise):
+    """x_t = alpha(t) x0 + sigma(t) noise, `(B, ...)`; t is `(B,)`."""
+    return _column(schedule.alpha(t), x0) * x0 + _column(schedule.sigma(t), x0) * noise
+
+
+def _column(c, like):
+    """`(B,)` to `(B, 1, ...)` so that it multiplies `like`; numbers stay numbers."""
+    if isinstance(c, float):
+        return c
+    return ops.reshape(c, (-1, *[1] * (len(like.shape) - 1)))

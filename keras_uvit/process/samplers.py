@@ -1,0 +1,457 @@
+"""Samplers as tables, and the one loop that runs them.
+
+Every fixed-step sampler here is linear in an anchor state, the last three `denoised` images and
+fresh noise, with coefficients known before sampling starts. A builder writes its paper's formula on
+the unit vectors of that space; the vector it ends with *is* the row of the table:
+
+    D_i = denoise(x, t_i)
+    x  <- anchor_i a + denoised_i0 D_i + denoised_i1 D_{i-1} + denoised_i2 D_{i-2} + noise_i z_i
+    a  <- x where commit_i
+
+Symbols: s is the time a step starts from, t the one it goes to (t < s), lambda the half log-SNR,
+h = lambda_t - lambda_s > 0.
+"""
+
+import dataclasses
+import difflib
+import functools
+
+import numpy as np
+from keras import ops
+
+X, D0, D1, D2 = np.eye(4)  # the anchor and the last three denoised images, newest first
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A sampler: one row per network evaluation, float64.
+
+    Args:
+        t: `(n,)` time in (0, 1] of each evaluation.
+        anchor: `(n,)` weight of the anchor.
+        denoised: `(n, 3)` weights of this and the two earlier `denoised`.
+        noise: `(n,)` standard deviation of fresh noise, >= 0.
+        commit: `(n,)` bool, where the new x becomes the anchor; the last row does.
+    """
+
+    t: np.ndarray
+    anchor: np.ndarray
+    denoised: np.ndarray
+    noise: np.ndarray
+    commit: np.ndarray
+
+    def __post_init__(self):
+        n = len(self.t)
+        shapes = {"t": (n,), "anchor": (n,), "denoised": (n, 3), "noise": (n,), "commit": (n,)}
+        for field, shape in shapes.items():
+            value = np.asarray(getattr(self, field), "float64")
+            if value.shape != shape or not np.isfinite(value).all():
+                raise ValueError(
+                    f"Steps.{field} must be finite, of shape {shape}. Received: {value}."
+                )
+            object.__setattr__(self, field, value)
+        if n == 0 or self.t.min() <= 0 or self.t.max() > 1 or self.noise.min() < 0:
+            raise ValueError(
+                "Steps needs at least one row, t in (0, 1] and noise >= 0. Received: "
+                f"t={self.t}, noise={self.noise}."
+            )
+        if self.commit[-1] != 1 or self.denoised[0, 1:].any() or self.denoised[1:2, 2:].any():
+            raise ValueError(
+                "The last row of Steps must commit, and a row may not weigh `denoised` images "
+                "from before the first evaluation."
+            )
+
+    def __len__(self):
+        return len(self.t)
+
+    @property
+    def nfe(self):
+        """Network evaluations (a guided one counts once, as one doubled batch)."""
+        return len(self)
+
+    def packed(self):
+        """`(n, 7)` float32: t, anchor, denoised x 3, noise, commit."""
+        columns = [self.t, self.anchor, *self.denoised.T, self.noise, self.commit]
+        return np.stack(columns, axis=1).astype("float32")
+
+
+def _steps(rows):
+    """`Steps` from rows (t, vector, noise, commit)."""
+    t, vectors, noise, commit = (np.array(column) for column in zip(*rows))
+    return Steps(t, vectors[:, 0], vectors[:, 1:], noise, commit)
+
+
+# Time grids ---------------------------------------------------------------------------------------
+
+
+def time_uniform(num_steps, t_start=1.0, t_end=0.0):
+    """`num_steps + 1` times from `t_start` down to `t_end`, equally spaced."""
+    return np.linspace(t_start, t_end, num_steps + 1)
+
+
+def log_snr_uniform(schedule, num_steps, t_start=None, t_end=None):
+    """`num_steps + 1` times, equally spaced in half log-SNR; default `t_max` down to `t_min`."""
+    ends = (t_start or schedule.t_max, t_end or schedule.t_min)
+    grid = np.linspace(*(float(schedule.half_log_snr(t)) for t in ends), num_steps + 1)
+    times = schedule.time(grid)
+    times[[0, -1]] = ends  # no rounding at the ends
+    return times
+
+
+def _checked(times, name):
+    times = np.asarray(times, "float64")
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"{name} needs at least two times (one step). Received: {times}.")
+    if (np.diff(times) >= 0).any() or times[0] > 1 or times[-1] < 0:
+        raise ValueError(
+            f"{name} needs strictly decreasing times in [0, 1], noise first. Received: {times}."
+        )
+    return times
+
+
+def _checked_order(order, name):
+    if order not in (1, 2, 3):
+        raise ValueError(f"{name} has order 1, 2 or 3. Received: order={order}.")
+
+
+# Builders -----------------------------------------------------------------------------------------
+
+
+def ddim(schedule, times, *, eta=0.0):
+    """DDIM; `eta=1` is DDPM ancestral sampling, and on `LinearPath` `eta=0` is Euler.
+
+    x_t = alpha_t D + sqrt(sigma_t^2 - n^2) (x_s - alpha_s D) / sigma_s + n z,
+    n = eta sigma_t / sigma_s sqrt(sigma_s^2 - (alpha_s / alpha_t)^2 sigma_t^2)
+
+    Song et al. 2021, arXiv 2010.02502, Eq. 12 and 16, for any (alpha, sigma).
+
+    Args:
+        schedule: gives alpha and sigma.
+        times: `(n + 1,)`, strictly decreasing in [0, 1]; the last may be 0.
+        eta: float in [0, 1]. 0 is deterministic, 1 has the DDPM posterior variance.
+
+    Returns:
+        `Steps` with n rows.
+
+    Raises:
+        ValueError: if `times` or `eta` is out of range.
+
+    Example:
+        >>> from keras_uvit.process.schedules import VPLinear
+        >>> ddim(VPLinear(), time_uniform(50)).nfe
+        50
+    """
+    times = _checked(times, "ddim")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1]. Received: {eta}.")
+    rows = []
+    for s, t in zip(times[:-1], times[1:]):
+        (a_s, v_s), (a_t, v_t) = ((schedule.alpha(u), schedule.sigma(u)) for u in (s, t))
+        n = eta * v_t / v_s * np.sqrt(max(v_s**2 - (a_s / a_t) ** 2 * v_t**2, 0.0))
+        rows.append((s, a_t * D0 + np.sqrt(v_t**2 - n**2) * (X - a_s * D0) / v_s, n, 1))
+    return _steps(rows)
+
+
+def ddpm(schedule, times):
+    """Ancestral sampling with the exact posterior variance: Ho et al. 2020, arXiv 2006.11239, Eq. 7.
+
+    On `time_uniform(1000)` with `VPDiscrete` these are the paper's thousand steps. Arguments as in
+    `ddim`.
+    """
+    return ddim(schedule, times, eta=1.0)
+
+
+def _drift(schedule, t, x):
+    """dx/dt = (sigma' / sigma) x + (alpha' - alpha sigma' / sigma) D, the probability-flow ODE."""
+    rate = schedule.sigma_slope(t) / schedule.sigma(t)
+    return rate * x + (schedule.alpha_slope(t) - schedule.alpha(t) * rate) * D0
+
+
+def euler(schedule, times):
+    """Euler steps of the probability-flow ODE, order 1. Arguments as in `ddim`."""
+    times = _checked(times, "euler")
+    return _steps([(s, X + (t - s) * _drift(schedule, s, X), 0, 1) for s, t in zip(times, times[1:])])
+
+
+def heun(schedule, times):
+    """Heun's second-order steps of the probability-flow ODE: two evaluations each.
+
+    A step that ends at t = 0, where the drift is 0 / 0, is an Euler step (Karras et al. 2022,
+    arXiv 2206.00364, Algorithm 1). Arguments as in `ddim`.
+    """
+    times, rows = _checked(times, "heun"), []
+    for s, t in zip(times[:-1], times[1:]):
+        first = _drift(schedule, s, X)
+        guess = X + (t - s) * first
+        if t == 0:
+            rows.append((s, guess, 0, 1))
+            continue
+        first = np.array([first[0], 0, first[1], 0])  # one evaluation later D_i is D_{i-1}
+        second = _drift(schedule, t, X + (t - s) * first)
+        rows += [(s, guess, 0, 0), (t, X + (t - s) * (first + second) / 2, 0, 1)]
+    return _steps(rows)
+
+
+def euler_maruyama(schedule, times, *, eta=1.0):
+    """Euler-Maruyama steps of the reverse SDE; `eta=0` is `euler`.
+
+    dx = [x' + eta^2 g^2 / (2 sigma) eps] dt + eta g dw, g^2 = (sigma^2)' - 2 (alpha' / alpha) sigma^2
+
+    with x' the probability-flow drift and eps = (x - alpha D) / sigma: Song et al. 2021, arXiv
+    2011.13456, Eq. 6 for eta = 1. The last step adds no noise. The published CIFAR-10 and CelebA
+    samples are 1000 of these. Arguments as in `ddim`; `eta` in [0, 1].
+    """
+    times, rows = _checked(times, "euler_maruyama"), []
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1]. Received: {eta}.")
+    for i, (s, t) in enumerate(zip(times[:-1], times[1:])):
+        alpha, sigma = schedule.alpha(s), schedule.sigma(s)
+        slope = schedule.alpha_slope(s) / alpha
+        g2 = 2 * sigma * schedule.sigma_slope(s) - 2 * slope * sigma**2
+        drift = _drift(schedule, s, X) + eta**2 * g2 / (2 * sigma) * (X - alpha * D0) / sigma
+        last = i == len(times) - 2
+        rows.append((s, X + (t - s) * drift, 0 if last else eta * np.sqrt(g2 * (s - t)), 1))
+    return _steps(rows)
+
+
+def dpm_solver(schedule, times, *, order=3):
+    """DPM-Solver, noise form, singlestep: Lu et al. 2022, arXiv 2206.00927, Eq. 4.1, Alg. 1 and 2.
+
+    Order 3 evaluates at thirds of each interval of lambda, order 2 at the half. The published
+    "fast" schedule is `order=fast_orders(nfe)` on `log_snr_uniform`; see `SAMPLERS`.
+
+    Args:
+        schedule: gives alpha, sigma, half_log_snr and its inverse.
+        times: `(n + 1,)`, strictly decreasing in (0, 1].
+        order: 1, 2 or 3, or a list of n of them, one per interval.
+
+    Returns:
+        `Steps`, as many rows as the orders' sum.
+    """
+    return _singlestep(schedule, times, order, _noise_weights, "dpm_solver")
+
+
+def dpm_solver_pp(schedule, times, *, order=2, multistep=True, on_grid=False):
+    """DPM-Solver++, data form: Lu et al. 2022, arXiv 2211.01095, Alg. 1 and 2, Appendix A.
+
+    Multistep uses the earlier evaluations: one per interval; the first steps and a step to t = 0
+    have the order that is possible. Singlestep evaluates inside each interval: at thirds (order
+    3) or the half (order 2) of lambda, or, with `on_grid`, at the given times themselves, so that
+    an order-3 step spans three intervals of `times`. The published "fast" schedule is singlestep
+    with `order=fast_orders(nfe)` on the uniform-time grid.
+
+    Args:
+        schedule: gives alpha, sigma, half_log_snr and its inverse.
+        times: `(n + 1,)`, strictly decreasing; only multistep may end at 0.
+        order: 1, 2 or 3; singlestep also takes a list, one per step.
+        multistep: bool.
+        on_grid: bool, singlestep only.
+
+    Returns:
+        `Steps`.
+    """
+    if not multistep:
+        return _singlestep(schedule, times, order, _data_weights, "dpm_solver_pp", on_grid)
+    times = _checked(times, "dpm_solver_pp")
+    _checked_order(order, "dpm_solver_pp")
+    if len(times) - 1 < order:
+        raise ValueError(
+            f"dpm_solver_pp of order {order} needs at least {order} steps. "
+            f"Received: {len(times) - 1}."
+        )
+    rows = []
+    for i, (s, t) in enumerate(zip(times[:-1], times[1:])):
+        if t == 0:  # lambda is infinite there: the first-order limit
+            rows.append((s, schedule.alpha(t) * D0, 0, 1))
+            continue
+        k = min(order, i + 1)
+        lambdas = [schedule.half_log_snr(u) for u in times[i + 1 - k : i + 2][::-1]]  # t, s, ...
+        h = lambdas[0] - lambdas[1]
+        p1 = np.expm1(-h)
+        x = schedule.sigma(t) / schedule.sigma(s) * X - schedule.alpha(t) * p1 * D0
+        if k >= 2:
+            r0 = (lambdas[1] - lambdas[2]) / h
+            slope = (D0 - D1) / r0
+        if k == 2:
+            x = x - schedule.alpha(t) * p1 / 2 * slope
+        if k == 3:
+            r1 = (lambdas[2] - lambdas[3]) / h
+            bend = (slope - (D1 - D2) / r1) / (r0 + r1)
+            p2 = p1 / h + 1
+            x = x + schedule.alpha(t) * (p2 * (slope + r0 * bend) - (p2 / h - 0.5) * bend)
+        rows.append((s, x, 0, 1))
+    return _steps(rows)
+
+
+def fast_orders(nfe):
+    """Orders of the "fast" singlestep schedule: 3 as often as `nfe` evaluations allow.
+
+    >>> fast_orders(9), fast_orders(10), fast_orders(11)
+    ([3, 3, 2, 1], [3, 3, 3, 1], [3, 3, 3, 2])
+    """
+    return [3] * (nfe // 3 - (nfe % 3 == 0)) + {0: [2, 1], 1: [1], 2: [2]}[nfe % 3]
+
+
+def _singlestep(schedule, times, order, weights, name, on_grid=False):
+    times = _checked(times, name)
+    intervals = len(times) - 1
+    if isinstance(order, int):
+        order = [order] * (intervals // order if on_grid else intervals)
+    for k in order:
+        _checked_order(k, name)
+    spans = [k if on_grid else 1 for k in order]
+    if sum(spans) != intervals or times[-1] <= 0:
+        raise ValueError(
+            f"{name} with orders {order} needs {sum(spans)} intervals that end above t = 0. "
+            f"Received: {intervals} ending at {times[-1]}."
+        )
+    rows, start = [], 0
+    for k, span in zip(order, spans):
+        s, t = times[start], times[start + span]
+        if on_grid:
+            stages = [s, *times[start + 1 : start + span]]
+        else:
+            lambda_s, lambda_t = schedule.half_log_snr(s), schedule.half_log_snr(t)
+            stages = [s, *schedule.time(lambda_s + np.arange(1, k) / k * (lambda_t - lambda_s))]
+        rows += _stages(schedule, [*stages, t], weights)
+        start += span
+    return _steps(rows)
+
+
+def _stages(schedule, nodes, weights):
+    """Rows of one singlestep step through `nodes` = (s, inner times, t), noise or data form.
+
+    The prediction P (noise or x0) is approximated in lambda: constant, then linear through the
+    first and the newest evaluation. phi_1(h) P_s + phi_2(h) (P_k - P_s) / r_k, except that order 2
+    ends with phi_1 / 2 in place of phi_2, as published.
+    """
+    lambdas = np.array([schedule.half_log_snr(u) for u in nodes])
+    ratios = (lambdas - lambdas[0]) / (lambdas[-1] - lambdas[0])
+    order, x, rows, known = len(nodes) - 1, X, [], []
+    for j in range(order):
+        # `known` holds the predictions of this step over (X, D of stage 0, of stage 1, of stage 2).
+        stage = np.eye(4)[1 + j]
+        noise = (x - schedule.alpha(nodes[j]) * stage) / schedule.sigma(nodes[j])
+        known.append(noise if weights is _noise_weights else stage)
+        u, h = nodes[j + 1], lambdas[j + 1] - lambdas[0]
+        keep, phi_1, phi_2 = weights(schedule, nodes[0], u, h)
+        if order == 2:
+            phi_2 = phi_1 / 2
+        x = keep * X + phi_1 * known[0]
+        if j > 0:
+            x = x + phi_2 / (ratios[j] / ratios[j + 1]) * (known[j] - known[0])
+        # Newest first: stage j is D0, stage j - 1 is D1, ...
+        row = np.array([x[0], *x[j + 1 : 0 : -1], *[0.0] * (2 - j)])
+        rows.append((nodes[j], row, 0, j == order - 1))
+    return rows
+
+
+def _noise_weights(schedule, s, u, h):
+    # x_t = alpha_t / alpha_s x - sigma_t (e^h - 1) eps - ...
+    keep, sigma = schedule.alpha(u) / schedule.alpha(s), schedule.sigma(u)
+    return keep, -sigma * np.expm1(h), -sigma * (np.expm1(h) / h - 1)
+
+
+def _data_weights(schedule, s, u, h):
+    # x_t = sigma_t / sigma_s x - alpha_t (e^-h - 1) D + ...
+    keep, alpha = schedule.sigma(u) / schedule.sigma(s), schedule.alpha(u)
+    return keep, -alpha * np.expm1(-h), alpha * (np.expm1(-h) / h + 1)
+
+
+# Names --------------------------------------------------------------------------------------------
+
+
+def _uniform(builder):
+    return lambda s, n: builder(s, time_uniform(n, s.t_start))
+
+
+def _fast_noise(s, n):
+    orders = fast_orders(n)
+    return dpm_solver(s, log_snr_uniform(s, len(orders)), order=orders)
+
+
+def _fast_data(s, n):
+    times = time_uniform(n, s.t_max, s.t_min)
+    return dpm_solver_pp(s, times, order=fast_orders(n), multistep=False, on_grid=True)
+
+
+def _multistep(order):
+    return lambda s, n: dpm_solver_pp(s, log_snr_uniform(s, n), order=order)
+
+
+# name: (fewest steps, builder from (schedule, num_steps)). All but "heun" (two evaluations a step,
+# the last has one) cost num_steps evaluations.
+SAMPLERS = {
+    "ddim": (1, _uniform(ddim)),
+    "ddpm": (1, _uniform(ddpm)),
+    "euler": (1, _uniform(euler)),
+    "heun": (1, _uniform(heun)),
+    "euler_maruyama": (1, _uniform(euler_maruyama)),  # CIFAR-10 and CelebA, 1000 steps
+    "dpm_solver": (3, _fast_noise),  # ImageNet 64 and the latent L models, 50 steps
+    "dpm_solver_pp": (3, _fast_data),  # the latent H models and COCO, 50 steps
+    "dpm_solver_pp_2m": (2, _multistep(2)),  # the one to use for few steps
+    "dpm_solver_pp_3m": (3, _multistep(3)),
+}
+
+
+def named(name, schedule, num_steps):
+    """The `Steps` of a sampler in `SAMPLERS` on its default time grid.
+
+    Raises:
+        ValueError: for an unknown name, or fewer steps than the sampler's order.
+    """
+    if name not in SAMPLERS:
+        near = difflib.get_close_matches(str(name), SAMPLERS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown sampler {name!r}.{hint} Known: {', '.join(SAMPLERS)}.")
+    fewest, builder = SAMPLERS[name]
+    if not isinstance(num_steps, int | np.integer) or num_steps < fewest:
+        raise ValueError(
+            f"Sampler {name!r} needs num_steps to be an int, at least {fewest}. "
+            f"Received: num_steps={num_steps!r}."
+        )
+    return builder(schedule, int(num_steps))
+
+
+# The loop -----------------------------------------------------------------------------------------
+
+
+def sample(denoise, x_init, steps, draw_noise=None):
+    """Runs a sampler from noise to data.
+
+    Inside a compiled function the loop is one program, and `steps` may be a traced `(n, 7)` table
+    (`Steps.packed()`), so that another sampler of n rows needs no new program.
+
+    Args:
+        denoise: (x, t) -> x0 estimate like x; t is a float32 scalar tensor in (0, 1]. Or a list
+            of (number of rows, such a function) that together cover all rows.
+        x_init: `(B, ...)` float32, noise of standard deviation sigma(t) of the first row.
+        steps: `Steps`, or its packed table.
+        draw_noise: i -> standard normal like x, i the row's number, an int32 scalar tensor; may
+            be None for deterministic samplers.
+
+    Returns:
+        `(B, ...)` float32.
+    """
+    if isinstance(steps, Steps):
+        if steps.noise.any() and draw_noise is None:
+            raise ValueError("This sampler adds noise: `draw_noise` must be given.")
+        steps = steps.packed()
+    table, x = ops.convert_to_tensor(steps, "float32"), ops.convert_to_tensor(x_init, "float32")
+
+    def step(denoise, i, carry):
+        x, anchor, d1, d2 = carry
+        t, keep, b0, b1, b2, noise, commit = ops.unstack(ops.take(table, i, axis=0), 7)
+        d0 = denoise(x, t)
+        x = keep * anchor + b0 * d0 + b1 * d1 + b2 * d2
+        if draw_noise is not None:
+            x = ops.cond(noise > 0, lambda: x + noise * draw_noise(i), lambda: x)
+        return x, ops.where(commit > 0, x, anchor), d0, d1
+
+    runs = denoise if isinstance(denoise, list) else [(table.shape[0], denoise)]
+    carry, first = (x, x, ops.zeros_like(x), ops.zeros_like(x)), 0
+    for rows, function in runs:
+        body = functools.partial(step, function)
+        carry = ops.fori_loop(first, first + rows, body, carry)
+        first += rows
+    return carry[0]

@@ -1,0 +1,2 @@
+from keras_uvit.training.diffusion_model import DiffusionModel as DiffusionModel
+from keras_uvit.training.optimizers import adamw as adamw

@@ -1,0 +1,172 @@
+"""What `fit` accepts, and the checks that come before anything is compiled.
+
+A batch is a dict: one of
+
+* "image": `(B, H, W, C)`, uint8 in [0, 255] or float in [-1, 1], for models of pixels;
+* "latent": `(B, h, w, c)` float, already multiplied by the scale factor;
+* "moments": `(B, h, w, 2 c)` float, mean and log-variance as the autoencoder gives them: a new
+  posterior sample is drawn at each visit, and multiplied by the model's `latent_scale`;
+
+and, where the network asks for it,
+
+* "label": `(B,)` integers in [0, num_classes);
+* "context": `(B, length, width)` float text features.
+
+`fit(images)` and `fit(images, labels)` are short for dicts with "image" and "label".
+"""
+
+import itertools
+import types
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+DATA = ("image", "latent", "moments")
+
+
+def as_dict(data):
+    """A batch as a dict, from what Keras hands to `train_step` or a user to `fit`."""
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+    if weight is not None:
+        raise ValueError("sample_weight is not supported: the diffusion loss weighs images equally.")
+    if not isinstance(x, dict):
+        return {"image": x} if y is None else {"image": x, "label": y}
+    if y is not None:
+        raise ValueError('Batches are dicts: put labels under "label" and leave `y` out.')
+    return x
+
+
+def check_source(model, x, y=None):
+    """Checks training or validation data; returns it, a one-shot generator with its batch put back.
+
+    Arrays are checked whole; of anything else (tf.data, Grain, `PyDataset`, `DataLoader`,
+    generator) the first batch is.
+    """
+    if x is None or isinstance(x, dict) or _is_array(x):
+        if x is not None:
+            check_batch(model, as_dict((x, y)))
+        return x
+    if isinstance(x, keras.utils.PyDataset):
+        first = x[0]
+    elif isinstance(x, types.GeneratorType):
+        first, x = _peek(x)
+    else:
+        first = next(iter(x), None)
+    if first is None:
+        raise ValueError("The data set is empty: it gave no batch.")
+    if isinstance(first, dict) and type(x).__module__.startswith("torch."):
+        first = (first,)
+        if keras.config.backend() != "torch":
+            pass
+    check_batch(model, as_dict(first))
+    return x
+
+
+def _peek(generator):
+    first = next(generator, None)
+    return first, (batch for batch in itertools.chain([first], generator))
+
+
+def _is_array(x):
+    return isinstance(x, np.ndarray) or ops.is_tensor(x)
+
+
+def check_batch(model, batch):
+    """Raises unless `batch` is what `model` can be trained on: keys, shapes, dtypes, ranges."""
+    wanted = [key for key in ("label", "context") if key in _inputs(model)]
+    data = [key for key in DATA if key in batch]
+    unknown = sorted(set(batch) - {*DATA, *wanted})
+    missing = [key for key in wanted if key not in batch]
+    if len(data) != 1 or unknown or missing:
+        raise ValueError(
+            f"A batch for this model has one of {DATA} and {wanted or 'nothing else'}. Received "
+            f"the keys {sorted(batch)}."
+            + (" The network has no labels: drop them or build it with num_classes."
+               if "label" in unknown else "")
+        )
+    (key,) = data
+    arrays = {name: ops.convert_to_numpy(value) for name, value in batch.items()}
+    lengths = {name: value.shape[0] if value.ndim else 0 for name, value in arrays.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(f"All parts of a batch have the same, positive length. Received: {lengths}.")
+    _check_data(model, key, arrays[key])
+    if "label" in arrays:
+        _check_labels(model.network.num_classes, arrays["label"])
+    if "context" in arrays:
+        _check_shape("context", arrays["context"], model.network.context_shape)
+        _check_finite("context", arrays["context"])
+
+
+def _inputs(model):
+    return {tensor.name for tensor in model.network.inputs}
+
+
+def _check_data(model, key, value):
+    if (key == "image") != (model.latent_scale is None):
+        space = "pixels" if model.latent_scale is None else "latents"
+        keys = "'image'" if model.latent_scale is None else "'latent' or 'moments'"
+        raise ValueError(
+            f"This model works on {space} (latent_scale={model.latent_scale}), so its batches "
+            f"have {keys}. Received: {key!r}."
+        )
+    height, width, channels = model.network.image_shape
+    _check_shape(key, value, (height, width, channels * (2 if key == "moments" else 1)))
+    if key == "image" and value.dtype == np.uint8:
+        return
+    if not np.issubdtype(value.dtype, np.floating) and value.dtype.name != "bfloat16":
+        kinds = "uint8 or float" if key == "image" else "float"
+        raise TypeError(f"{key!r} must be {kinds}. Received: dtype {value.dtype}.")
+    _check_finite(key, value)
+    if key == "image":
+        low, high = float(value.min()), float(value.max())
+        if low < -1.001 or high > 1.001:
+            raise ValueError(
+                "Float images are in [-1, 1]. Received values in "
+                f"[{low:.4g}, {high:.4g}]; pass uint8, or x / 127.5 - 1."
+            )
+        if low >= 0 and value.size > 1000:
+            warnings.warn(
+                "All float images are >= 0. Images are expected in [-1, 1]; if yours are in "
+                "[0, 1], pass 2 x - 1.",
+                stacklevel=2,
+            )
+
+
+def _check_shape(key, value, shape):
+    if tuple(value.shape[1:]) != tuple(shape):
+        hint = ""
+        if value.ndim == 4 and tuple(value.shape[1:]) == (shape[-1], *shape[:-1]):
+            hint = " Channels come last: np.transpose(x, (0, 2, 3, 1))."
+        raise ValueError(
+            f"{key!r} must have shape (batch, {', '.join(map(str, shape))}). "
+            f"Received: {tuple(value.shape)}.{hint}"
+        )
+
+
+def _check_finite(key, value):
+    bad = ~np.isfinite(np.asarray(value, "float32").reshape(len(value), -1)).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"{key!r} holds NaN or infinity in {bad.sum()} of {len(value)} items, the first at "
+            f"index {int(np.argmax(bad))}."
+        )
+
+
+def _check_labels(num_classes, labels):
+    if labels.ndim == 2 and labels.shape[1] == num_classes and num_classes > 1:
+        raise ValueError(
+            f"Labels are integers, not one-hot rows. Received shape {labels.shape}; "
+            "use np.argmax(labels, axis=1)."
+        )
+    if labels.ndim != 1:
+        raise ValueError(f"Labels must have shape (batch,). Received: {labels.shape}.")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"Labels must be integers. Received: dtype {labels.dtype}.")
+    bad = (labels < 0) | (labels >= num_classes)
+    if bad.any():
+        raise ValueError(
+            f"Labels must be in [0, {num_classes}). Received {labels[bad][0]} at index "
+            f"{int(np.argmax(bad))}. (The 'no label' row is added by the model itself.)"
+        )

@@ -1,0 +1,388 @@
+"""A network, a noise schedule and a loss: a Keras model to `fit` and `generate` with."""
+
+import os
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_uvit import backend
+from keras_uvit.process import predictions
+from keras_uvit.process.schedules import VPLinear
+from keras_uvit.training import batches, generation
+from keras_uvit.training.callbacks import StopOnNonFinite
+from keras_uvit.training.optimizers import adamw
+
+DRAWS = 4  # random tensors a step draws: posterior, time, noise, condition drop-out
+TRAIN, TEST = 0, 1  # streams of randomness
+
+
+@keras.saving.register_keras_serializable("keras_uvit")
+class DiffusionModel(keras.Model):
+    """Trains a network to denoise, and samples from it.
+
+    Loss of one image: draw t, noise; x_t = alpha(t) x0 + sigma(t) noise; the mean over pixels of
+    (network(x_t, time_scale t, condition) - target)^2, target by `prediction` (Ho et al. 2020,
+    arXiv 2006.11239, Eq. 14, for "epsilon"). With probability `condition_dropout` the condition is
+    replaced by "none", which classifier-free guidance needs (Ho and Salimans 2022, arXiv
+    2207.12598).
+
+    Two sets of weights: `network`, which the optimizer moves, and `ema_network`, a moving average
+    of it, which `generate` and `evaluate` use. The average moves on optimizer steps only.
+
+    Randomness is a function of (seed, step): a saved and loaded model goes on as if it had not been
+    interrupted.
+
+    Args:
+        network: `UViT`, or any functional Keras model of inputs "image", "timestep" and maybe
+            "label" and "context" with the attributes `image_shape`, `num_classes`, `null_label`,
+            `context_shape`.
+        schedule: see `process.schedules`; default `VPLinear()`.
+        prediction: "epsilon", "x0", "v" or "velocity": what the network predicts.
+        time_scale: float. The network gets `time_scale * t`; `None` is the published value, 1000
+            for `VPDiscrete` and 999 for the others.
+        condition_dropout: float in [0, 1]; `None` is 0.1 where the network knows "none", else 0.
+        latent_scale: float, what latents are multiplied by (0.18215 for Stable Diffusion);
+            `None` for models of pixels.
+        ema_decay: float in [0, 1).
+        ema_warmup: bool. Decay min(ema_decay, (1 + k) / (10 + k)) at optimizer step k: the
+            published constant 0.9999 would leave 82 % of the random start in the average after
+            2,000 steps.
+        optimizer: dict of arguments of `training.adamw`, the recipe that `compile()` uses.
+        sampler, num_steps, guidance_scale: defaults of `generate`.
+        max_skipped_steps: int. `fit` stops after so many non-finite steps in a row.
+        seed: int.
+
+    Call arguments: those of the network.
+
+    Example:
+        >>> from keras_uvit import UViT
+        >>> net = UViT((8, 8, 1), hidden_dim=16, num_layers=3, num_heads=2, num_classes=10)
+        >>> model = DiffusionModel(net)
+        >>> model.compile()
+    """
+
+    def __init__(
+        self,
+        network,
+        schedule=None,
+        prediction="epsilon",
+        time_scale=None,
+        condition_dropout=None,
+        latent_scale=None,
+        ema_decay=0.9999,
+        ema_warmup=True,
+        optimizer=None,
+        sampler="dpm_solver_pp_2m",
+        num_steps=25,
+        guidance_scale=1.0,
+        max_skipped_steps=20,
+        seed=0,
+        name="diffusion_model",
+    ):
+        # autocast=False: mixed precision must not round the timestep.
+        super().__init__(name=name, dtype=network.dtype_policy, autocast=False)
+        has_null = network.null_label is not None or network.context_shape is not None
+        if condition_dropout is None:
+            condition_dropout = 0.1 if has_null else 0.0
+        self.schedule = schedule if schedule is not None else VPLinear()
+        self.prediction = prediction
+        self.time_scale = time_scale if time_scale is not None else self.schedule.time_scale
+        self.condition_dropout = condition_dropout
+        self.latent_scale = latent_scale
+        self.ema_decay = ema_decay
+        self.ema_warmup = ema_warmup
+        self.recipe = dict(optimizer or {})
+        self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
+        self.max_skipped_steps = max_skipped_steps
+        self.seed = seed
+        self._check_arguments(has_null)
+
+        self.network = network
+        self.ema_network = type(network).from_config(network.get_config())
+        self.ema_network.trainable = False
+        self.copy_weights_to_ema()
+        counter = dict(shape=(), dtype="int32", initializer="zeros", trainable=False)
+        self.step = self.add_weight(name="step", **counter)  # batches, not optimizer steps
+        self.ema_step = self.add_weight(name="ema_step", **counter)  # optimizer steps
+        self.test_step_count = self.add_weight(name="test_step_count", **counter)
+        self.skipped_steps = self.add_weight(name="skipped_steps", **counter)
+        self.skipped_in_row = self.add_weight(name="skipped_in_row", **counter)
+        if network.context_shape is not None:
+            self.null_context = self.add_weight(
+                shape=network.context_shape, initializer="zeros", trainable=False,
+                name="null_context",
+            )
+        self.random = keras.random.SeedGenerator(seed)
+        self.norm_tracker = keras.metrics.Mean(name="grad_norm")
+        # Set by whoever has them: decode(latents) -> uint8 images; (captions) -> context.
+        self.autoencoder = None
+        self.text_encoder = None
+        self._loops = {}
+        self.built = True
+
+    def _check_arguments(self, has_null):
+        if self.prediction not in predictions.PREDICTIONS:
+            raise ValueError(
+                f"prediction must be one of {list(predictions.PREDICTIONS)}. "
+                f"Received: {self.prediction!r}."
+            )
+        if not 0 <= self.condition_dropout <= 1 or not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                "condition_dropout is in [0, 1] and ema_decay in [0, 1). Received: "
+                f"condition_dropout={self.condition_dropout}, ema_decay={self.ema_decay}."
+            )
+        if self.condition_dropout and not has_null:
+            raise ValueError(
+                f"condition_dropout={self.condition_dropout} needs a network that knows 'none': "
+                "null_label=True with num_classes, or context_shape. Use condition_dropout=0."
+            )
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        return {
+            "network": serialize(self.network),
+            "schedule": serialize(self.schedule),
+            "prediction": self.prediction,
+            "time_scale": self.time_scale,
+            "condition_dropout": self.condition_dropout,
+            "latent_scale": self.latent_scale,
+            "ema_decay": self.ema_decay,
+            "ema_warmup": self.ema_warmup,
+            "optimizer": dict(self.recipe),
+            "sampler": self.sampler,
+            "num_steps": self.num_steps,
+            "guidance_scale": self.guidance_scale,
+            "max_skipped_steps": self.max_skipped_steps,
+            "seed": self.seed,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        parts = {
+            key: keras.saving.deserialize_keras_object(config[key], custom_objects)
+            for key in ("network", "schedule")
+        }
+        return cls(**{**config, **parts})
+
+    def build(self, input_shape=None):
+        """Nothing to do: the networks are built when they are made."""
+
+    def call(self, inputs, training=False):
+        return self.network(inputs, training=training)
+
+    def copy_weights_to_ema(self):
+        """Starts the moving average at the network's weights."""
+        for average, weight in zip(self.ema_network.weights, self.network.weights):
+            average.assign(ops.copy(weight.value))  # a copy: JAX must not donate one buffer twice
+
+    # Training -------------------------------------------------------------------------------------
+
+    def compile(self, optimizer=None, jit_compile=backend.HAS_XLA, **kwargs):
+        """As `keras.Model.compile`; without arguments, the recipe's AdamW, XLA on JAX and TensorFlow.
+
+        Args:
+            optimizer: any Keras optimizer; `None` is `training.adamw(**recipe)`.
+            jit_compile: bool.
+            **kwargs: `steps_per_execution`, `run_eagerly`, `auto_scale_loss`. The loss is the
+                model's own.
+        """
+        unused = [k for k in ("loss", "metrics", "weighted_metrics", "loss_weights") if kwargs.get(k)]
+        if unused:
+            raise ValueError(
+                f"The diffusion loss and its metrics are built in. Leave out: {unused}; "
+                "`prediction` and the schedule choose the loss."
+            )
+        optimizer = adamw(**self.recipe) if optimizer is None else optimizer
+        super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
+        self.optimizer.build(self.trainable_variables)
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs):
+        """As `keras.Model.fit`, on dicts of arrays or any source of them; see `training.batches`.
+
+        Raises:
+            ValueError, TypeError: if the data do not fit the model, before anything is compiled.
+            FloatingPointError: after `max_skipped_steps` non-finite steps in a row.
+        """
+        x = batches.check_source(self, x, y)
+        validation = kwargs.get("validation_data")
+        if validation is not None:
+            pair = validation if isinstance(validation, tuple) else (validation, None)
+            batches.check_source(self, *pair[:2])
+        guard = StopOnNonFinite(self.max_skipped_steps)
+        self.skipped_in_row.assign(0)
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.append(guard)
+        else:
+            callbacks = [*(callbacks if isinstance(callbacks, list | tuple) else [callbacks]), guard]
+            callbacks = [callback for callback in callbacks if callback is not None]
+        history = super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
+        if guard.error:
+            raise FloatingPointError(guard.error)
+        return history
+
+    def evaluate(self, x=None, y=None, **kwargs):
+        """As `keras.Model.evaluate`, with the moving average; the same noise every time."""
+        if not kwargs.get("_use_cached_eval_dataset"):
+            x = batches.check_source(self, x, y)
+        self.test_step_count.assign(0)
+        return super().evaluate(x, y, **kwargs)
+
+    def train_step(self, *args):
+        return backend.train_step(self, *args)
+
+    def test_step(self, *args):
+        return backend.test_step(self, *args)
+
+    def unpack(self, data):
+        return batches.as_dict(data)
+
+    def loss_of(self, batch):
+        """Loss of a training batch; randomness from (seed, step)."""
+        self._seed_random(TRAIN, self.step)
+        return self._loss(batch, self.network, training=True)
+
+    def test_loss_of(self, batch):
+        """Loss of a validation batch by the moving average; the k-th batch always draws the same."""
+        self._seed_random(TEST, self.test_step_count)
+        self.test_step_count.assign_add(1)
+        return self._loss(batch, self.ema_network, training=False)
+
+    def _seed_random(self, stream, count):
+        # Hashed, because torch adds the two halves of the state: neighbouring seeds would overlap.
+        base = np.random.SeedSequence([self.seed, stream]).generate_state(1)[0] >> 2
+        state = ops.stack([ops.convert_to_tensor(int(base), "int32"), count * DRAWS])
+        self.random.state.assign(ops.cast(state, self.random.state.dtype))
+
+    def _loss(self, batch, network, training):
+        x0 = self.clean(batch)
+        t, noise, dropped = self.draw(x0)
+        inputs = {
+            "image": predictions.add_noise(self.schedule, t, x0, noise),
+            "timestep": self.time_scale * t,
+            **self.condition(batch, dropped if training else None),
+        }
+        output = ops.cast(network(inputs, training=training), "float32")
+        target = predictions.target(self.prediction, self.schedule, t, x0, noise)
+        loss = ops.mean(ops.square(output - target))
+        if "label" in inputs:
+            # A gather out of range is silent on some devices; NaN makes the step skipped.
+            top = network.num_classes + (network.null_label is not None)
+            valid = ops.all((inputs["label"] >= 0) & (inputs["label"] < top))
+            loss = ops.where(valid, loss, float("nan"))
+        return loss
+
+    def clean(self, batch):
+        """x0, float32: images to [-1, 1], moments to a posterior sample times `latent_scale`."""
+        if "image" in batch:
+            image = ops.convert_to_tensor(batch["image"])
+            is_bytes = keras.backend.standardize_dtype(image.dtype) == "uint8"
+            image = ops.cast(image, "float32")
+            return image / 127.5 - 1.0 if is_bytes else image
+        if "latent" in batch:
+            return ops.cast(batch["latent"], "float32")
+        mean, log_variance = ops.split(ops.cast(batch["moments"], "float32"), 2, axis=-1)
+        noise = keras.random.normal(ops.shape(mean), seed=self.random)
+        std = ops.exp(0.5 * ops.clip(log_variance, -30.0, 20.0))
+        return self.latent_scale * (mean + std * noise)
+
+    def draw(self, x0):
+        """Random t `(B,)`, noise like x0, and which conditions to drop, `(B,)` bool."""
+        count = ops.shape(x0)[:1]
+        t = self.schedule.training_time(keras.random.uniform(count, seed=self.random))
+        noise = keras.random.normal(ops.shape(x0), seed=self.random)
+        dropped = keras.random.uniform(count, seed=self.random) < self.condition_dropout
+        return t, noise, dropped
+
+    def condition(self, batch, dropped=None):
+        """The network's "label" and "context" inputs, replaced by "none" where `dropped`."""
+        inputs = {}
+        if self.network.num_classes is not None:
+            label = ops.cast(batch["label"], "int32")
+            if dropped is not None and self.network.null_label is not None:
+                label = ops.where(dropped, self.network.null_label, label)
+            inputs["label"] = label
+        if self.network.context_shape is not None:
+            context = ops.cast(batch["context"], "float32")
+            if dropped is not None:
+                null = ops.convert_to_tensor(self.null_context)
+                context = ops.where(dropped[:, None, None], null, context)
+            inputs["context"] = context
+        return inputs
+
+    def gradient_norm(self, gradients):
+        """Euclidean norm of all gradients, float32, without the loss scale."""
+        squares = [ops.sum(ops.square(ops.cast(g, "float32"))) for g in gradients if g is not None]
+        norm = ops.sqrt(sum(squares))
+        scale = getattr(self.optimizer, "dynamic_scale", None)
+        return norm if scale is None else norm / ops.convert_to_tensor(scale)
+
+    def after_step(self, ok, before):
+        """Counters, and the moving average if the optimizer made a step (`before`: its count)."""
+        skipped = ops.cast(ops.logical_not(ok), "int32")
+        self.step.assign_add(1)
+        self.skipped_steps.assign_add(skipped)
+        self.skipped_in_row.assign((self.skipped_in_row + skipped) * skipped)
+        stepped = ops.convert_to_tensor(self.optimizer.iterations) > before
+        decay = ops.where(stepped, self.current_ema_decay(), 1.0)  # 1.0: leave it as it is
+        self.ema_step.assign_add(ops.cast(stepped, "int32"))
+        for average, weight in zip(self.ema_network.weights, self.network.weights):
+            average.assign(decay * average.value + (1.0 - decay) * weight.value)
+
+    def current_ema_decay(self):
+        k = ops.cast(self.ema_step, "float32")
+        ramp = (1.0 + k) / (10.0 + k) if self.ema_warmup else 1.0
+        return ops.minimum(self.ema_decay, ramp)
+
+    def report(self, batch, loss, norm):
+        """Logs of a training step; skipped steps do not enter the means."""
+        ok = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
+        for tracker, value in ((self._loss_tracker, loss), (self.norm_tracker, norm)):
+            tracker.update_state(ops.where(ok, value, 0.0), ops.cast(ok, "float32"))
+        return {
+            "loss": self._mean(self._loss_tracker),
+            "grad_norm": self._mean(self.norm_tracker),
+            "ema_decay": self.current_ema_decay(),
+            "skipped_steps": ops.convert_to_tensor(self.skipped_steps),
+            "skipped_in_row": ops.convert_to_tensor(self.skipped_in_row),
+        }
+
+    def _mean(self, tracker):
+        return ops.where(tracker.count > 0, tracker.result(), float("nan"))
+
+    def test_report(self, batch, loss):
+        count = ops.shape(next(iter(batch.values())))[0]
+        self._loss_tracker.update_state(loss, sample_weight=count)
+        return {"loss": self._loss_tracker.result()}
+
+    # Sampling and files ---------------------------------------------------------------------------
+
+    def generate(self, num_images=None, labels=None, prompts=None, **options):
+        return generation.generate(self, num_images, labels, prompts, **options)
+
+    generate.__doc__ = generation.generate.__doc__
+
+    def save(self, filepath, overwrite=True, **kwargs):
+        """As `keras.Model.save`, but written beside and renamed: a killed save loses nothing."""
+        _atomically(super().save, filepath, overwrite, **kwargs)
+
+    def save_weights(self, filepath, overwrite=True, **kwargs):
+        """As `keras.Model.save_weights`, but written beside and renamed."""
+        _atomically(super().save_weights, filepath, overwrite, **kwargs)
+
+
+def _atomically(write, filepath, overwrite, **kwargs):
+    path = Path(filepath)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; pass overwrite=True to replace it.")
+    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    try:
+        write(beside, overwrite=True, **kwargs)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

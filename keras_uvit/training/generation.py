@@ -1,0 +1,219 @@
+"""From noise to images: batches, seeds, guidance, the compiled loop."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_uvit import backend
+from keras_uvit.process import predictions, samplers
+
+
+def generate(
+    model,
+    num_images=None,
+    labels=None,
+    prompts=None,
+    *,
+    num_steps=None,
+    sampler=None,
+    guidance_scale=None,
+    guidance_interval=(0.0, 1.0),
+    seed=0,
+    batch_size=64,
+    use_ema=True,
+    decode=True,
+    verbose=1,
+):
+    """Draws images from the model.
+
+    Image k depends on `seed` and k alone: not on `batch_size`, and, with a deterministic sampler,
+    not on the backend (up to rounding). The whole loop is one compiled program on JAX and
+    TensorFlow; another seed, guidance scale or sampler of as many evaluations compiles nothing.
+
+    Args:
+        num_images: int, for an unconditional model.
+        labels: ints in [0, num_classes), one per image, for a class-conditional model.
+        prompts: strings, or their text features `(n, length, width)`, for a text model.
+        num_steps: int, what the sampler makes of it; `None` is the model's default.
+        sampler: a name in `process.samplers.SAMPLERS`, or `Steps`; `None` is the model's default.
+        guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off, `None` the model's default.
+        guidance_interval: (low, high) in [0, 1]: times at which guidance is on.
+        seed: int >= 0.
+        batch_size: int, images at a time.
+        use_ema: bool. Sample with the moving average of the weights.
+        decode: bool. `False` returns float32 as the network sees it: pixels in [-1, 1], or
+            latents times the scale factor.
+        verbose: 0 or 1. Progress bar.
+
+    Returns:
+        `(n, H, W, C)` uint8 in [0, 255].
+
+    Raises:
+        ValueError, TypeError: if the arguments do not fit the model, before anything is compiled.
+    """
+    conditions, total = _conditions(model, num_images, labels, prompts)
+    if decode and model.latent_scale is not None and model.autoencoder is None:
+        raise ValueError(
+            "This model makes latents and has no autoencoder to decode them. Set "
+            "`model.autoencoder`, or pass decode=False for the latents themselves."
+        )
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed must be an int >= 0. Received: {seed!r}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1. Received: {batch_size}.")
+    steps = _steps(model, sampler, num_steps)
+    scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    guided = _guided_rows(model, steps, scale, guidance_interval, given=guidance_scale is not None)
+    loop = _loop(model, guided)
+    weights = [w.value for w in (model.ema_network if use_ema else model.network).variables]
+    size = min(batch_size, total)
+    bar = keras.utils.Progbar(total, verbose=verbose, unit_name="image")
+    images = []
+    for first in range(0, total, size):
+        chosen = np.arange(first, first + size)
+        rows = np.minimum(chosen, total - 1)  # a ragged last batch is filled up, not recompiled
+        noise, seeds = _noise(seed, chosen, model.network.image_shape)
+        condition = {key: ops.convert_to_tensor(value[rows]) for key, value in conditions.items()}
+        x = loop(
+            weights,
+            ops.convert_to_tensor(noise),
+            condition,
+            ops.convert_to_tensor(steps.packed()),
+            ops.convert_to_tensor(scale, "float32"),
+            ops.convert_to_tensor(seeds),
+        )
+        x = ops.convert_to_numpy(x)[: total - first]
+        images.append(_finish(model, x) if decode else x)
+        bar.update(min(first + size, total))
+    return np.concatenate(images)
+
+
+def _finish(model, x):
+    if model.latent_scale is not None:
+        return model.autoencoder.decode(x)
+    return np.clip(np.round((x + 1.0) * 127.5), 0, 255).astype("uint8")
+
+
+def _conditions(model, num_images, labels, prompts):
+    """The network's conditions, one row an image, and how many images."""
+    network = model.network
+    wants = "labels" if network.num_classes is not None else "num_images"
+    wants = "prompts" if network.context_shape is not None else wants
+    given = {"num_images": num_images, "labels": labels, "prompts": prompts}
+    given = [key for key, value in given.items() if value is not None]
+    if given != [wants]:
+        raise ValueError(f"This model generates from `{wants}`. Received: {given or 'nothing'}.")
+    if wants == "num_images":
+        if not isinstance(num_images, int | np.integer) or num_images < 1:
+            raise ValueError(f"num_images must be an int >= 1. Received: {num_images!r}.")
+        return {}, int(num_images)
+    if wants == "labels":
+        labels = np.asarray(list(labels) if isinstance(labels, range) else labels)
+        if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"labels must be a list of integers. Received: {labels!r}.")
+        bad = labels[(labels < 0) | (labels >= network.num_classes)]
+        if len(bad):
+            raise ValueError(
+                f"labels must be in [0, {network.num_classes}). Received: {bad[0]}."
+            )
+        return {"label": labels.astype("int32")}, len(labels)
+    context = _context(model, prompts)
+    return {"context": context}, len(context)
+
+
+def _context(model, prompts):
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if all(isinstance(prompt, str) for prompt in prompts):
+        if model.text_encoder is None:
+            raise ValueError(
+                "Prompts as strings need a text encoder: set `model.text_encoder`, or pass text "
+                f"features of shape (n, {', '.join(map(str, model.network.context_shape))})."
+            )
+        prompts = model.text_encoder(prompts)
+    context = np.asarray(ops.convert_to_numpy(prompts), "float32")
+    if context.ndim != 3 or context.shape[1:] != model.network.context_shape or not len(context):
+        raise ValueError(
+            f"Text features must have shape (n, {', '.join(map(str, model.network.context_shape))})"
+            f". Received: {context.shape}."
+        )
+    return context
+
+
+def _steps(model, sampler, num_steps):
+    sampler = model.sampler if sampler is None else sampler
+    if isinstance(sampler, samplers.Steps):
+        if num_steps is not None:
+            raise ValueError("`Steps` already has its number of steps; leave `num_steps` out.")
+        return sampler
+    return samplers.named(sampler, model.schedule, model.num_steps if num_steps is None else num_steps)
+
+
+def _guided_rows(model, steps, scale, interval, given):
+    """Runs of rows with and without guidance: ((number of rows, guided), ...)."""
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"guidance_interval is (low, high) in [0, 1]. Received: {interval}.")
+    if not np.isfinite(scale) or scale < 0:
+        raise ValueError(f"guidance_scale must be finite and >= 0. Received: {scale}.")
+    network = model.network
+    if scale != 1.0 and network.null_label is None and network.context_shape is None:
+        if given:
+            raise ValueError(
+                f"guidance_scale={scale} needs a network that knows 'no label': num_classes with "
+                "null_label=True, trained with condition_dropout > 0. Use guidance_scale=1.0."
+            )
+        scale = 1.0
+    on = (steps.t >= low) & (steps.t <= high) & (scale != 1.0)
+    edges = np.flatnonzero(np.diff(on)) + 1
+    runs = np.split(on, edges)
+    return tuple((len(run), bool(run[0])) for run in runs)
+
+
+def _noise(seed, indices, shape):
+    """Starting noise `(B, H, W, C)` and a 31-bit seed `(B,)` for later noise, per image."""
+    generators = [np.random.default_rng([seed, int(k)]) for k in indices]
+    noise = np.stack([g.standard_normal(shape, "float32") for g in generators])
+    return noise, np.array([g.integers(2**31) for g in generators], "int32")
+
+
+def _loop(model, guided):
+    """The compiled loop for this pattern of guidance, made once per model."""
+    if guided not in model._loops:
+        model._loops[guided] = backend.compiled(
+            lambda *arguments: _run(model, guided, *arguments)
+        )
+    return model._loops[guided]
+
+
+def _run(model, guided, weights, noise, condition, table, scale, seeds):
+    network = model.network
+
+    def output(x, t, condition):
+        inputs = {"image": x, "timestep": ops.repeat(model.time_scale * t, x.shape[0]), **condition}
+        with keras.StatelessScope(state_mapping=list(zip(network.variables, weights))):
+            out = ops.cast(network(inputs, training=False), "float32")
+        times = ops.repeat(t, x.shape[0])
+        return predictions.denoised(model.prediction, model.schedule, times, x, out)
+
+    def plain(x, t):
+        return output(x, t, condition)
+
+    def with_guidance(x, t):
+        both = {key: ops.concatenate([value, null[key]]) for key, value in condition.items()}
+        d_c, d_u = ops.split(output(ops.concatenate([x, x]), t, both), 2)
+        return d_u + scale * (d_c - d_u)
+
+    null = {}
+    if "label" in condition:
+        null["label"] = ops.full_like(condition["label"], network.null_label or 0)
+    if "context" in condition:
+        null["context"] = ops.broadcast_to(
+            ops.convert_to_tensor(model.null_context), condition["context"].shape
+        )
+    return samplers.sample(
+        [(rows, with_guidance if on else plain) for rows, on in guided],
+        noise,
+        table,
+        lambda i: backend.normal_per_image(seeds, i, noise.shape[1:]),
+    )
