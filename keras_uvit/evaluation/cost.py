@@ -1,0 +1,46 @@
+"""What a network costs: parameters and multiply-accumulates."""
+
+import math
+
+from keras_uvit.networks.layers import Attention, ConvPatchEmbedding
+
+
+def count_parameters(network):
+    """Number of weights."""
+    return sum(math.prod(weight.shape) for weight in network.weights)
+
+
+def count_macs(network):
+    """Multiply-accumulates of one image's forward pass: matrix products, convolutions, attention.
+
+    The "GFLOPs" of the U-ViT and DiT papers are these, in units of 1e9. A training step costs
+    about 6 floating-point operations per MAC.
+
+    Args:
+        network: `UViT`.
+
+    Returns:
+        int.
+    """
+    total = 0
+    for layer in network.layers:
+        if isinstance(layer, ConvPatchEmbedding):
+            total += _conv_stack(layer, network.image_shape)
+            continue
+        places = math.prod(layer.output.shape[1:-1])  # tokens or pixels: each meets the kernel once
+        for weight in layer.weights:
+            if weight.name == "kernel":
+                once = "/modulation/" in weight.path  # AdaLN: once per image
+                total += (1 if once else places) * math.prod(weight.shape)
+        for part in layer._flatten_layers():
+            if isinstance(part, Attention):
+                total += 2 * places**2 * layer.output.shape[-1]  # Q K^T and weights V
+    return total
+
+
+def _conv_stack(layer, image_shape):
+    shape, total = (None, *image_shape), 0
+    for conv in layer.convs:
+        shape = conv.compute_output_shape(shape)
+        total += shape[1] * shape[2] * math.prod(conv.kernel.shape)
+    return total
