@@ -169,7 +169,7 @@ class VPDiscrete(_VariancePreserving):
 
     def _segment(self, t):
         """n and the slope per step of log alpha for n < t num_timesteps <= n + 1; its value at n."""
-        n = _module(t).clip(_module(t).ceil(_array(t) * self.num_timesteps) - 1, 0, None)
+        n = _module(t).maximum(_module(t).ceil(_array(t) * self.num_timesteps) - 1, 0)
         table = self._table()
         return n, _lookup(np.diff(table), n), _lookup(table, n)
 

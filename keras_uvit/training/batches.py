@@ -39,34 +39,28 @@ def as_dict(data):
 
 
 def check_source(model, x, y=None):
-    """Checks training or validation data; returns it, a one-shot generator with its batch put back.
+    """Checks training or validation data, and returns it in a form that Keras takes.
 
     Arrays are checked whole; of anything else (tf.data, Grain, `PyDataset`, `DataLoader`,
-    generator) the first batch is.
+    generator) the first batch is. Keras wants tuples from a generator, so its dicts are wrapped.
     """
-    if x is None or isinstance(x, dict) or _is_array(x):
-        if x is not None:
-            check_batch(model, as_dict((x, y)))
-        return x
-    if isinstance(x, keras.utils.PyDataset):
+    if isinstance(x, types.GeneratorType):
+        first = next(x, None)
+        x = (as_tuple(batch) for batch in itertools.chain([first], x))
+    elif x is None or isinstance(x, dict) or _is_array(x):
+        first = (x, y)
+    elif isinstance(x, keras.utils.PyDataset):
         first = x[0]
-    elif isinstance(x, types.GeneratorType):
-        first, x = _peek(x)
     else:
         first = next(iter(x), None)
-    if first is None:
+    if first is None or (isinstance(first, tuple) and first[0] is None):
         raise ValueError("The data set is empty: it gave no batch.")
-    if isinstance(first, dict) and type(x).__module__.startswith("torch."):
-        first = (first,)
-        if keras.config.backend() != "torch":
-            pass
     check_batch(model, as_dict(first))
     return x
 
 
-def _peek(generator):
-    first = next(generator, None)
-    return first, (batch for batch in itertools.chain([first], generator))
+def as_tuple(batch):
+    return batch if isinstance(batch, tuple) else (batch,)
 
 
 def _is_array(x):

@@ -1,6 +1,7 @@
 """A network, a noise schedule and a loss: a Keras model to `fit` and `generate` with."""
 
 import os
+import types
 from pathlib import Path
 
 import keras
@@ -209,11 +210,13 @@ class DiffusionModel(keras.Model):
             ValueError, TypeError: if the data do not fit the model, before anything is compiled.
             FloatingPointError: after `max_skipped_steps` non-finite steps in a row.
         """
+        if isinstance(x, types.GeneratorType):
+            kwargs.setdefault("shuffle", False)  # Keras would warn that it cannot
         x = batches.check_source(self, x, y)
         validation = kwargs.get("validation_data")
         if validation is not None:
-            pair = validation if isinstance(validation, tuple) else (validation, None)
-            batches.check_source(self, *pair[:2])
+            first, *rest = validation if isinstance(validation, tuple) else (validation,)
+            kwargs["validation_data"] = (batches.check_source(self, first, *rest[:1]), *rest)
         guard = StopOnNonFinite(self.max_skipped_steps)
         self.skipped_in_row.assign(0)
         if isinstance(callbacks, keras.callbacks.CallbackList):

@@ -1,0 +1,52 @@
+# make demo   installs into .venv, trains on handwritten digits, samples, measures, draws a picture
+# make test   installs into .venv, runs every test on JAX, TensorFlow and PyTorch
+# make lint   ruff
+# KERAS_BACKEND=tensorflow or torch chooses another backend for the demo.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The CPU build is enough for the tests. A plain `torch` would fetch gigabytes of CUDA on Linux; where
+# no CPU wheel is at hand: make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu".
+TORCH ?= torch==2.13.0
+KERAS_BACKEND ?= jax
+BACKENDS ?= jax tensorflow torch
+
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed-demo-$(KERAS_BACKEND)
+	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/digits.py --out runs/digits
+
+test: $(VENV)/installed-test
+	@failed=""; for backend in $(BACKENDS); do \
+	  echo "=== $$backend ==="; \
+	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest || failed="$$failed $$backend"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "Tests failed on:$$failed"; exit 1; fi; \
+	echo "All tests passed on: $(BACKENDS)"
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-demo-torch: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e ".[demo]"
+	touch $@
+
+$(VENV)/installed-demo-%: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[$*,demo]"
+	touch $@
+
+$(VENV)/installed-test: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
