@@ -89,7 +89,9 @@ def parse():
     )
     parser.add_argument("--out", default="runs/digits", help="folder to write into (%(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps (the preset's)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, noise, order (%(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, noise, order (%(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="200 steps, 200 images: try the path")
     parser.add_argument("--quiet", action="store_true", help="one line an epoch, no bars")
     options = parser.parse_args()

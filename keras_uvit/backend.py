@@ -38,7 +38,9 @@ def attention(query, key, value):
     """
     if has_accelerator():
         return ops.dot_product_attention(query, key, value)
-    query, key, value = (ops.transpose(a, (0, 2, 1, 3)) for a in (query, key, value))  # (B, N, L, K)
+    query, key, value = (
+        ops.transpose(a, (0, 2, 1, 3)) for a in (query, key, value)
+    )  # (B, N, L, K)
     scores = ops.matmul(query * query.shape[-1] ** -0.5, ops.transpose(key, (0, 1, 3, 2)))
     weights = ops.cast(ops.softmax(ops.cast(scores, "float32")), value.dtype)  # (B, N, L, L)
     return ops.transpose(ops.matmul(weights, value), (0, 2, 1, 3))
@@ -81,7 +83,9 @@ def normal_per_image(seeds, step, shape):
         import tensorflow as tf
 
         return tf.map_fn(
-            lambda seed: tf.random.stateless_normal(shape, tf.stack([seed, tf.cast(step, "int32")])),
+            lambda seed: tf.random.stateless_normal(
+                shape, tf.stack([seed, tf.cast(step, "int32")])
+            ),
             seeds,
             fn_output_signature=tf.TensorSpec(shape, "float32"),
         )

@@ -34,9 +34,7 @@ def digits(split="train"):
         ) from error
     scans = load_digits()
     order = np.arange(len(scans.target))
-    train, test = train_test_split(
-        order, test_size=NUM_TEST, stratify=scans.target, random_state=0
-    )
+    train, test = train_test_split(order, test_size=NUM_TEST, stratify=scans.target, random_state=0)
     rows = np.sort(train if split == "train" else test)
     image = np.round(scans.images[rows, :, :, None] * (255.0 / 16.0)).astype("uint8")
     return {"image": image, "label": scans.target[rows].astype("int32")}

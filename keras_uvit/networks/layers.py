@@ -311,9 +311,7 @@ class TransformerBlock(layers.Layer):
         `(B, L, D)`.
     """
 
-    def __init__(
-        self, num_heads, mlp_dim, qkv_bias=False, adaln=False, remat=False, **kwargs
-    ):
+    def __init__(self, num_heads, mlp_dim, qkv_bias=False, adaln=False, remat=False, **kwargs):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.mlp_dim = mlp_dim

@@ -95,6 +95,7 @@ class UViT(keras.Model):
         _check(config)
         inputs, outputs = _build(config)
         super().__init__(inputs, outputs, name=name)
+        self.dtype_policy = keras.dtype_policies.get(config["dtype"])
         self.autocast = False  # mixed precision must not round the timestep
         self.config = config
         self.image_shape = config["image_shape"]

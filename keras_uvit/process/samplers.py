@@ -170,7 +170,9 @@ def _drift(schedule, t, x):
 def euler(schedule, times):
     """Euler steps of the probability-flow ODE, order 1. Arguments as in `ddim`."""
     times = _checked(times, "euler")
-    return _steps([(s, X + (t - s) * _drift(schedule, s, X), 0, 1) for s, t in zip(times, times[1:])])
+    return _steps(
+        [(s, X + (t - s) * _drift(schedule, s, X), 0, 1) for s, t in zip(times, times[1:])]
+    )
 
 
 def heun(schedule, times):

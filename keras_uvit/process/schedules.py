@@ -60,7 +60,7 @@ class _VariancePreserving(_Config):
 
     def sigma_slope(self, t):
         # From alpha alpha' + sigma sigma' = 0.
-        return -self.alpha(t) ** 2 * self.log_alpha_slope(t) / self.sigma(t)
+        return -(self.alpha(t) ** 2) * self.log_alpha_slope(t) / self.sigma(t)
 
     def training_time(self, u):
         return u

@@ -30,7 +30,9 @@ def as_dict(data):
     """A batch as a dict, from what Keras hands to `train_step` or a user to `fit`."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
     if weight is not None:
-        raise ValueError("sample_weight is not supported: the diffusion loss weighs images equally.")
+        raise ValueError(
+            "sample_weight is not supported: the diffusion loss weighs images equally."
+        )
     if not isinstance(x, dict):
         return {"image": x} if y is None else {"image": x, "label": y}
     if y is not None:
@@ -77,14 +79,19 @@ def check_batch(model, batch):
         raise ValueError(
             f"A batch for this model has one of {DATA} and {wanted or 'nothing else'}. Received "
             f"the keys {sorted(batch)}."
-            + (" The network has no labels: drop them or build it with num_classes."
-               if "label" in unknown else "")
+            + (
+                " The network has no labels: drop them or build it with num_classes."
+                if "label" in unknown
+                else ""
+            )
         )
     (key,) = data
     arrays = {name: ops.convert_to_numpy(value) for name, value in batch.items()}
     lengths = {name: value.shape[0] if value.ndim else 0 for name, value in arrays.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        raise ValueError(f"All parts of a batch have the same, positive length. Received: {lengths}.")
+        raise ValueError(
+            f"All parts of a batch have the same, positive length. Received: {lengths}."
+        )
     _check_data(model, key, arrays[key])
     if "label" in arrays:
         _check_labels(model.network.num_classes, arrays["label"])

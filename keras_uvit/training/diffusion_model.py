@@ -112,7 +112,9 @@ class DiffusionModel(keras.Model):
         self.skipped_in_row = self.add_weight(name="skipped_in_row", **counter)
         if network.context_shape is not None:
             self.null_context = self.add_weight(
-                shape=network.context_shape, initializer="zeros", trainable=False,
+                shape=network.context_shape,
+                initializer="zeros",
+                trainable=False,
                 name="null_context",
             )
         self.random = keras.random.SeedGenerator(seed)
@@ -190,7 +192,9 @@ class DiffusionModel(keras.Model):
             **kwargs: `steps_per_execution`, `run_eagerly`, `auto_scale_loss`. The loss is the
                 model's own.
         """
-        unused = [k for k in ("loss", "metrics", "weighted_metrics", "loss_weights") if kwargs.get(k)]
+        unused = [
+            k for k in ("loss", "metrics", "weighted_metrics", "loss_weights") if kwargs.get(k)
+        ]
         if unused:
             raise ValueError(
                 f"The diffusion loss and its metrics are built in. Leave out: {unused}; "
@@ -203,7 +207,9 @@ class DiffusionModel(keras.Model):
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
 
-    def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs):
+    def fit(
+        self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs
+    ):
         """As `keras.Model.fit`, on dicts of arrays or any source of them; see `training.batches`.
 
         Raises:
@@ -222,7 +228,10 @@ class DiffusionModel(keras.Model):
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.append(guard)
         else:
-            callbacks = [*(callbacks if isinstance(callbacks, list | tuple) else [callbacks]), guard]
+            callbacks = [
+                *(callbacks if isinstance(callbacks, list | tuple) else [callbacks]),
+                guard,
+            ]
             callbacks = [callback for callback in callbacks if callback is not None]
         history = super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
         if guard.error:

@@ -113,9 +113,7 @@ def _conditions(model, num_images, labels, prompts):
             raise ValueError(f"labels must be a list of integers. Received: {labels!r}.")
         bad = labels[(labels < 0) | (labels >= network.num_classes)]
         if len(bad):
-            raise ValueError(
-                f"labels must be in [0, {network.num_classes}). Received: {bad[0]}."
-            )
+            raise ValueError(f"labels must be in [0, {network.num_classes}). Received: {bad[0]}.")
         return {"label": labels.astype("int32")}, len(labels)
     context = _context(model, prompts)
     return {"context": context}, len(context)
@@ -146,7 +144,9 @@ def _steps(model, sampler, num_steps):
         if num_steps is not None:
             raise ValueError("`Steps` already has its number of steps; leave `num_steps` out.")
         return sampler
-    return samplers.named(sampler, model.schedule, model.num_steps if num_steps is None else num_steps)
+    return samplers.named(
+        sampler, model.schedule, model.num_steps if num_steps is None else num_steps
+    )
 
 
 def _guided_rows(model, steps, scale, interval, given):
@@ -180,9 +180,7 @@ def _noise(seed, indices, shape):
 def _loop(model, guided):
     """The compiled loop for this pattern of guidance, made once per model."""
     if guided not in model._loops:
-        model._loops[guided] = backend.compiled(
-            lambda *arguments: _run(model, guided, *arguments)
-        )
+        model._loops[guided] = backend.compiled(lambda *arguments: _run(model, guided, *arguments))
     return model._loops[guided]
 
 

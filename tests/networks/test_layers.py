@@ -1,0 +1,178 @@
+"""Each layer against the formula in its docstring, and Keras' contract for all of them."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_uvit.networks import layers as parts
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def randomize(layer):
+    """Zero biases and unit gammas hide mistakes."""
+    for i, weight in enumerate(layer.weights):
+        weight.assign(random(*weight.shape, seed=i) * 0.3)
+
+
+# (layer, shapes of its inputs)
+LAYERS = [
+    (lambda **k: parts.PatchEmbedding(12, 2, **k), [(2, 4, 6, 3)]),
+    (lambda **k: parts.ConvPatchEmbedding(12, 4, **k), [(2, 8, 4, 3)]),
+    (lambda **k: parts.ConvPatchEmbedding(12, 1, **k), [(2, 4, 4, 3)]),
+    (lambda **k: parts.TimeEmbedding(13, **k), [(2,)]),
+    (lambda **k: parts.PositionEmbedding(**k), [(2, 5, 12)]),
+    (lambda **k: parts.SinusoidalPositions((2, 3), **k), [(2, 7, 12)]),
+    (lambda **k: parts.Attention(3, True, **k), [(2, 5, 12)]),
+    (lambda **k: parts.TransformerBlock(3, 20, True, **k), [(2, 5, 12)]),
+    (lambda **k: parts.TransformerBlock(3, 20, adaln=True, remat=True, **k), [(2, 5, 12), (2, 12)]),
+    *[(lambda m=m, **k: parts.LongSkip(m, **k), [(2, 5, 12), (2, 5, 12)]) for m in parts.SKIPS],
+    (lambda **k: parts.Unpatchify(2, (4, 6, 3), **k), [(2, 6, 12)]),
+]
+
+
+@pytest.mark.parametrize(("make", "shapes"), LAYERS)
+def test_layer_contract(make, shapes):
+    layer, inputs = make(), [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    symbolic = make()(*[keras.KerasTensor((None, *shape[1:])) for shape in shapes])
+    out = numpy(layer(*inputs))
+    assert symbolic.shape == (None, *out.shape[1:])
+    assert np.isfinite(out).all()
+
+    copy = type(layer).from_config(layer.get_config())
+    copy(*inputs)
+    copy.set_weights(layer.get_weights())
+    np.testing.assert_array_equal(numpy(copy(*inputs)), out)
+
+    half = make(dtype="mixed_bfloat16")
+    assert keras.backend.standardize_dtype(half(*inputs).dtype) == "bfloat16"
+    assert {keras.backend.standardize_dtype(w.dtype) for w in half.weights} <= {"float32"}
+
+
+def test_patches_are_cut_row_by_row_and_flattened_row_column_channel():
+    image = np.arange(2 * 4 * 6 * 3, dtype="float32").reshape(2, 4, 6, 3)
+    patches = numpy(parts.patchify(image, 2))
+    assert patches.shape == (2, 6, 12)
+    for k in range(6):
+        row, column = divmod(k, 3)
+        cut = image[1, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        np.testing.assert_array_equal(patches[1, k], cut.reshape(-1))
+    np.testing.assert_array_equal(numpy(parts.unpatchify(patches, 2, (4, 6, 3))), image)
+
+
+def test_patch_embedding_is_a_strided_convolution():
+    image, layer = random(2, 6, 4, 3), parts.PatchEmbedding(8, 2)
+    out = numpy(layer(image))
+    conv = keras.layers.Conv2D(8, 2, 2)
+    conv.build(image.shape)
+    conv.set_weights([numpy(layer.proj.kernel).reshape(2, 2, 3, 8), numpy(layer.proj.bias)])
+    # Sums of 12 products of size one, in another order.
+    np.testing.assert_allclose(out, numpy(conv(image)).reshape(2, 6, 8), atol=1e-5)
+
+
+def test_time_embedding_is_cosines_then_sines():
+    timestep, dim = np.array([0.0, 1.0, 999.0], "float32"), 8
+    out = numpy(parts.TimeEmbedding(dim)(timestep))
+    angles = timestep[:, None].astype("float64") * 10000.0 ** (-np.arange(4) / 4)
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    # An angle of 999 has a float32 spacing of 6e-5.
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+def test_time_embedding_is_not_rounded_in_mixed_precision():
+    layer = parts.TimeEmbedding(64, dtype="mixed_bfloat16")
+    out = numpy(ops.cast(layer(np.array([999.0, 1000.0], "float32")), "float32"))
+    # bfloat16 holds 1000 but not 999; rounding the input would make the two rows equal.
+    assert np.abs(out[0] - out[1]).max() > 0.5
+
+
+def test_attention_is_softmax_of_scaled_products_per_head():
+    x, layer = random(2, 5, 12), parts.Attention(3, True)
+    layer.build(x.shape)
+    randomize(layer)
+    kernel, bias, proj, proj_bias = (numpy(w).astype("float64") for w in layer.weights)
+    qkv = (x @ kernel + bias).reshape(2, 5, 3, 3, 4).transpose(2, 0, 3, 1, 4)  # (3, B, N, L, K)
+    scores = qkv[0] @ qkv[1].swapaxes(-1, -2) / 2.0
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = (weights @ qkv[2]).transpose(0, 2, 1, 3).reshape(2, 5, 12) @ proj + proj_bias
+    # float32 against float64 on values of size one.
+    np.testing.assert_allclose(numpy(layer(x)), expected, atol=1e-5)
+
+
+def test_both_forms_of_attention_agree(monkeypatch):
+    q, k, v = (random(2, 7, 3, 4, seed=i) for i in range(3))
+    plain = numpy(parts.backend.attention(q, k, v))
+    monkeypatch.setattr(parts.backend, "has_accelerator", lambda: True)
+    fused = parts.backend.attention(*(ops.convert_to_tensor(a) for a in (q, k, v)))
+    np.testing.assert_allclose(plain, numpy(fused), atol=1e-6)  # rounding of values of size one
+
+
+@pytest.mark.parametrize("adaln", [False, True])
+def test_block_is_pre_norm_with_exact_gelu(adaln):
+    x, time = random(2, 5, 12), random(2, 12, seed=1)
+    block = parts.TransformerBlock(3, 20, adaln=adaln)
+    inputs = (x, time) if adaln else (x,)
+    block(*inputs)
+    randomize(block)
+
+    def norm(h, layer, scale, shift):
+        h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
+        if adaln:
+            return (1 + scale) * h + shift
+        return h * numpy(layer.gamma) + numpy(layer.beta)
+
+    parts4 = [None] * 4
+    if adaln:
+        e = time @ numpy(block.modulation.kernel) + numpy(block.modulation.bias)
+        parts4 = np.split(e[:, None], 4, axis=-1)
+    h = x + numpy(block.attention(norm(x, block.norm_1, *parts4[:2]).astype("float32")))
+    z = norm(h, block.norm_2, *parts4[2:]) @ numpy(block.mlp_in.kernel) + numpy(block.mlp_in.bias)
+    erf = np.vectorize(__import__("math").erf)
+    z = z * 0.5 * (1 + erf(z / np.sqrt(2)))
+    expected = h + z @ numpy(block.mlp_out.kernel) + numpy(block.mlp_out.bias)
+    # float32 rounding on values up to about 10; the tanh form of GELU would be off by 1e-4.
+    np.testing.assert_allclose(numpy(block(*inputs)), expected, atol=2e-5)
+
+
+def test_long_skip_merges():
+    x, s = random(2, 5, 4), random(2, 5, 4, seed=1)
+    expected = {
+        "concat": lambda w, b: np.concatenate([x, s], -1) @ w + b,
+        "add_project": lambda w, b: (x + s) @ w + b,
+        "project_sum": lambda w, b: x + s @ w + b,
+        "add": lambda: x + s,
+    }
+    for merge in parts.SKIPS:
+        layer = parts.LongSkip(merge)
+        layer(x, s)
+        randomize(layer)
+        right = expected[merge](*map(numpy, layer.weights))
+        np.testing.assert_allclose(numpy(layer(x, s)), right, atol=1e-6)  # rounding
+
+
+def test_sinusoidal_positions_leave_extra_tokens_alone_and_tell_patches_apart():
+    x = np.zeros((1, 8, 16), "float32")
+    out = numpy(parts.SinusoidalPositions((2, 3))(x))[0]
+    assert not out[:2].any()
+    distances = np.linalg.norm(out[2:, None] - out[None, 2:], axis=-1)
+    assert distances[~np.eye(6, dtype=bool)].min() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: parts.ConvPatchEmbedding(8, 3), "power of two.*patch_size=3"),
+        (lambda: parts.SinusoidalPositions((2, 2))(np.zeros((1, 5, 6))), "multiple of 4"),
+    ],
+)
+def test_layers_say_what_does_not_fit(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,123 @@
+"""Bad data is refused before anything is compiled, in words."""
+
+import numpy as np
+import pytest
+
+from keras_uvit import DiffusionModel, UViT
+
+TINY = dict(image_shape=(4, 4, 3), patch_size=2, hidden_dim=8, num_layers=1, num_heads=2)
+IMAGES = np.zeros((6, 4, 4, 3), "uint8")
+LABELS = np.arange(6)
+
+
+def floats(value):
+    x = np.full((6, 4, 4, 3), -1.0, "float32")
+    x[2, 1, 1, 0] = value
+    return x
+
+
+CASES = {
+    "label too large": (dict(image=IMAGES, label=LABELS + 5), ValueError, r"\[0, 10\).*10 at index 5"),
+    "label negative": (dict(image=IMAGES, label=LABELS - 1), ValueError, "Received -1 at index 0"),
+    "labels float": (dict(image=IMAGES, label=LABELS * 1.0), TypeError, "Labels must be integers"),
+    "labels one-hot": (dict(image=IMAGES, label=np.eye(10)[LABELS]), ValueError, "argmax"),
+    "labels missing": (dict(image=IMAGES), ValueError, r"\['label'\].*Received the keys \['image'\]"),
+    "key misspelt": (dict(images=IMAGES, label=LABELS), ValueError, "'images', 'label'"),
+    "two kinds": (dict(image=IMAGES, latent=floats(0), label=LABELS), ValueError, "one of"),
+    "lengths differ": (dict(image=IMAGES, label=LABELS[:5]), ValueError, "'image': 6, 'label': 5"),
+    "wrong size": (dict(image=IMAGES[:, :2], label=LABELS), ValueError, r"\(batch, 4, 4, 3\).*2, 4, 3"),
+    "channels first": (
+        dict(image=IMAGES.transpose(0, 3, 1, 2), label=LABELS), ValueError, "Channels come last",
+    ),
+    "wrong channels": (dict(image=IMAGES[..., :1], label=LABELS), ValueError, r"4, 4, 3\)"),
+    "int64 pixels": (dict(image=IMAGES.astype(int), label=LABELS), TypeError, "uint8 or float"),
+    "0 to 255 floats": (dict(image=floats(255), label=LABELS), ValueError, r"x / 127.5 - 1"),
+    "NaN": (dict(image=floats(np.nan), label=LABELS), ValueError, "NaN or infinity in 1 of 6.*index 2"),
+    "latents for pixels": (dict(latent=floats(0), label=LABELS), ValueError, "works on pixels"),
+    "empty": (dict(image=IMAGES[:0], label=LABELS[:0]), ValueError, "positive length"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = DiffusionModel(UViT(**TINY, num_classes=10))
+    model.compile()
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _never_compiles(model, monkeypatch):
+    def fail(*_):
+        raise AssertionError("the data reached train_step")
+
+    monkeypatch.setattr(type(model), "train_step", fail)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_arrays(model, case):
+    data, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        model.fit(data, verbose=0)
+
+
+@pytest.mark.parametrize("case", ["label too large", "NaN", "key misspelt"])
+def test_the_first_batch_of_a_generator_is_checked_too(model, case):
+    data, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        model.fit((batch for batch in [data]), steps_per_epoch=1, verbose=0)
+
+
+def test_bad_validation_data(model, monkeypatch):
+    monkeypatch.undo()
+    data, error, message = CASES["label too large"]
+    with pytest.raises(error, match=message):
+        model.fit(IMAGES, LABELS, validation_data=data, verbose=0)
+    with pytest.raises(error, match=message):
+        model.evaluate(data, verbose=0)
+
+
+def test_an_empty_generator(model):
+    with pytest.raises(ValueError, match="gave no batch"):
+        model.fit((batch for batch in []), steps_per_epoch=1, verbose=0)
+
+
+def test_sample_weights_are_refused(model, monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="sample_weight is not supported"):
+        model.fit(IMAGES, LABELS, sample_weight=np.ones(6), verbose=0)
+
+
+def test_y_beside_a_dict_is_refused(model):
+    with pytest.raises(ValueError, match='labels under "label"'):
+        model.fit({"image": IMAGES}, LABELS, verbose=0)
+
+
+def test_labels_for_a_network_without_labels():
+    model = DiffusionModel(UViT(**TINY))
+    model.compile()
+    with pytest.raises(ValueError, match="network has no labels"):
+        model.fit(IMAGES, LABELS, verbose=0)
+
+
+def test_images_for_a_model_of_latents_and_wrong_moments():
+    model = DiffusionModel(UViT(**TINY), latent_scale=0.18215)
+    model.compile()
+    with pytest.raises(ValueError, match="works on latents.*'latent' or 'moments'.*'image'"):
+        model.fit(IMAGES, verbose=0)
+    with pytest.raises(ValueError, match=r"'moments' must have shape \(batch, 4, 4, 6\)"):
+        model.fit({"moments": floats(0)}, verbose=0)
+
+
+def test_wrong_context_shape():
+    model = DiffusionModel(UViT(**TINY, context_shape=(3, 5)))
+    model.compile()
+    with pytest.raises(ValueError, match=r"'context' must have shape \(batch, 3, 5\)"):
+        model.fit({"image": IMAGES, "context": np.zeros((6, 3, 4))}, verbose=0)
+
+
+def test_floats_from_0_to_1_are_suspicious(model):
+    from keras_uvit.training.batches import check_batch
+
+    images = np.random.default_rng(0).random((60, 4, 4, 3)).astype("float32")
+    with pytest.warns(UserWarning, match=r"pass 2 x - 1"):
+        check_batch(model, {"image": images, "label": np.zeros(60, int)})

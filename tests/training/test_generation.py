@@ -1,0 +1,219 @@
+"""Sampling: seeds, batches, guidance, one compiled loop."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_uvit import DiffusionModel, UViT
+from keras_uvit.process import samplers
+from keras_uvit.training import generation
+
+TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)
+BACKEND = keras.config.backend()
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(0)
+    model = DiffusionModel(UViT(**TINY, num_classes=3), num_steps=6)
+    for weight in model.network.weights:
+        weight.assign(5.0 * weight)  # fresh weights are so small that labels hardly matter
+    model.copy_weights_to_ema()
+    return model
+
+
+def draw(model, labels=(0, 1, 2, 0, 1), **options):
+    options = {"decode": False, "verbose": 0, **options}
+    return model.generate(labels=list(labels), **options)
+
+
+def test_output_is_uint8_and_decode_false_is_what_the_network_sees(model):
+    images = draw(model, decode=True)
+    assert images.shape == (5, 4, 4, 1)
+    assert images.dtype == np.uint8
+    raw = draw(model)
+    assert raw.dtype == np.float32
+    np.testing.assert_array_equal(images, np.clip(np.round((raw + 1) * 127.5), 0, 255))
+
+
+@pytest.mark.parametrize("sampler", ["dpm_solver_pp_2m", "ddpm"])
+def test_image_k_depends_on_seed_and_k_only(model, sampler):
+    all_at_once = draw(model, sampler=sampler, seed=3)
+    in_pieces = draw(model, sampler=sampler, seed=3, batch_size=2)
+    # The same arithmetic in batches of another size: rounding only.
+    np.testing.assert_allclose(all_at_once, in_pieces, atol=1e-4)
+    np.testing.assert_array_equal(all_at_once, draw(model, sampler=sampler, seed=3))
+    fewer = draw(model, labels=(0, 1), sampler=sampler, seed=3)
+    np.testing.assert_allclose(all_at_once[:2], fewer, atol=1e-4)
+    other = draw(model, sampler=sampler, seed=4)
+    assert np.abs(other - all_at_once).max(axis=(1, 2, 3)).min() > 0.05
+    same_label = np.abs(all_at_once[0] - all_at_once[3]).max()
+    assert same_label > 0.05
+
+
+def test_deterministic_samplers_start_from_the_same_noise_on_every_backend():
+    noise, seeds = generation._noise(0, [0, 7], (2, 2, 1))
+    # Numbers of NumPy's generator for the entropy (seed, k): part of the package's promise.
+    expected = np.random.default_rng([0, 7]).standard_normal((2, 2, 1), "float32")
+    np.testing.assert_array_equal(noise[1], expected)
+    assert seeds[0] != seeds[1]
+
+
+def test_per_image_noise_is_standard_normal_and_differs_by_image_and_step():
+    from keras_uvit import backend
+
+    seeds = ops.convert_to_tensor(np.arange(50, dtype="int32") * 1001)
+    draws = [
+        ops.convert_to_numpy(backend.normal_per_image(seeds, ops.convert_to_tensor(i), (8, 8, 2)))
+        for i in range(3)
+    ]
+    flat = np.stack(draws).reshape(150, 128)
+    # 19,200 numbers, four standard deviations.
+    assert abs(flat.mean()) < 0.029
+    assert abs(flat.std() - 1) < 0.021
+    correlations = np.corrcoef(flat) - np.eye(150)
+    assert np.abs(correlations).max() < 0.5  # 128 numbers a draw: five standard deviations
+
+
+def test_guidance_is_linear_in_the_scale_and_one_is_off(model):
+    one_step = dict(sampler=samplers.ddim(model.schedule, np.array([0.8, 0.0])))
+    d1, d2, d3 = (draw(model, guidance_scale=w, **one_step) for w in (1.0, 2.0, 3.0))
+    # D_u + w (D_c - D_u): equal differences. Values up to 30 here, rounded in float32.
+    np.testing.assert_allclose(d3 - d2, d2 - d1, atol=2e-3)
+    assert np.abs(d2 - d1).max() > 0.01
+    zero = draw(model, guidance_scale=0.0, **one_step, labels=(0, 0, 0, 0, 0))
+    np.testing.assert_allclose(
+        zero, draw(model, guidance_scale=0.0, **one_step), atol=2e-3
+    )  # w = 0 does not see the label
+
+
+def test_guidance_interval_splits_the_loop(model):
+    steps = samplers.named("dpm_solver_pp_2m", model.schedule, 6)
+    rows = generation._guided_rows(model, steps, 2.0, (0.2, 0.7), given=True)
+    on = (steps.t >= 0.2) & (steps.t <= 0.7)
+    assert sum(n for n, _ in rows) == 6
+    assert [flag for n, flag in rows for _ in range(n)] == list(on)
+    everywhere = draw(model, guidance_scale=2.0)
+    np.testing.assert_array_equal(
+        everywhere, draw(model, guidance_scale=2.0, guidance_interval=(0.0, 1.0))
+    )
+    nowhere = draw(model, guidance_scale=2.0, guidance_interval=(0.0, 1e-6))
+    np.testing.assert_allclose(nowhere, draw(model), atol=1e-4)  # rounding
+    part = draw(model, guidance_scale=2.0, guidance_interval=(0.2, 0.7))
+    assert np.abs(part - everywhere).max() > 0.01
+    assert np.abs(part - nowhere).max() > 0.01
+
+
+def test_a_segmented_loop_equals_a_whole_one(model):
+    steps = samplers.named("dpm_solver_pp_3m", model.schedule, 8)
+    noise = np.random.default_rng(0).standard_normal((2, 3)).astype("float32")
+    denoise = lambda x, t: 0.3 * x + t  # noqa: E731
+    whole = samplers.sample(denoise, noise, steps)
+    parts = samplers.sample([(3, denoise), (1, denoise), (4, denoise)], noise, steps)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(whole), ops.convert_to_numpy(parts), atol=1e-6
+    )  # the compiler may fuse otherwise
+
+
+def test_average_or_raw_weights(model):
+    for weight in model.network.weights:
+        weight.assign(weight + 0.05)
+    averaged, raw = draw(model), draw(model, use_ema=False)
+    assert np.abs(averaged - raw).max() > 0.01
+    keep = [ops.copy(w.value) for w in model.ema_network.weights]
+    model.copy_weights_to_ema()
+    np.testing.assert_array_equal(draw(model), raw)
+    for weight, value in zip(model.ema_network.weights, keep):
+        weight.assign(value)
+
+
+def traces(model):
+    """How often the loops of the model were traced and compiled."""
+    loops = model._loops.values()
+    if BACKEND == "jax":
+        return sum(loop._cache_size() for loop in loops)
+    return sum(loop.experimental_get_tracing_count() for loop in loops)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="nothing is compiled on torch")
+def test_another_sampler_seed_scale_or_weights_compiles_nothing(model):
+    draw(model, sampler="dpm_solver_pp_2m", num_steps=7, guidance_scale=2.0)
+    before = traces(model)
+    for sampler in samplers.SAMPLERS:
+        steps = 4 if sampler == "heun" else 7  # 7 evaluations either way
+        draw(model, sampler=sampler, num_steps=steps, guidance_scale=1.5, seed=5)
+    draw(model, sampler="ddim", num_steps=7, guidance_scale=3.0, use_ema=False)
+    draw(model, labels=range(3), batch_size=2, num_steps=7, guidance_scale=2.0)  # a new batch size
+    ragged = traces(model)
+    draw(model, labels=[0, 1, 2, 0, 1], batch_size=2, num_steps=7, guidance_scale=2.0)
+    assert ragged == before + 1
+    assert traces(model) == ragged
+
+
+def test_unconditional_and_context_models():
+    plain = DiffusionModel(UViT(**TINY), num_steps=3)
+    assert plain.generate(num_images=2, verbose=0).shape == (2, 4, 4, 1)
+    text = DiffusionModel(UViT(**TINY, context_shape=(2, 3)), num_steps=3, guidance_scale=2.0)
+    features = np.random.default_rng(0).standard_normal((2, 2, 3))
+    images = text.generate(prompts=features, verbose=0, decode=False)
+    text.text_encoder = lambda prompts: features[: len(prompts)]
+    again = text.generate(prompts=["a dog", "a cat"], verbose=0, decode=False)
+    np.testing.assert_array_equal(images, again)
+    swapped = text.generate(prompts=features[::-1], verbose=0, decode=False)
+    assert np.abs(swapped - images).max() > 1e-3
+
+
+def test_latents_are_decoded_by_the_autoencoder():
+    class Half:
+        def decode(self, latents):
+            return np.full((len(latents), 8, 8, 3), 7, "uint8")
+
+    model = DiffusionModel(UViT(**TINY), latent_scale=0.5, num_steps=3)
+    assert model.generate(num_images=3, decode=False, verbose=0).shape == (3, 4, 4, 1)
+    with pytest.raises(ValueError, match="no autoencoder.*decode=False"):
+        model.generate(num_images=3)
+    model.autoencoder = Half()
+    assert model.generate(num_images=3, verbose=0).shape == (3, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_images=3), r"generates from `labels`. Received: \['num_images'\]"),
+        (dict(), "Received: nothing"),
+        (dict(labels=[0, 3]), r"labels must be in \[0, 3\). Received: 3"),
+        (dict(labels=[0, -1]), "Received: -1"),
+        (dict(labels=[0.5]), "list of integers"),
+        (dict(labels=[]), "list of integers"),
+        (dict(labels=[0], prompts=["a"]), r"\['labels', 'prompts'\]"),
+        (dict(labels=[0], sampler="dpm_solver++"), "Unknown sampler.*Did you mean 'dpm_solver"),
+        (dict(labels=[0], sampler="dpm_solver_pp_3m", num_steps=2), "at least 3"),
+        (dict(labels=[0], num_steps=0), "num_steps=0"),
+        (dict(labels=[0], num_steps=2.5), "num_steps=2.5"),
+        (dict(labels=[0], guidance_scale=-1.0), "guidance_scale must be finite and >= 0"),
+        (dict(labels=[0], guidance_interval=(0.7, 0.2)), r"\(low, high\)"),
+        (dict(labels=[0], seed=-1), "seed must be an int >= 0"),
+        (dict(labels=[0], batch_size=0), "batch_size must be at least 1"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(model, options, message, monkeypatch):
+    monkeypatch.setattr(generation, "_loop", None)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**options)
+
+
+def test_guidance_without_a_null_label_is_refused():
+    model = DiffusionModel(UViT(**TINY, num_classes=3, null_label=False))
+    with pytest.raises(ValueError, match="needs a network that knows 'no label'"):
+        model.generate(labels=[0], guidance_scale=1.5)
+
+
+def test_prompts_without_a_text_encoder_or_of_the_wrong_shape():
+    model = DiffusionModel(UViT(**TINY, context_shape=(2, 3)))
+    with pytest.raises(ValueError, match=r"need a text encoder.*\(n, 2, 3\)"):
+        model.generate(prompts=["a dog"])
+    with pytest.raises(ValueError, match=r"shape \(n, 2, 3\). Received: \(1, 3, 2\)"):
+        model.generate(prompts=np.zeros((1, 3, 2)))
+    with pytest.raises(ValueError, match="generates from `prompts`"):
+        model.generate(num_images=1)
