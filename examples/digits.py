@@ -114,9 +114,9 @@ def measure(images, labels, train, test):
 
     `class_agreement`: share that a classifier, fitted on the real training scans, reads as the
     class asked for (`classifier_on_test`: its share on real test scans). `frechet_distance`: in
-    pixels / 255, to the test scans; `frechet_floor`: the training scans' own. `within_class_spread`:
-    mean standard deviation of a pixel within a class, over the real one; guidance that collapses a
-    class shows below 1.
+    pixels / 255, to the test scans; `frechet_floor`: the training scans' own.
+    `within_class_spread`: mean standard deviation of a pixel within a class, over the real one;
+    guidance that collapses a class shows below 1.
     """
 
     def features(images):

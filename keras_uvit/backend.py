@@ -164,8 +164,8 @@ def _tensorflow_gradients(model, batch, weights):
     with tf.GradientTape() as tape:
         loss = model.loss_of(batch)
         scaled = model.optimizer.scale_loss(loss)
-    # A label table's gradient comes as sparse slices, for which Keras' Adam takes another path, off
-    # by 4e-3 of the largest weight after eight steps; dense gradients agree with the other backends.
+    # A label table's gradient comes as sparse slices, for which Keras' Adam takes another path,
+    # off by 4e-3 of the largest weight after eight steps; dense ones agree with other backends.
     gradients = tape.gradient(scaled, weights)
     return loss, [g if g is None else tf.convert_to_tensor(g) for g in gradients]
 

@@ -145,9 +145,10 @@ def _files(path, labels):
     if labels != "auto":
         raise ValueError(f'labels must be "auto" or None. Received: {labels!r}.')
     if not all(classes):
+        stray = found[classes.index(None)].name
         raise ValueError(
-            f"{path} has images both beside and inside sub-folders ({found[classes.index(None)].name}"
-            " has no class). Move them, or pass labels=None."
+            f"{path} has images both beside and inside sub-folders ({stray} has no class). "
+            "Move them, or pass labels=None."
         )
     return found, classes
 

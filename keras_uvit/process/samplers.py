@@ -153,7 +153,7 @@ def ddim(schedule, times, *, eta=0.0):
 
 
 def ddpm(schedule, times):
-    """Ancestral sampling with the exact posterior variance: Ho et al. 2020, arXiv 2006.11239, Eq. 7.
+    """Ancestral sampling, exact posterior variance: Ho et al. 2020, arXiv 2006.11239, Eq. 7.
 
     On `time_uniform(1000)` with `VPDiscrete` these are the paper's thousand steps. Arguments as in
     `ddim`.
@@ -197,7 +197,8 @@ def heun(schedule, times):
 def euler_maruyama(schedule, times, *, eta=1.0):
     """Euler-Maruyama steps of the reverse SDE; `eta=0` is `euler`.
 
-    dx = [x' + eta^2 g^2 / (2 sigma) eps] dt + eta g dw, g^2 = (sigma^2)' - 2 (alpha' / alpha) sigma^2
+    dx = [x' + eta^2 g^2 / (2 sigma) eps] dt + eta g dw,
+    g^2 = (sigma^2)' - 2 (alpha' / alpha) sigma^2
 
     with x' the probability-flow drift and eps = (x - alpha D) / sigma: Song et al. 2021, arXiv
     2011.13456, Eq. 6 for eta = 1. The last step adds no noise. The published CIFAR-10 and CelebA

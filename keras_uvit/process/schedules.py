@@ -5,7 +5,7 @@ tables), given backend tensors in float32 (for training).
 
 Every schedule has
 
-* `alpha(t)`, `sigma(t)` and `half_log_snr(t)` = log(alpha / sigma), lambda in the DPM-Solver papers;
+* `alpha(t)`, `sigma(t)`, and `half_log_snr(t)` = log(alpha / sigma), DPM-Solver's lambda;
 * `time(half_log_snr)`, its inverse;
 * `alpha_slope(t)`, `sigma_slope(t)`, the derivatives by t;
 * `training_time(u)`: u uniform in [0, 1) to the t that training draws;
@@ -168,7 +168,7 @@ class VPDiscrete(_VariancePreserving):
         return np.concatenate([[0.0], 0.5 * np.cumsum(np.log1p(-(root**2)))])
 
     def _segment(self, t):
-        """n and the slope per step of log alpha for n < t num_timesteps <= n + 1; its value at n."""
+        """n with n < t num_timesteps <= n + 1; log alpha's slope per step there; its value at n."""
         n = _module(t).maximum(_module(t).ceil(_array(t) * self.num_timesteps) - 1, 0)
         table = self._table()
         return n, _lookup(np.diff(table), n), _lookup(table, n)

@@ -184,7 +184,7 @@ class DiffusionModel(keras.Model):
     # Training -------------------------------------------------------------------------------------
 
     def compile(self, optimizer=None, jit_compile=backend.HAS_XLA, **kwargs):
-        """As `keras.Model.compile`; without arguments, the recipe's AdamW, XLA on JAX and TensorFlow.
+        """As `keras.Model.compile`; without arguments the recipe's AdamW, and XLA where there is.
 
         Args:
             optimizer: any Keras optimizer; `None` is `training.adamw(**recipe)`.
@@ -260,7 +260,7 @@ class DiffusionModel(keras.Model):
         return self._loss(batch, self.network, training=True)
 
     def test_loss_of(self, batch):
-        """Loss of a validation batch by the moving average; the k-th batch always draws the same."""
+        """Loss of a validation batch by the moving average; batch k always draws the same."""
         self._seed_random(TEST, self.test_step_count)
         self.test_step_count.assign_add(1)
         return self._loss(batch, self.ema_network, training=False)

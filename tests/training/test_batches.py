@@ -17,22 +17,22 @@ def floats(value):
 
 
 CASES = {
-    "label too large": (dict(image=IMAGES, label=LABELS + 5), ValueError, r"\[0, 10\).*10 at index 5"),
+    "label too large": (dict(image=IMAGES, label=LABELS + 5), ValueError, r"10\).*10 at index 5"),
     "label negative": (dict(image=IMAGES, label=LABELS - 1), ValueError, "Received -1 at index 0"),
     "labels float": (dict(image=IMAGES, label=LABELS * 1.0), TypeError, "Labels must be integers"),
     "labels one-hot": (dict(image=IMAGES, label=np.eye(10)[LABELS]), ValueError, "argmax"),
-    "labels missing": (dict(image=IMAGES), ValueError, r"\['label'\].*Received the keys \['image'\]"),
+    "labels missing": (dict(image=IMAGES), ValueError, r"\['label'\].*keys \['image'\]"),
     "key misspelt": (dict(images=IMAGES, label=LABELS), ValueError, "'images', 'label'"),
     "two kinds": (dict(image=IMAGES, latent=floats(0), label=LABELS), ValueError, "one of"),
     "lengths differ": (dict(image=IMAGES, label=LABELS[:5]), ValueError, "'image': 6, 'label': 5"),
-    "wrong size": (dict(image=IMAGES[:, :2], label=LABELS), ValueError, r"\(batch, 4, 4, 3\).*2, 4, 3"),
+    "wrong size": (dict(image=IMAGES[:, :2], label=LABELS), ValueError, r"batch, 4, 4, 3.*2, 4, 3"),
     "channels first": (
         dict(image=IMAGES.transpose(0, 3, 1, 2), label=LABELS), ValueError, "Channels come last",
     ),
     "wrong channels": (dict(image=IMAGES[..., :1], label=LABELS), ValueError, r"4, 4, 3\)"),
     "int64 pixels": (dict(image=IMAGES.astype(int), label=LABELS), TypeError, "uint8 or float"),
     "0 to 255 floats": (dict(image=floats(255), label=LABELS), ValueError, r"x / 127.5 - 1"),
-    "NaN": (dict(image=floats(np.nan), label=LABELS), ValueError, "NaN or infinity in 1 of 6.*index 2"),
+    "NaN": (dict(image=floats(np.nan), label=LABELS), ValueError, "infinity in 1 of 6.*index 2"),
     "latents for pixels": (dict(latent=floats(0), label=LABELS), ValueError, "works on pixels"),
     "empty": (dict(image=IMAGES[:0], label=LABELS[:0]), ValueError, "positive length"),
 }  # fmt: skip

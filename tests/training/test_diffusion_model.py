@@ -245,13 +245,12 @@ def test_training_stops_with_an_error_after_too_many_and_keeps_the_weights():
 
 def test_a_bad_label_that_slips_past_the_check_skips_the_step(monkeypatch):
     monkeypatch.setattr(batches, "check_batch", lambda *_: None)
-    model = make()
-    try:
-        history = fit(model, {"image": IMAGES[:8], "label": LABELS[:8] + 3})
-    except Exception as error:  # torch and TensorFlow on a CPU refuse the lookup by themselves
-        assert "ndex" in str(error) or "range" in str(error)
+    model, bad = make(), {"image": IMAGES[:8], "label": LABELS[:8] + 3}
+    if BACKEND == "torch":  # whose lookup refuses it by itself
+        with pytest.raises(IndexError):
+            fit(model, bad)
     else:
-        assert history["skipped_steps"] == [1]
+        assert fit(model, bad)["skipped_steps"] == [1]
 
 
 def test_evaluation_uses_the_average_repeats_itself_and_does_not_disturb_training():
