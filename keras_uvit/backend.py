@@ -12,6 +12,7 @@ from keras import ops
 
 NAME = keras.config.backend()
 HAS_XLA = NAME in ("jax", "tensorflow")
+TAKES_LOADERS_OF_DICTS = NAME == "torch"  # elsewhere Keras wants a DataLoader to yield tuples
 
 
 def has_accelerator():

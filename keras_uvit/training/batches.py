@@ -23,6 +23,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_uvit import backend
+
 DATA = ("image", "latent", "moments")
 
 
@@ -55,6 +57,12 @@ def check_source(model, x, y=None):
         first = x[0]
     else:
         first = next(iter(x), None)
+        is_loader = type(x).__module__.startswith("torch.")
+        if is_loader and isinstance(first, dict) and not backend.TAKES_LOADERS_OF_DICTS:
+            raise ValueError(
+                "Keras takes a DataLoader only if it yields tuples: let the data set return "
+                "`(item,)` instead of `item`."
+            )
     if first is None or (isinstance(first, tuple) and first[0] is None):
         raise ValueError("The data set is empty: it gave no batch.")
     check_batch(model, as_dict(first))

@@ -81,6 +81,17 @@ def test_an_empty_generator(model):
         model.fit((batch for batch in []), steps_per_epoch=1, verbose=0)
 
 
+def test_a_loader_of_dicts_is_explained(model, monkeypatch):
+    from torch.utils.data import DataLoader
+
+    from keras_uvit import backend
+
+    monkeypatch.setattr(backend, "TAKES_LOADERS_OF_DICTS", False)
+    rows = [{"image": IMAGES[i], "label": LABELS[i]} for i in range(6)]
+    with pytest.raises(ValueError, match=r"let the data set return `\(item,\)`"):
+        model.fit(DataLoader(rows, batch_size=3), verbose=0)
+
+
 def test_sample_weights_are_refused(model, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="sample_weight is not supported"):

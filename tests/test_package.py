@@ -1,0 +1,130 @@
+"""Promises about the package as a whole: light import, one place for the backend, true words."""
+
+import doctest
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import keras_uvit
+from keras_uvit import presets
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BACKEND = keras.config.backend()
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "KERAS_BACKEND": BACKEND, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def modules():
+    found = pkgutil.walk_packages(keras_uvit.__path__, "keras_uvit.")
+    return ["keras_uvit", *(module.name for module in found)]
+
+
+def test_import_takes_no_other_backend_and_no_extra():
+    heavy = {"tensorflow", "torch", "sklearn", "PIL", "matplotlib", "safetensors", "scipy.linalg"}
+    heavy -= {BACKEND}
+    code = f"import sys, keras_uvit; print([m for m in {sorted(heavy)} if m in sys.modules])"
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_missing_backend_is_explained():
+    result = run("-c", "import keras_uvit", KERAS_BACKEND="openvino")
+    assert "KERAS_BACKEND=jax, tensorflow or torch" in result.stderr
+
+
+def test_the_backend_is_asked_for_in_one_file():
+    question = re.compile(r"(config|backend)\.backend\(\)|KERAS_BACKEND=|import (jax|tensorflow)\b")
+    askers = {
+        path.name
+        for path in (ROOT / "keras_uvit").rglob("*.py")
+        if question.search(re.sub(r'"[^"]*"', "", path.read_text()))
+    }
+    assert askers == {"backend.py"}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def blocks(heading):
+    section = README.split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"```python\n(.*?)```", section, re.S)
+
+
+def test_readme_sampling_lines_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("Sample")
+    exec(compile(block, "README", "exec"), {})
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_readme_training_lines_run(tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        (tmp_path / "my_photos" / kind).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 256, (40, 50, 3), dtype="uint8")
+            Image.fromarray(pixels).save(tmp_path / "my_photos" / kind / f"{i}.jpg")
+    (block,) = blocks("Train on your own pictures")
+    for large, small in [("hidden_dim=256", "hidden_dim=16"), ("num_layers=9", "num_layers=3")]:
+        assert large in block
+        block = block.replace(large, small)
+    block = re.sub(r"epochs=\d+", "epochs=1", block)
+    exec(compile(block, "README", "exec"), {})
+    assert (tmp_path / "photos.keras").is_file()
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_readme_lists_every_preset_with_its_fid(name):
+    row = presets.get(name)
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| `{name}`")]
+    assert (f"{row.reported_fid:.2f}" if row.reported_fid else "-") in line
+    assert f"{row.params / 1e6:.1f}M" in line
+
+
+def test_readme_file_map_names_every_module():
+    for name in modules():
+        if name.count(".") == 2 or name in ("keras_uvit.presets", "keras_uvit.backend"):
+            assert name.rsplit(".", 1)[1] + ".py" in README, name
+
+
+def test_digits_example_runs_to_the_end(tmp_path):
+    result = run(ROOT / "examples" / "digits.py", "--quick", "--quiet", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    keys = "class_agreement frechet_distance frechet_floor within_class_spread train_seconds"
+    assert {*keys.split(), "sample_seconds", "backend"} <= metrics.keys()
+    assert metrics["backend"] == BACKEND
+    for name in ("samples.png", "loss.png", "model.keras", "ema.weights.h5"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_help_teaches():
+    result = run(ROOT / "examples" / "digits.py", "--help")
+    assert result.returncode == 0
+    assert "Expect" in result.stdout
+    assert "--quick" in result.stdout
