@@ -1,7 +1,7 @@
 """Handwritten digits: train a U-ViT, sample it, measure it, draw it. This is `make demo`.
 
 Reproduces   nothing published: the smallest real run of the whole package (preset
-             `uvit_tiny_digits`, 0.6M weights, 1,437 scans bundled with scikit-learn, no download).
+             `uvit_tiny_digits`, 0.4M weights, 1,437 scans bundled with scikit-learn, no download).
 Expect       @EXPECT@
 Hardware     2 CPU cores, about @MINUTES@ minutes on JAX; no GPU needed.
 Commands     python examples/digits.py                 (KERAS_BACKEND=jax, tensorflow or torch)

@@ -122,8 +122,8 @@ PRESETS = {
         condition_dropout=0.1,
         guidance_scale=1.2,
         ema_decay=0.999,
-        params=596_942,
-        gmacs=0.0109,
+        params=415_534,
+        gmacs=0.0076,
         weights="uvit_tiny_digits.weights.h5",
     ),
     "uvit_small_cifar10": Preset(

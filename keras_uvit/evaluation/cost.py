@@ -2,7 +2,8 @@
 
 import math
 
-from keras_uvit.networks.layers import Attention, ConvPatchEmbedding
+from keras_uvit.networks.layers import Attention
+from keras_uvit.networks.patches import ConvPatchEmbedding
 
 
 def count_parameters(network):

@@ -4,6 +4,7 @@ import keras
 from keras import layers, ops
 
 from keras_uvit.networks import layers as parts
+from keras_uvit.networks import patches
 
 CHOICES = {
     "skip": (*parts.SKIPS, None),
@@ -159,7 +160,7 @@ def _build(c):
         "image": keras.Input(c["image_shape"], dtype="float32", name="image"),
         "timestep": keras.Input((), dtype="float32", name="timestep"),
     }
-    embed = parts.PatchEmbedding if c["patch_embed"] == "linear" else parts.ConvPatchEmbedding
+    embed = patches.PatchEmbedding if c["patch_embed"] == "linear" else patches.ConvPatchEmbedding
     tokens = [embed(dim, patch, dtype=dtype, name="patch_embed")(inputs["image"])]
     if c["context_shape"]:
         inputs["context"] = keras.Input(c["context_shape"], dtype="float32", name="context")
@@ -194,7 +195,7 @@ def _build(c):
     x = layers.Cropping1D((extras, 0), dtype=dtype, name="patches")(x)
     x = parts.layer_norm(dtype, "norm")(x)
     x = parts.dense(patch * patch * channels, dtype, "head")(x)
-    x = parts.Unpatchify(patch, c["image_shape"], dtype=dtype, name="unpatchify")(x)
+    x = patches.Unpatchify(patch, c["image_shape"], dtype=dtype, name="unpatchify")(x)
     if c["output_conv"]:
         x = layers.Conv2D(
             channels,

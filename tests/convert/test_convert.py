@@ -276,7 +276,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, kind):
     path, trace = tmp_path / "w.pth", tmp_path / "trace"
     content = {"norm.weight": torch.ones(2), "norm.bias": Evil(trace)}
     if kind == "pickle":
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(ValueError, match=r"w\.pth was refused.*would run code"):

@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from keras_uvit.networks import layers as parts
+from keras_uvit.networks import patches
 
 
 def random(*shape, seed=0):
@@ -24,9 +25,9 @@ def randomize(layer):
 
 # (layer, shapes of its inputs)
 LAYERS = [
-    (lambda **k: parts.PatchEmbedding(12, 2, **k), [(2, 4, 6, 3)]),
-    (lambda **k: parts.ConvPatchEmbedding(12, 4, **k), [(2, 8, 4, 3)]),
-    (lambda **k: parts.ConvPatchEmbedding(12, 1, **k), [(2, 4, 4, 3)]),
+    (lambda **k: patches.PatchEmbedding(12, 2, **k), [(2, 4, 6, 3)]),
+    (lambda **k: patches.ConvPatchEmbedding(12, 4, **k), [(2, 8, 4, 3)]),
+    (lambda **k: patches.ConvPatchEmbedding(12, 1, **k), [(2, 4, 4, 3)]),
     (lambda **k: parts.TimeEmbedding(13, **k), [(2,)]),
     (lambda **k: parts.PositionEmbedding(**k), [(2, 5, 12)]),
     (lambda **k: parts.SinusoidalPositions((2, 3), **k), [(2, 7, 12)]),
@@ -34,7 +35,7 @@ LAYERS = [
     (lambda **k: parts.TransformerBlock(3, 20, True, **k), [(2, 5, 12)]),
     (lambda **k: parts.TransformerBlock(3, 20, adaln=True, remat=True, **k), [(2, 5, 12), (2, 12)]),
     *[(lambda m=m, **k: parts.LongSkip(m, **k), [(2, 5, 12), (2, 5, 12)]) for m in parts.SKIPS],
-    (lambda **k: parts.Unpatchify(2, (4, 6, 3), **k), [(2, 6, 12)]),
+    (lambda **k: patches.Unpatchify(2, (4, 6, 3), **k), [(2, 6, 12)]),
 ]
 
 
@@ -58,17 +59,17 @@ def test_layer_contract(make, shapes):
 
 def test_patches_are_cut_row_by_row_and_flattened_row_column_channel():
     image = np.arange(2 * 4 * 6 * 3, dtype="float32").reshape(2, 4, 6, 3)
-    patches = numpy(parts.patchify(image, 2))
-    assert patches.shape == (2, 6, 12)
+    cut = numpy(patches.patchify(image, 2))
+    assert cut.shape == (2, 6, 12)
     for k in range(6):
         row, column = divmod(k, 3)
-        cut = image[1, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-        np.testing.assert_array_equal(patches[1, k], cut.reshape(-1))
-    np.testing.assert_array_equal(numpy(parts.unpatchify(patches, 2, (4, 6, 3))), image)
+        expected = image[1, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        np.testing.assert_array_equal(cut[1, k], expected.reshape(-1))
+    np.testing.assert_array_equal(numpy(patches.unpatchify(cut, 2, (4, 6, 3))), image)
 
 
 def test_patch_embedding_is_a_strided_convolution():
-    image, layer = random(2, 6, 4, 3), parts.PatchEmbedding(8, 2)
+    image, layer = random(2, 6, 4, 3), patches.PatchEmbedding(8, 2)
     out = numpy(layer(image))
     conv = keras.layers.Conv2D(8, 2, 2)
     conv.build(image.shape)
@@ -169,7 +170,7 @@ def test_sinusoidal_positions_leave_extra_tokens_alone_and_tell_patches_apart():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: parts.ConvPatchEmbedding(8, 3), "power of two.*patch_size=3"),
+        (lambda: patches.ConvPatchEmbedding(8, 3), "power of two.*patch_size=3"),
         (lambda: parts.SinusoidalPositions((2, 2))(np.zeros((1, 5, 6))), "multiple of 4"),
     ],
 )

@@ -1,0 +1,109 @@
+"""A sampler as a table, and the one loop that runs every such table.
+
+Every fixed-step sampler here is linear in an anchor state, the last three `denoised` images and
+fresh noise, with coefficients known before sampling starts:
+
+    D_i = denoise(x, t_i)
+    x  <- anchor_i a + denoised_i0 D_i + denoised_i1 D_{i-1} + denoised_i2 D_{i-2} + noise_i z_i
+    a  <- x where commit_i
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """A sampler: one row per network evaluation, float64.
+
+    Args:
+        t: `(n,)` time in (0, 1] of each evaluation.
+        anchor: `(n,)` weight of the anchor.
+        denoised: `(n, 3)` weights of this and the two earlier `denoised`.
+        noise: `(n,)` standard deviation of fresh noise, >= 0.
+        commit: `(n,)` bool, where the new x becomes the anchor; the last row does.
+    """
+
+    t: np.ndarray
+    anchor: np.ndarray
+    denoised: np.ndarray
+    noise: np.ndarray
+    commit: np.ndarray
+
+    def __post_init__(self):
+        n = len(self.t)
+        shapes = {"t": (n,), "anchor": (n,), "denoised": (n, 3), "noise": (n,), "commit": (n,)}
+        for field, shape in shapes.items():
+            value = np.asarray(getattr(self, field), "float64")
+            if value.shape != shape or not np.isfinite(value).all():
+                raise ValueError(
+                    f"Steps.{field} must be finite, of shape {shape}. Received: {value}."
+                )
+            object.__setattr__(self, field, value)
+        if n == 0 or self.t.min() <= 0 or self.t.max() > 1 or self.noise.min() < 0:
+            raise ValueError(
+                "Steps needs at least one row, t in (0, 1] and noise >= 0. Received: "
+                f"t={self.t}, noise={self.noise}."
+            )
+        if self.commit[-1] != 1 or self.denoised[0, 1:].any() or self.denoised[1:2, 2:].any():
+            raise ValueError(
+                "The last row of Steps must commit, and a row may not weigh `denoised` images "
+                "from before the first evaluation."
+            )
+
+    def __len__(self):
+        return len(self.t)
+
+    @property
+    def nfe(self):
+        """Network evaluations (a guided one counts once, as one doubled batch)."""
+        return len(self)
+
+    def packed(self):
+        """`(n, 7)` float32: t, anchor, denoised x 3, noise, commit."""
+        columns = [self.t, self.anchor, *self.denoised.T, self.noise, self.commit]
+        return np.stack(columns, axis=1).astype("float32")
+
+
+def sample(denoise, x_init, steps, draw_noise=None):
+    """Runs a sampler from noise to data.
+
+    Inside a compiled function the loop is one program, and `steps` may be a traced `(n, 7)` table
+    (`Steps.packed()`), so that another sampler of n rows needs no new program.
+
+    Args:
+        denoise: (x, t) -> x0 estimate like x; t is a float32 scalar tensor in (0, 1]. Or a list
+            of (number of rows, such a function) that together cover all rows.
+        x_init: `(B, ...)` float32, noise of standard deviation sigma(t) of the first row.
+        steps: `Steps`, or its packed table.
+        draw_noise: i -> standard normal like x, i the row's number, an int32 scalar tensor; may
+            be None for deterministic samplers.
+
+    Returns:
+        `(B, ...)` float32.
+    """
+    if isinstance(steps, Steps):
+        if steps.noise.any() and draw_noise is None:
+            raise ValueError("This sampler adds noise: `draw_noise` must be given.")
+        steps = steps.packed()
+    table, x = ops.convert_to_tensor(steps, "float32"), ops.convert_to_tensor(x_init, "float32")
+
+    def step(denoise, i, carry):
+        x, anchor, d1, d2 = carry
+        t, keep, b0, b1, b2, noise, commit = ops.unstack(ops.take(table, i, axis=0), 7)
+        d0 = denoise(x, t)
+        x = keep * anchor + b0 * d0 + b1 * d1 + b2 * d2
+        if draw_noise is not None:
+            x = ops.cond(noise > 0, lambda: x + noise * draw_noise(i), lambda: x)
+        return x, ops.where(commit > 0, x, anchor), d0, d1
+
+    runs = denoise if isinstance(denoise, list) else [(table.shape[0], denoise)]
+    carry, first = (x, x, ops.zeros_like(x), ops.zeros_like(x)), 0
+    for rows, function in runs:
+        body = functools.partial(step, function)
+        carry = ops.fori_loop(first, first + rows, body, carry)
+        first += rows
+    return carry[0]

@@ -1,0 +1,119 @@
+"""Parameters and multiply-accumulates against a count by hand and the published table."""
+
+import keras
+import pytest
+
+from keras_uvit import UViT
+from keras_uvit.evaluation import count_macs, count_parameters
+
+PATCHES, DIM, PIXELS = 16, 16, 64  # an 8x8x3 image in 2x2 patches
+TINY = dict(image_shape=(8, 8, 3), patch_size=2, hidden_dim=DIM, num_layers=3, num_heads=2)
+
+
+def block(tokens, mlp_dim=4 * DIM):
+    """qkv and projection, the MLP's two layers, and Q K^T and weights V."""
+    return tokens * (3 * DIM**2 + DIM**2 + 2 * DIM * mlp_dim) + 2 * tokens**2 * DIM
+
+
+def by_hand(
+    tokens, *, patch_embed=PATCHES * 12 * DIM, blocks=None, skip=2 * DIM**2, conv=True, extra=0
+):
+    blocks = 3 * block(tokens) if blocks is None else blocks
+    head = PATCHES * DIM * 12
+    output_conv = PIXELS * 9 * 3 * 3 if conv else 0
+    return patch_embed + blocks + tokens * skip + head + output_conv + extra
+
+
+CASES = {
+    "time token": ({}, by_hand(PATCHES + 1)),
+    "label token": (dict(num_classes=5), by_hand(PATCHES + 2)),
+    "context tokens": (dict(context_shape=(3, 7)), by_hand(PATCHES + 4, extra=3 * 7 * DIM)),
+    "adaln": (dict(time="adaln"), by_hand(PATCHES, extra=3 * DIM * 4 * DIM)),
+    "time mlp": (dict(time_mlp=True), by_hand(PATCHES + 1, extra=2 * DIM * 4 * DIM)),
+    "biases are free": (dict(qkv_bias=True), by_hand(PATCHES + 1)),
+    "positions are free": (dict(position="sinusoidal"), by_hand(PATCHES + 1)),
+    "heads are free": (dict(num_heads=4), by_hand(PATCHES + 1)),
+    "recomputing is not counted": (dict(remat=True), by_hand(PATCHES + 1)),
+    "mlp width": (dict(mlp_dim=24), by_hand(PATCHES + 1, blocks=3 * block(PATCHES + 1, 24))),
+    "no output conv": (dict(output_conv=False), by_hand(PATCHES + 1, conv=False)),
+    "skip add_project": (dict(skip="add_project"), by_hand(PATCHES + 1, skip=DIM**2)),
+    "skip project_sum": (dict(skip="project_sum"), by_hand(PATCHES + 1, skip=DIM**2)),
+    "skip add": (dict(skip="add"), by_hand(PATCHES + 1, skip=0)),
+    "no skip": (dict(skip=None), by_hand(PATCHES + 1, skip=0)),
+    # One 3x3 convolution of stride 2 to the full width, then 1x1.
+    "conv patches": (
+        dict(patch_embed="conv"),
+        by_hand(PATCHES + 1, patch_embed=PATCHES * (9 * 3 * DIM + DIM * DIM)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), CASES.values(), ids=CASES.keys())
+def test_macs_are_those_counted_by_hand(arguments, expected):
+    assert count_macs(UViT(**{**TINY, **arguments})) == expected
+
+
+def test_conv_patches_of_four_halve_twice():
+    network = UViT(**{**TINY, "patch_size": 4, "num_layers": 1, "patch_embed": "conv"})
+    # 8x8x3 -> 4x4x8 -> 2x2x16, then 1x1; 4 patches of 48 numbers.
+    embed = 16 * 9 * 3 * 8 + 4 * 9 * 8 * DIM + 4 * DIM * DIM
+    assert count_macs(network) == embed + block(5) + 4 * DIM * 48 + PIXELS * 9 * 3 * 3
+
+
+def test_conv_patches_of_one_keep_the_size():
+    network = UViT(**{**TINY, "patch_size": 1, "num_layers": 1, "patch_embed": "conv"})
+    embed = PIXELS * (9 * 3 * DIM + DIM * DIM)
+    assert count_macs(network) == embed + block(65) + PIXELS * DIM * 3 + PIXELS * 9 * 3 * 3
+
+
+def test_macs_do_not_depend_on_the_compute_dtype():
+    assert count_macs(UViT(**TINY, dtype="mixed_bfloat16")) == CASES["time token"][1]
+
+
+@pytest.mark.parametrize("arguments", [c[0] for c in CASES.values()], ids=CASES.keys())
+def test_parameters_are_the_ones_keras_counts(arguments):
+    network = UViT(**{**TINY, **arguments})
+    assert count_parameters(network) == network.count_params()
+
+
+# arguments, parameters of the published checkpoint (None: not published), "GFLOPs" of the paper.
+S = dict(patch_size=2, hidden_dim=512, num_layers=13, num_heads=8)
+H = dict(patch_size=2, hidden_dim=1152, num_layers=29, num_heads=16, num_classes=1000)
+H = dict(H, output_conv=False)
+TABLE = {
+    "small cifar10": (dict(S, image_shape=(32, 32, 3)), 44_255_328, 12.2),
+    "small coco": (dict(S, image_shape=(32, 32, 4), context_shape=(77, 768)), None, 16.2),
+    "small deep coco": (
+        dict(S, image_shape=(32, 32, 4), context_shape=(77, 768), num_layers=17),
+        None,
+        21.2,
+    ),
+    "mid imagenet64": (
+        dict(
+            image_shape=(64, 64, 3), patch_size=4, hidden_dim=768, num_layers=17, num_heads=12,
+            num_classes=1000, null_label=False,
+        ),
+        None,
+        35.2,
+    ),
+    "large imagenet256": (
+        dict(
+            image_shape=(32, 32, 4), patch_size=2, hidden_dim=1024, num_layers=21, num_heads=16,
+            num_classes=1000,
+        ),
+        None,
+        76.5,
+    ),
+    "huge imagenet256": (dict(H, image_shape=(32, 32, 4)), None, 133.2),
+    "huge, 64x64 latent in 2x2 patches": (dict(H, image_shape=(64, 64, 4)), None, 582),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "parameters", "gmacs"), TABLE.values(), ids=TABLE.keys())
+def test_published_cost(arguments, parameters, gmacs):
+    with keras.StatelessScope(initialize_variables=False):  # shapes only, no memory for weights
+        network = UViT(**arguments)
+    digits = 0 if isinstance(gmacs, int) else 1
+    assert round(count_macs(network) / 1e9, digits) == gmacs
+    if parameters is not None:
+        assert count_parameters(network) == parameters
