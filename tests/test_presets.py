@@ -304,7 +304,19 @@ def test_a_damaged_file_is_named(tmp_path, kind, damage):
         presets.load("uvit_tiny_digits", path, **SMALL)
 
 
-@pytest.mark.parametrize("change", [{"hidden_dim": 32}, {"num_layers": 5}, {"num_classes": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_dim": 32},
+        {"num_classes": 3},
+        {"num_layers": 5},  # the file has fewer weights
+        {"time_mlp": True},
+        {"num_layers": 1},  # the file has more: none may be left out
+        {"output_conv": False},
+        {"skip": None},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["w.weights.h5", "w.keras"])
 def test_weights_of_another_network_are_refused(tmp_path, kind, change):
     _weight_files(tmp_path)

@@ -82,7 +82,7 @@ def test_float32_tensors_agree_with_float64_numpy(schedule, of):
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=name)
-def test_float32_keeps_the_first_moments_of_noise(schedule):
+def test_float32_has_the_right_noise_in_nearly_clean_data(schedule):
     # Training draws these times: sigma there must be right, not a rounding error of 1 - alpha^2.
     t = np.geomspace(1e-7, 1e-2, 50)
     sigma = ops.convert_to_numpy(schedule.sigma(float32(t)))
@@ -137,14 +137,17 @@ def test_discrete_log_alpha_is_linear_between_steps():
     )
 
 
-@pytest.mark.parametrize("convert", [np.asarray, float32], ids=["numpy", "tensor"])
-def test_discrete_training_draws_every_step_equally_often(convert):
-    schedule = VPDiscrete()
-    t = schedule.training_time(convert((np.arange(8000) + 0.5) / 8000))
-    t = np.asarray(ops.convert_to_numpy(t))
+def test_discrete_training_draws_every_step_equally_often():
+    t = VPDiscrete().training_time((np.arange(8000) + 0.5) / 8000)
     drawn, counts = np.unique(t, return_counts=True)
-    np.testing.assert_array_equal(drawn, (np.arange(1, 1001) / 1000).astype(t.dtype))
+    np.testing.assert_array_equal(drawn, np.arange(1, 1001) / 1000)
     assert (counts == 8).all()
+
+
+def test_discrete_training_draws_the_same_steps_in_float32():
+    t = ops.convert_to_numpy(VPDiscrete().training_time(float32((np.arange(8000) + 0.5) / 8000)))
+    # 1.2e-7: one float32 unit, since a compiler may multiply by 1 / 1000 instead of dividing.
+    np.testing.assert_allclose(t, np.repeat(np.arange(1, 1001) / 1000, 8), rtol=1.2e-7)
 
 
 @pytest.mark.parametrize("schedule", [VPLinear(), LinearPath()], ids=name)

@@ -407,24 +407,32 @@ def sources():
     }
 
 
+@pytest.fixture(scope="module")
+def two_epochs():
+    return fit(make(), epochs=2)["loss"]
+
+
 @pytest.mark.parametrize("source", sources())
-def test_every_source_of_data_gives_the_same_losses(source):
-    history = fit(make(), sources()[source](), batch_size=8 if source == "arrays" else None)
-    expected = fit(make())
-    np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-6)
+def test_every_source_of_data_gives_the_same_losses(source, two_epochs):
+    model = make()
+    loss = fit(model, sources()[source](), batch_size=8 if source == "arrays" else None)["loss"]
+    np.testing.assert_allclose(loss, two_epochs[:1], rtol=1e-6)  # the same program and data
 
 
 @pytest.mark.parametrize(
     "options",
-    [dict(jit_compile=False), dict(run_eagerly=True, jit_compile=False)]
-    + ([dict(steps_per_execution=3)] if BACKEND != "torch" else []),
+    [dict(jit_compile=False)] + ([dict(steps_per_execution=3)] if BACKEND != "torch" else []),
 )
-def test_ways_to_run_the_step_agree(options):
+def test_ways_to_run_the_step_agree(options, two_epochs):
     model = make(compiled=False)
     model.compile(**options)
-    a, b = fit(model, epochs=2), fit(make(), epochs=2)
+    expected = two_epochs
+    if BACKEND == "tensorflow" and "jit_compile" in options:  # XLA has its own random numbers
+        eager = make(compiled=False)
+        eager.compile(run_eagerly=True, jit_compile=False)
+        expected = fit(eager, epochs=2)["loss"]
     # The compiler may fuse and reorder sums.
-    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-3)
+    np.testing.assert_allclose(fit(model, epochs=2)["loss"], expected, rtol=1e-3)
 
 
 def test_compiled_by_xla_where_there_is_xla():

@@ -1,0 +1,821 @@
+"""Samplers: each table against its paper's formula, exact solutions, and the published answers.
+
+Everything but `sample` runs in NumPy float64. Data are Gaussian, N(mu, sd^2), for which the exact
+denoiser and the exact solution of the probability-flow ODE are known.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_uvit.process.samplers import (
+    SAMPLERS,
+    Steps,
+    ddim,
+    ddpm,
+    dpm_solver,
+    dpm_solver_pp,
+    euler,
+    euler_maruyama,
+    fast_orders,
+    heun,
+    log_snr_uniform,
+    named,
+    sample,
+    time_uniform,
+)
+from keras_uvit.process.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SCHEDULES = [VPLinear(), VPCosine(), VPDiscrete(), LinearPath()]
+MU, SD = 0.6, 0.7
+X = np.array([1.3, -0.8, 0.1])  # where solutions start
+
+
+def name(schedule):
+    return type(schedule).__name__
+
+
+def run(steps, denoise, x, noise=None):
+    """The loop of `sample` with recorded noise, one row per evaluation."""
+    anchor, seen = x, [0 * x] * 3
+    for i in range(len(steps)):
+        seen = [denoise(x, steps.t[i]), *seen[:2]]
+        x = steps.anchor[i] * anchor + sum(w * d for w, d in zip(steps.denoised[i], seen))
+        if steps.noise[i]:
+            x = x + steps.noise[i] * noise[i]
+        if steps.commit[i]:
+            anchor = x
+    return x
+
+
+def gaussian(schedule, mu=MU, sd=SD):
+    """E[x0 | x_t = x] for x0 ~ N(mu, sd^2)."""
+
+    def denoise(x, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return mu + alpha * sd**2 / (alpha**2 * sd**2 + sigma**2) * (x - alpha * mu)
+
+    return denoise
+
+
+def spread(schedule, t):
+    """Standard deviation of x_t for data of standard deviation SD."""
+    return np.sqrt(schedule.alpha(t) ** 2 * SD**2 + schedule.sigma(t) ** 2)
+
+
+def flow(schedule, s, t, x):
+    """The probability-flow ODE solved exactly from time s to t."""
+    scale = spread(schedule, t) / spread(schedule, s)
+    return schedule.alpha(t) * MU + scale * (x - schedule.alpha(s) * MU)
+
+
+def anchors_and_targets(steps, end):
+    """For each row: the time its anchor belongs to and the time it goes to."""
+    targets, anchors, anchor = [*steps.t[1:], end], [], steps.t[0]
+    for commit, target in zip(steps.commit, targets):
+        anchors.append(anchor)
+        anchor = target if commit else anchor
+    return np.array(anchors), np.array(targets)
+
+
+# Orders of convergence ----------------------------------------------------------------------------
+
+BUILDERS = {
+    "ddim": (1, ddim),
+    "euler": (1, euler),
+    "dpm_solver 1": (1, lambda s, g: dpm_solver(s, g, order=1)),
+    "dpm_solver_pp 1": (1, lambda s, g: dpm_solver_pp(s, g, order=1)),
+    "heun": (2, heun),
+    "dpm_solver_pp 2 multistep": (2, lambda s, g: dpm_solver_pp(s, g, order=2)),
+    "dpm_solver_pp 2 singlestep": (2, lambda s, g: dpm_solver_pp(s, g, order=2, multistep=False)),
+    "dpm_solver 2": (2, lambda s, g: dpm_solver(s, g, order=2)),
+    "dpm_solver_pp 3 singlestep": (3, lambda s, g: dpm_solver_pp(s, g, order=3, multistep=False)),
+    "dpm_solver_pp 3 on grid": (
+        3, lambda s, g: dpm_solver_pp(s, g, order=3, multistep=False, on_grid=True),
+    ),
+    "dpm_solver 3": (3, lambda s, g: dpm_solver(s, g, order=3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize(
+    ("schedule", "t_start", "t_end"),
+    [(VPLinear(), 0.8, 0.2), (VPCosine(), 0.95, 0.05), (LinearPath(), 0.95, 0.05)],
+    ids=["VPLinear", "VPCosine", "LinearPath"],
+)
+def test_error_falls_with_the_claimed_order(builder, schedule, t_start, t_end):
+    order, build = BUILDERS[builder]
+    counts = [96, 192, 384]
+    exact, errors = flow(schedule, t_start, t_end, X), []
+    for n in counts:
+        steps = build(schedule, time_uniform(n, t_start, t_end))
+        errors.append(np.abs(run(steps, gaussian(schedule), X) - exact).max())
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    # 0.25: the next power of the step still shows at these counts; the wrong order is off by 1.
+    assert abs(slope - order) < 0.25, errors
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("schedule", [VPLinear(), VPCosine(), LinearPath()], ids=name)
+def test_one_multistep_step_errs_by_one_order_more(schedule, order):
+    """From exact earlier evaluations: over a whole run the first-order start would hide order 3."""
+    widths, errors = 0.1 / 2.0 ** np.arange(4), []
+    for h in widths:
+        worst = 0
+        for middle in (0.3, 0.5, 0.7):  # the leading error may vanish at one of them
+            nodes = np.array([-2.0, -1.1, 0.0, 1.0])[-order - 1 :]  # unequal, to test the ratios
+            times = schedule.time(schedule.half_log_snr(middle) + h * nodes)
+            steps = dpm_solver_pp(schedule, times, order=order)
+            path = [flow(schedule, middle, t, X) for t in times]
+            seen = [gaussian(schedule)(x, t) for x, t in zip(path, times)]
+            x = steps.anchor[-1] * path[-2]
+            x = x + sum(w * d for w, d in zip(steps.denoised[-1], seen[-2::-1]))
+            worst = max(worst, np.abs(x - path[-1]).max())
+        errors.append(worst)
+    slope = np.polyfit(np.log(widths), np.log(errors), 1)[0]
+    # 0.25: the next power of h; a lower order is off by 1.
+    assert abs(slope - (order + 1)) < 0.25, errors
+
+
+# The papers' formulas, written plainly ------------------------------------------------------------
+
+
+def plain_2m(schedule, times, x, denoise):
+    """Lu et al. 2022, arXiv 2211.01095, Algorithm 2."""
+    lam, alpha, sigma = schedule.half_log_snr(times), schedule.alpha(times), schedule.sigma(times)
+    before = None
+    for i in range(1, len(times)):
+        h, now = lam[i] - lam[i - 1], denoise(x, times[i - 1])
+        d = now
+        if before is not None:
+            r = (lam[i - 1] - lam[i - 2]) / h
+            d = (1 + 1 / (2 * r)) * now - 1 / (2 * r) * before
+        x = sigma[i] / sigma[i - 1] * x - alpha[i] * (np.exp(-h) - 1) * d
+        before = now
+    return x
+
+
+def plain_3m(schedule, times, x, denoise):
+    """Eq. 8 of the paper with D(lambda) the parabola through three evaluations, integrated exactly.
+
+    sigma_t / sigma_s x + sigma_t int e^lambda D(lambda) dlambda, by a quadrature that is exact to
+    rounding; the first two steps are those of `plain_2m`.
+    """
+    lam, alpha, sigma = schedule.half_log_snr(times), schedule.alpha(times), schedule.sigma(times)
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    seen = []
+    for i in range(1, len(times)):
+        h = lam[i] - lam[i - 1]
+        seen.append(denoise(x, times[i - 1]))
+        if i < 3:
+            d = seen[-1]
+            if i == 2:
+                d = d + h / (lam[1] - lam[0]) / 2 * (seen[-1] - seen[-2])
+            x = sigma[i] / sigma[i - 1] * x - alpha[i] * (np.exp(-h) - 1) * d
+            continue
+        at, known = lam[i - 1] + h * (nodes + 1) / 2, lam[i - 3 : i]
+        basis = [
+            np.prod([(at - b) / (a - b) for b in known if b != a], axis=0) for a in known
+        ]  # Lagrange
+        integral = [alpha[i] * h / 2 * np.sum(weights * np.exp(at - lam[i]) * q) for q in basis]
+        x = sigma[i] / sigma[i - 1] * x + sum(w * d for w, d in zip(integral, seen[-3:]))
+    return x
+
+
+def plain_3s(schedule, times, x, denoise):
+    """DPM-Solver++ of order 3, singlestep, evaluations at thirds of each interval of lambda."""
+    for s, t in zip(times, times[1:]):
+        lam_s, lam_t = schedule.half_log_snr(s), schedule.half_log_snr(t)
+        h, r1, r2 = lam_t - lam_s, 1 / 3, 2 / 3
+        u1, u2 = schedule.time(lam_s + r1 * h), schedule.time(lam_s + r2 * h)
+        d = denoise(x, s)
+        x1 = (
+            schedule.sigma(u1) / schedule.sigma(s) * x
+            - schedule.alpha(u1) * (np.exp(-r1 * h) - 1) * d
+        )
+        d1 = denoise(x1, u1) - d
+        x2 = (
+            schedule.sigma(u2) / schedule.sigma(s) * x
+            - schedule.alpha(u2) * (np.exp(-r2 * h) - 1) * d
+            + r2 / r1 * schedule.alpha(u2) * ((np.exp(-r2 * h) - 1) / (r2 * h) + 1) * d1
+        )
+        d2 = denoise(x2, u2) - d
+        x = (
+            schedule.sigma(t) / schedule.sigma(s) * x
+            - schedule.alpha(t) * (np.exp(-h) - 1) * d
+            + 1 / r2 * schedule.alpha(t) * ((np.exp(-h) - 1) / h + 1) * d2
+        )
+    return x
+
+
+def plain_noise(schedule, times, x, denoise, orders):
+    """Lu et al. 2022, arXiv 2206.00927: Eq. 3.7, Algorithms 1 and 2."""
+
+    def eps(x, t):
+        return (x - schedule.alpha(t) * denoise(x, t)) / schedule.sigma(t)
+
+    for order, s, t in zip(orders, times, times[1:]):
+        lam_s, lam_t = schedule.half_log_snr(s), schedule.half_log_snr(t)
+        h, e = lam_t - lam_s, eps(x, s)
+        first = schedule.alpha(t) / schedule.alpha(s) * x - schedule.sigma(t) * np.expm1(h) * e
+        if order == 1:
+            x = first
+        if order == 2:
+            u = schedule.time(lam_s + h / 2)
+            mid = schedule.alpha(u) / schedule.alpha(s) * x
+            mid = mid - schedule.sigma(u) * np.expm1(h / 2) * e
+            x = first - schedule.sigma(t) * np.expm1(h) * (eps(mid, u) - e)
+        if order == 3:
+            u, v = schedule.time(lam_s + h / 3), schedule.time(lam_s + 2 * h / 3)
+            x1 = schedule.alpha(u) / schedule.alpha(s) * x
+            x1 = x1 - schedule.sigma(u) * np.expm1(h / 3) * e
+            x2 = schedule.alpha(v) / schedule.alpha(s) * x
+            x2 = x2 - schedule.sigma(v) * np.expm1(2 * h / 3) * e
+            bend = np.expm1(2 * h / 3) / (2 * h / 3) - 1
+            x2 = x2 - 2 * schedule.sigma(v) * bend * (eps(x1, u) - e)
+            x = first - 1.5 * schedule.sigma(t) * (np.expm1(h) / h - 1) * (eps(x2, v) - e)
+    return x
+
+
+PLAIN = {
+    "2M": (plain_2m, lambda s, g: dpm_solver_pp(s, g, order=2)),
+    "3M": (plain_3m, lambda s, g: dpm_solver_pp(s, g, order=3)),
+    "3S": (plain_3s, lambda s, g: dpm_solver_pp(s, g, order=3, multistep=False)),
+    "noise 1": (
+        lambda *a: plain_noise(*a, orders=[1] * 12), lambda s, g: dpm_solver(s, g, order=1),
+    ),
+    "noise 2": (
+        lambda *a: plain_noise(*a, orders=[2] * 12), lambda s, g: dpm_solver(s, g, order=2),
+    ),
+    "noise 3": (
+        lambda *a: plain_noise(*a, orders=[3] * 12), lambda s, g: dpm_solver(s, g, order=3),
+    ),
+    "noise, mixed orders": (
+        lambda *a: plain_noise(*a, orders=[3, 1, 2] * 4),
+        lambda s, g: dpm_solver(s, g, order=[3, 1, 2] * 4),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", PLAIN)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+def test_table_is_the_formula_of_the_paper(solver, schedule):
+    plain, build = PLAIN[solver]
+    times = time_uniform(12, 0.9, 0.05) ** 1.2  # neither equal in t nor in lambda
+    expected = plain(schedule, times, X, gaussian(schedule))
+    result = run(build(schedule, times), gaussian(schedule), X)
+    # 1e-12: the noise form divides roundings by alpha, the others stay at 1e-15.
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-12)
+
+
+def score(schedule, x, t):
+    return (schedule.alpha(t) * gaussian(schedule)(x, t) - x) / schedule.sigma(t) ** 2
+
+
+def beta(t):
+    return 0.1 + 19.9 * t
+
+
+def test_euler_steps_along_the_probability_flow_of_the_vp_sde():
+    x, schedule, times = X, VPLinear(), time_uniform(20, 1.0, 0.01)
+    for s, t in zip(times, times[1:]):
+        x = x + (t - s) * (-beta(s) / 2) * (x + score(schedule, x, s))
+    # 1e-12: twenty steps of float64 rounding.
+    np.testing.assert_allclose(run(euler(schedule, times), gaussian(schedule), X), x, atol=1e-12)
+
+
+@pytest.mark.parametrize("t_end", [0.01, 0.0])
+def test_heun_averages_the_drifts_at_both_ends_unless_the_end_is_clean(t_end):
+    x, schedule, times = X, VPLinear(), time_uniform(20, 1.0, t_end)
+    for s, t in zip(times, times[1:]):
+        first = -beta(s) / 2 * (x + score(schedule, x, s))
+        guess = x + (t - s) * first
+        second = first
+        if t > 0:
+            second = -beta(t) / 2 * (guess + score(schedule, guess, t))
+        x = x + (t - s) * (first + second) / 2
+    steps = heun(schedule, times)
+    # 1e-11: forty evaluations of float64 rounding, divided by sigma at the end.
+    np.testing.assert_allclose(run(steps, gaussian(schedule), X), x, atol=1e-11)
+    assert steps.nfe == 40 - (t_end == 0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_euler_maruyama_steps_along_the_reverse_sde(eta):
+    x, schedule, times = X, VPLinear(), time_uniform(20)
+    noise = np.random.default_rng(0).normal(size=(20, 3))
+    for i, (s, t) in enumerate(zip(times, times[1:])):
+        drift = -beta(s) / 2 * x - (1 + eta**2) / 2 * beta(s) * score(schedule, x, s)
+        x = x + (t - s) * drift + (i < 19) * eta * np.sqrt(beta(s) * (s - t)) * noise[i]
+    steps = euler_maruyama(schedule, times, eta=eta)
+    # 1e-11: twenty steps of float64 rounding, divided by sigma at the end.
+    np.testing.assert_allclose(run(steps, gaussian(schedule), X, noise), x, atol=1e-11)
+
+
+def test_euler_maruyama_without_noise_is_euler():
+    times = time_uniform(10)
+    a, b = euler_maruyama(VPLinear(), times, eta=0.0), euler(VPLinear(), times)
+    np.testing.assert_array_equal(a.packed(), b.packed())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_is_its_formula(schedule, eta):
+    x, times = X, time_uniform(15, schedule.t_max, 0.0)
+    noise = np.random.default_rng(0).normal(size=(15, 3))
+    for s, t, z in zip(times, times[1:], noise):
+        (a_s, v_s), (a_t, v_t) = ((schedule.alpha(u), schedule.sigma(u)) for u in (s, t))
+        d = gaussian(schedule)(x, s)
+        fresh = eta * v_t / v_s * np.sqrt(1 - (a_s / a_t) ** 2 * (v_t / v_s) ** 2) * v_s
+        x = a_t * d + np.sqrt(v_t**2 - fresh**2) * (x - a_s * d) / v_s + fresh * z
+    result = run(ddim(schedule, times, eta=eta), gaussian(schedule), X, noise)
+    # 1e-12: fifteen steps of float64 rounding.
+    np.testing.assert_allclose(result, x, atol=1e-12)
+
+
+def test_ddpm_has_the_posterior_of_the_thousand_steps():
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alpha_bar = np.cumprod(1 - betas)
+    before = np.concatenate([[1.0], alpha_bar[:-1]])
+    # Ho et al. 2020, arXiv 2006.11239, Eq. 7.
+    x0 = np.sqrt(before) * betas / (1 - alpha_bar)
+    xt = np.sqrt(1 - betas) * (1 - before) / (1 - alpha_bar)
+    variance = (1 - before) / (1 - alpha_bar) * betas
+    steps = named("ddpm", VPDiscrete(), 1000)
+    # 1e-10: beta = 1e-3 as a difference of alpha_bar; 1e-12 where the answer is 0.
+    close = dict(rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(steps.denoised[::-1, 0], x0, **close)
+    np.testing.assert_allclose(steps.anchor[::-1], xt, **close)
+    np.testing.assert_allclose(steps.noise[::-1] ** 2, variance, **close)
+    np.testing.assert_allclose(steps.t[::-1], np.arange(1, 1001) / 1000, **close)
+    assert steps.noise[-1] == 0
+    assert steps.commit.all()
+
+
+def test_ddim_on_the_linear_path_is_euler_of_flow_matching():
+    schedule, x, times = LinearPath(), X, time_uniform(20)
+    for s, t in zip(times, times[1:]):
+        velocity = (x - gaussian(schedule)(x, s)) / s
+        x = x + (t - s) * velocity
+    for build in (ddim, euler):
+        # 1e-14: float64 rounding.
+        np.testing.assert_allclose(
+            run(build(schedule, times), gaussian(schedule), X), x, atol=1e-14
+        )
+
+
+@pytest.mark.parametrize("form", [dpm_solver, dpm_solver_pp])
+def test_order_one_of_both_forms_is_ddim(form):
+    times = time_uniform(12, 1.0, 0.01)
+    a, b = form(VPLinear(), times, order=1), ddim(VPLinear(), times)
+    # 1e-12: e^h - 1 computed in two ways.
+    np.testing.assert_allclose(a.anchor, b.anchor, rtol=1e-12)
+    np.testing.assert_allclose(a.denoised, b.denoised, rtol=1e-12)
+
+
+def test_multistep_ends_at_clean_data_with_the_last_denoised_image():
+    steps = dpm_solver_pp(VPLinear(), time_uniform(5), order=3)
+    assert (steps.anchor[-1], *steps.denoised[-1]) == (0, 1, 0, 0)
+
+
+@pytest.mark.parametrize(("order", "parts"), [(2, [0, 1 / 2]), (3, [0, 1 / 3, 2 / 3])])
+@pytest.mark.parametrize("form", [dpm_solver, dpm_solver_pp])
+def test_singlestep_evaluates_at_equal_parts_of_lambda(form, order, parts):
+    schedule, times = VPLinear(), np.array([0.9, 0.5, 0.1])
+    arguments = {} if form is dpm_solver else dict(multistep=False)
+    steps = form(schedule, times, order=order, **arguments)
+    lam = schedule.half_log_snr(times)
+    expected = (lam[:-1, None] + np.diff(lam)[:, None] * np.array(parts)).ravel()
+    # 1e-12: the inverse of lambda.
+    np.testing.assert_allclose(schedule.half_log_snr(steps.t), expected, rtol=1e-12)
+    assert steps.commit.tolist() == ([0] * (order - 1) + [1]) * 2
+
+
+def test_on_grid_singlestep_evaluates_at_the_given_times():
+    times = time_uniform(10, 1.0, 0.01)
+    steps = dpm_solver_pp(VPLinear(), times, order=fast_orders(10), multistep=False, on_grid=True)
+    np.testing.assert_array_equal(steps.t, times[:-1])
+    assert steps.commit.tolist() == [0, 0, 1] * 3 + [1]
+
+
+# Row invariants -----------------------------------------------------------------------------------
+
+CONSISTENT = {
+    "ddim": ddim,
+    "ddim eta": lambda s, g: ddim(s, g, eta=0.4),
+    "ddpm": ddpm,
+    **{key: value[1] for key, value in BUILDERS.items() if key.startswith("dpm")},
+    "dpm_solver_pp 3 multistep": lambda s, g: dpm_solver_pp(s, g, order=3),
+    "dpm_solver mixed": lambda s, g: dpm_solver(s, g, order=fast_orders(23)),
+}
+
+
+@pytest.mark.parametrize("builder", CONSISTENT)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+def test_each_row_moves_perfect_data_and_noise_to_their_new_scales(builder, schedule):
+    """If every denoised image is x0, alpha_s x0 + sigma_s n goes to alpha_t x0 + sigma_t n."""
+    times = time_uniform(9 if builder != "dpm_solver mixed" else 8, 0.95, 0.02)
+    steps = CONSISTENT[builder](schedule, times)
+    s, t = anchors_and_targets(steps, times[-1])
+    # 1e-12: the noise form's e^h - 1 reaches 1e3.
+    close = dict(rtol=0, atol=1e-12)
+    data = steps.anchor * schedule.alpha(s) + steps.denoised.sum(axis=1)
+    np.testing.assert_allclose(data, schedule.alpha(t), **close)
+    variance = (steps.anchor * schedule.sigma(s)) ** 2 + steps.noise**2
+    np.testing.assert_allclose(variance, schedule.sigma(t) ** 2, **close)
+
+
+@pytest.mark.parametrize("sampler", [n for n in SAMPLERS if "euler" not in n and n != "heun"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+def test_a_constant_denoiser_is_reached_exactly(sampler, schedule):
+    steps, x0 = named(sampler, schedule, 9), np.array([0.5, -2.0])
+    n = np.array([1.0, -0.3])
+    start, end = steps.t[0], schedule.t_min if sampler.startswith("dpm") else 0.0
+    x = schedule.alpha(start) * x0 + schedule.sigma(start) * n
+    result = run(steps, lambda x, t: x0, x, np.zeros((9, 2)))
+    expected = schedule.alpha(end) * x0 + schedule.sigma(end) * n * (sampler != "ddpm")
+    # 1e-11: the noise form's e^h - 1 over few steps reaches 1e5 on the linear path.
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-11)
+
+
+# Exact moments ------------------------------------------------------------------------------------
+
+
+def moments(schedule, steps):
+    """Mean and variance of the samples: x is kept as coefficients of (1, x_T, z_0, z_1, ...)."""
+    unit = np.eye(len(steps) + 2)
+    t = steps.t[0]
+    x = schedule.alpha(t) * MU * unit[0] + spread(schedule, t) * unit[1]
+    x = run(steps, gaussian(schedule, mu=MU * unit[0]), x, unit[2:])
+    return np.array([x[0], np.sum(x[1:] ** 2)])
+
+
+@pytest.mark.parametrize("builder", [ddpm, euler_maruyama])
+@pytest.mark.parametrize("schedule", [VPLinear(), VPCosine()], ids=name)
+def test_stochastic_samplers_reach_the_moments_of_the_data(builder, schedule):
+    coarse, fine = (
+        moments(schedule, builder(schedule, time_uniform(n, schedule.t_start, 0.0))) - [MU, SD**2]
+        for n in (250, 500)
+    )
+    # 3%: first order in a step of 1 / 500 times rates up to beta = 20.
+    assert (np.abs(fine) < 0.03 * np.array([MU, SD**2])).all(), fine
+    # First order: half the step, half the error (0.6 leaves room for the next power).
+    assert np.abs(fine[1]) < 0.6 * np.abs(coarse[1])
+
+
+# The published program's answers ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return dict(np.load(GOLDEN / "samplers.npz"))
+
+
+def answer(golden, schedule, steps):
+    exact = gaussian(schedule, golden["data_mean"].astype("float64"), float(golden["data_std"]))
+    return run(steps, exact, golden["x_init"].astype("float64"))
+
+
+def deviation(a, b):
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
+EVALUATIONS = [6, 10, 11, 20, 50]
+# The published program took lambda of t = 1e-4 in float32, 1.3e-3 too large, which moves all inner
+# times of the grid: that shows where few steps leave a large error of the solver itself; the next
+# test measures it. From 20 evaluations on, float32 rounding of the images is what remains.
+ROUNDING = {6: 3e-4, 10: 1e-4, 11: 1e-4, 20: 3e-6, 50: 3e-6}
+
+
+@pytest.mark.parametrize("n", EVALUATIONS)
+def test_published_pixel_fast(golden, n):
+    schedule = VPLinear()
+    result = answer(golden, schedule, named("dpm_solver", schedule, n))
+    assert deviation(result, golden[f"pixel_fast_{n}"]) < ROUNDING[n]
+
+
+@pytest.mark.parametrize("n", [6, 10, 11])
+def test_a_grid_rounded_to_float32_explains_the_distance_to_the_published_answers(golden, n):
+    schedule, orders = VPLinear(), fast_orders(n)
+
+    def lam(t):
+        t = np.float32(t)
+        log_alpha = -np.float32(0.25 * 19.9) * t**2 - np.float32(0.05) * t
+        return log_alpha - np.float32(0.5) * np.log(1 - np.exp(2 * log_alpha))
+
+    times = schedule.time(np.linspace(lam(1.0), lam(1e-4), len(orders) + 1))
+    times = np.minimum(times, 1.0)
+    rounded = answer(golden, schedule, dpm_solver(schedule, times, order=orders))
+    exact = answer(golden, schedule, named("dpm_solver", schedule, n))
+    published = golden[f"pixel_fast_{n}"]
+    # 0.7: what remains is rounding inside the program; with the exact grid the ratio would be 1.
+    assert deviation(rounded, published) < 0.7 * deviation(exact, published)
+
+
+@pytest.mark.parametrize("n", EVALUATIONS)
+def test_published_latent_fast(golden, n):
+    schedule = VPDiscrete()
+    result = answer(golden, schedule, named("dpm_solver_pp", schedule, n))
+    # 3e-6: float32 rounding, not amplified by the data form.
+    assert deviation(result, golden[f"latent_fast_{n}"]) < 3e-6
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("n", EVALUATIONS)
+def test_published_latent_singlestep(golden, n, order):
+    schedule = VPDiscrete()
+    times = time_uniform(n // order, 1.0, 1e-3)
+    steps = dpm_solver_pp(schedule, times, order=order, multistep=False)
+    # 3e-6: float32 rounding, not amplified by the data form.
+    assert deviation(
+        answer(golden, schedule, steps), golden[f"latent_singlestep{order}_{n}"]
+    ) < 3e-6  # fmt: skip
+
+
+@pytest.mark.parametrize("n", EVALUATIONS)
+def test_published_euler_ode(golden, n):
+    schedule = VPLinear()
+    steps = euler(schedule, np.append(0, np.linspace(1e-3, 1, n))[::-1])
+    # 2e-7: computed in float64, stored in float32.
+    assert deviation(answer(golden, schedule, steps), golden[f"pixel_euler_ode_{n}"]) < 2e-7
+
+
+# Names and grids ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nfe", "orders"),
+    [(3, [2, 1]), (6, [3, 2, 1]), (9, [3, 3, 2, 1]), (10, [3, 3, 3, 1]), (11, [3, 3, 3, 2])],
+)
+def test_fast_orders_as_published(nfe, orders):
+    assert fast_orders(nfe) == orders
+
+
+@pytest.mark.parametrize("nfe", range(1, 60))
+def test_fast_orders_add_up_to_the_evaluations(nfe):
+    assert sum(fast_orders(nfe)) == nfe
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule", [VPLinear(), VPCosine(), VPDiscrete()], ids=name)
+@pytest.mark.parametrize("n", [3, 10, 50])
+def test_cost_of_each_sampler_is_its_number_of_steps(sampler, schedule, n):
+    steps = named(sampler, schedule, n)
+    assert steps.nfe == len(steps) == (2 * n - 1 if sampler == "heun" else n)
+    assert steps.packed().shape == (steps.nfe, 7)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_sampler_runs_with_its_fewest_steps(sampler):
+    fewest = SAMPLERS[sampler][0]
+    x = run(named(sampler, VPLinear(), fewest), gaussian(VPLinear()), X, np.zeros((fewest, 3)))
+    assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("sampler", [n for n in SAMPLERS if n not in ("ddpm", "euler_maruyama")])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+def test_fifty_evaluations_come_close_to_the_exact_solution(sampler, schedule):
+    steps = named(sampler, schedule, 50 if sampler != "heun" else 25)
+    end = schedule.t_min if sampler.startswith("dpm") else 0.0
+    exact = flow(schedule, steps.t[0], end, X)
+    # 5%: what first-order samplers reach; the others are far below.
+    assert np.abs(run(steps, gaussian(schedule), X) - exact).max() < 0.05
+
+
+def test_time_uniform_is_equally_spaced_and_exact_at_its_ends():
+    times = time_uniform(10, 0.9, 0.1)
+    assert (times[0], times[-1], len(times)) == (0.9, 0.1, 11)
+    # 1e-14: float64 rounding.
+    np.testing.assert_allclose(np.diff(times), -0.08, rtol=1e-14)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=name)
+def test_log_snr_uniform_is_equally_spaced_and_exact_at_its_ends(schedule):
+    times = log_snr_uniform(schedule, 10)
+    assert (times[0], times[-1], len(times)) == (schedule.t_max, schedule.t_min, 11)
+    steps = np.diff(schedule.half_log_snr(times))
+    # 1e-9: the inverse of lambda near its ends.
+    np.testing.assert_allclose(steps, steps.mean(), rtol=1e-9)
+    assert log_snr_uniform(schedule, 3, 0.8, 0.2)[[0, -1]].tolist() == [0.8, 0.2]
+
+
+# The loop -----------------------------------------------------------------------------------------
+
+
+def keras_gaussian(schedule):
+    exact = gaussian(schedule)
+    return lambda x, t: exact(x, t)
+
+
+def recorded(n, shape):
+    noise = np.random.default_rng(1).normal(size=(n, *shape)).astype("float32")
+    table = ops.convert_to_tensor(noise)
+    return noise.astype("float64"), lambda i: ops.take(table, i, axis=0)
+
+
+def start(schedule, shape=(2, 3, 3, 1)):
+    t = schedule.t_start
+    x = schedule.sigma(t) * np.random.default_rng(0).normal(size=shape)
+    return x.astype("float32")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("schedule", [VPLinear(), VPCosine(), VPDiscrete()], ids=name)
+def test_the_float32_loop_agrees_with_float64_numpy(sampler, schedule):
+    steps, x = named(sampler, schedule, 12), start(schedule)
+    noise, draw = recorded(len(steps), x.shape)
+    result = sample(keras_gaussian(schedule), x, steps, draw)
+    expected = run(steps, gaussian(schedule), x.astype("float64"), noise)
+    # 3e-5: float32 rounding of weights up to 30 over a dozen rows.
+    np.testing.assert_allclose(ops.convert_to_numpy(result), expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm_solver_pp_3m"])
+def test_a_deterministic_sampler_needs_no_noise_and_ignores_it(sampler):
+    schedule = VPLinear()
+    steps, x = named(sampler, schedule, 6), start(schedule)
+    _, draw = recorded(len(steps), x.shape)
+    a, b = (sample(keras_gaussian(schedule), x, steps, d) for d in (None, draw))
+    np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm_solver", "dpm_solver_pp_3m"])
+def test_segments_give_what_one_run_gives(sampler):
+    schedule = VPLinear()
+    steps, x = named(sampler, schedule, 7), start(schedule)
+    _, draw = recorded(7, x.shape)
+    denoise = keras_gaussian(schedule)
+    whole = sample(denoise, x, steps, draw)
+    parts = sample([(2, denoise), (0, denoise), (4, denoise), (1, denoise)], x, steps, draw)
+    np.testing.assert_array_equal(ops.convert_to_numpy(whole), ops.convert_to_numpy(parts))
+
+
+def test_each_segment_uses_its_own_denoiser():
+    schedule, x = VPLinear(), np.ones((1, 2), "float32")
+    steps = dpm_solver_pp(schedule, time_uniform(4, 1.0, 0.1), order=2)
+    first, second = (lambda x, t: 0 * x + 1.0), (lambda x, t: 0 * x - 2.0)
+    result = sample([(3, first), (1, second)], x, steps)
+    expected = run(steps, lambda x, t: 0 * x + (-2.0 if t == steps.t[3] else 1.0), x)
+    # 1e-6: float32 rounding.
+    np.testing.assert_allclose(ops.convert_to_numpy(result), expected, atol=1e-6)
+
+
+def test_the_packed_table_is_as_good_as_the_steps():
+    schedule = VPLinear()
+    steps, x = named("dpm_solver_pp_2m", schedule, 5), start(schedule)
+    a, b = (sample(keras_gaussian(schedule), x, s) for s in (steps, steps.packed()))
+    np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
+
+
+def test_a_stochastic_sampler_asks_for_noise():
+    with pytest.raises(ValueError, match="`draw_noise` must be given"):
+        sample(lambda x, t: x, np.ones((1, 2)), named("ddpm", VPLinear(), 3))
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+def table(**changes):
+    rows = dict(
+        t=np.array([1.0, 0.5]), anchor=np.ones(2), denoised=np.zeros((2, 3)), noise=np.zeros(2),
+        commit=np.ones(2),
+    )  # fmt: skip
+    return Steps(**{**rows, **changes})
+
+
+def test_steps_are_stored_in_float64():
+    steps = table(commit=[False, True], t=[1, 0.5])
+    assert all(getattr(steps, f).dtype == np.float64 for f in vars(steps))
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(anchor=np.ones(3)), r"Steps.anchor must be finite, of shape \(2,\)"),
+        (dict(denoised=np.zeros(2)), r"Steps.denoised must be finite, of shape \(2, 3\)"),
+        (dict(denoised=np.full((2, 3), np.nan)), "Steps.denoised must be finite"),
+        (dict(noise=np.array([0, np.inf])), "Steps.noise must be finite"),
+        (dict(t=np.array([np.nan, 0.5])), "Steps.t must be finite"),
+        (dict(t=np.array([1.0, 0.0])), r"t in \(0, 1\]"),
+        (dict(t=np.array([1.1, 0.5])), r"t in \(0, 1\]"),
+        (dict(noise=np.array([-0.1, 0.0])), "noise >= 0"),
+        (
+            dict(
+                t=np.zeros(0), anchor=np.zeros(0), denoised=np.zeros((0, 3)), noise=np.zeros(0),
+                commit=np.zeros(0),
+            ),
+            "at least one row",
+        ),
+        (dict(commit=np.array([1, 0])), "last row of Steps must commit"),
+        (dict(denoised=np.array([[0, 1, 0], [0, 0, 0]])), "before the first evaluation"),
+        (dict(denoised=np.array([[0, 0, 1], [0, 0, 0]])), "before the first evaluation"),
+        (dict(denoised=np.array([[0, 0, 0], [0, 0, 1]])), "before the first evaluation"),
+    ],
+)  # fmt: skip
+def test_a_table_that_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        table(**changes)
+
+
+@pytest.mark.parametrize(
+    "build", [ddim, ddpm, euler, heun, euler_maruyama, dpm_solver, dpm_solver_pp]
+)
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([0.5, 0.5], "strictly decreasing"),
+        ([0.1, 0.9], "strictly decreasing"),
+        ([1.2, 0.5], r"in \[0, 1\]"),
+        ([0.5, -0.1], r"in \[0, 1\]"),
+        ([0.5], "at least two times"),
+        ([[0.9, 0.1]], "at least two times"),
+    ],
+)
+def test_times_must_fall_within_zero_and_one(build, times, message):
+    with pytest.raises(ValueError, match=f"{build.__name__.replace('ddpm', 'ddim')}.*{message}"):
+        build(VPLinear(), times)
+
+
+@pytest.mark.parametrize("build", [ddim, euler_maruyama])
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
+def test_eta_must_be_a_share(build, eta):
+    with pytest.raises(ValueError, match=r"eta must be in \[0, 1\]"):
+        build(VPLinear(), time_uniform(4), eta=eta)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, dict(multistep=False), dict(multistep=False, on_grid=True)]
+)
+@pytest.mark.parametrize("order", [0, 4])
+def test_order_is_one_two_or_three(order, arguments):
+    with pytest.raises(ValueError, match="order 1, 2 or 3"):
+        dpm_solver_pp(VPLinear(), time_uniform(4, 1.0, 0.1), order=order, **arguments)
+
+
+@pytest.mark.parametrize("order", [4, [1, 2, 3, 5]])
+def test_order_of_the_noise_form_is_one_two_or_three(order):
+    with pytest.raises(ValueError, match="dpm_solver has order 1, 2 or 3"):
+        dpm_solver(VPLinear(), time_uniform(4, 1.0, 0.1), order=order)
+
+
+def test_numpy_orders_are_orders():
+    times = time_uniform(4, 1.0, 0.1)
+    a, b = (dpm_solver(VPLinear(), times, order=k) for k in (2, np.int64(2)))
+    np.testing.assert_array_equal(a.packed(), b.packed())
+
+
+def test_singlestep_cannot_end_at_clean_data():
+    for build in (dpm_solver, lambda s, g: dpm_solver_pp(s, g, multistep=False)):
+        with pytest.raises(ValueError, match="end above t = 0"):
+            build(VPLinear(), time_uniform(4))
+
+
+@pytest.mark.parametrize(("order", "intervals"), [([3, 3], 5), (3, 4), ([2], 4)])
+def test_on_grid_orders_must_use_up_the_intervals(order, intervals):
+    times = time_uniform(intervals, 1.0, 0.1)
+    with pytest.raises(ValueError, match=f"intervals that end above t = 0. Received: {intervals}"):
+        dpm_solver_pp(VPLinear(), times, order=order, multistep=False, on_grid=True)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_multistep_needs_as_many_steps_as_its_order(order):
+    with pytest.raises(ValueError, match=f"order {order} needs at least {order} steps"):
+        dpm_solver_pp(VPLinear(), time_uniform(order - 1), order=order)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("dpm_solver_p", "dpm_solver_pp"), ("DDIM ", None), ("eular", "euler")]
+)
+def test_an_unknown_sampler_gets_the_nearest_name(wrong, near):
+    with pytest.raises(ValueError, match="Unknown sampler") as error:
+        named(wrong, VPLinear(), 10)
+    assert ", ".join(SAMPLERS) in str(error.value)
+    assert (f"Did you mean {near!r}?" in str(error.value)) == (near is not None)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_steps"),
+    [(n, fewest - 1) for n, (fewest, _) in SAMPLERS.items()]
+    + [("ddim", 10.0), ("ddim", "10"), ("ddim", None)],
+)
+def test_named_samplers_need_enough_whole_steps(sampler, num_steps):
+    with pytest.raises(ValueError, match="needs num_steps to be an int, at least") as error:
+        named(sampler, VPLinear(), num_steps)
+    assert repr(num_steps) in str(error.value)
+
+
+def test_numpy_numbers_of_steps_are_numbers():
+    assert named("ddim", VPLinear(), np.int64(4)).nfe == 4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_flow_matching_runs_every_sampler_but_the_sde_of_infinite_rate(sampler):
+    if sampler == "euler_maruyama":  # g^2 is infinite at t = 1
+        with np.errstate(all="ignore"), pytest.raises(ValueError, match="must be finite"):
+            named(sampler, LinearPath(), 8)
+    else:
+        assert np.isfinite(named(sampler, LinearPath(), 8).packed()).all()
