@@ -10,7 +10,9 @@ published guidance `scale` s is `guidance_scale` - 1 here. FIDs are of 50,000 sa
 import dataclasses
 import difflib
 from pathlib import Path
+from zipfile import BadZipFile
 
+import h5py
 import keras
 
 from keras_uvit.convert import load_torch_weights
@@ -20,6 +22,8 @@ from keras_uvit.process.schedules import VPCosine, VPDiscrete, VPLinear
 from keras_uvit.training import DiffusionModel
 
 SHIPPED = Path(__file__).parent / "weights"
+# What Keras raises for a weight file that is damaged or of another network.
+DAMAGE = (OSError, RuntimeError, BadZipFile, ValueError, KeyError, AttributeError, TypeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +127,7 @@ PRESETS = {
         guidance_scale=1.2,
         ema_decay=0.999,
         params=415_534,
-        gmacs=0.0076,
+        gmacs=0.00764,
         weights="uvit_tiny_digits.weights.h5",
     ),
     "uvit_small_cifar10": Preset(
@@ -293,12 +297,14 @@ def load(name, weights=None, *, seed=0, **network):
     """
     row = get(name)
     path = _weight_file(name, row, weights)
+    net = UViT(**{**row.network, **network})
+    has_none = net.null_label is not None or net.context_shape is not None
     model = DiffusionModel(
-        UViT(**{**row.network, **network}),
+        net,
         schedule=row.schedule,
         prediction=row.prediction,
         time_scale=row.time_scale,
-        condition_dropout=row.condition_dropout,
+        condition_dropout=row.condition_dropout if has_none else 0.0,
         latent_scale=row.latent_scale,
         ema_decay=row.ema_decay,
         optimizer=row.optimizer,
@@ -344,8 +350,20 @@ def _load_weights(model, path):
             model.network.set_weights(saved.ema_network.get_weights())
         else:
             model.network.load_weights(path)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            _check_nothing_left_out(path, model.network)
+    except DAMAGE as error:
         raise ValueError(
             f"{path.name} is damaged or does not fit preset {model.name!r}: {error}"
         ) from error
     model.copy_weights_to_ema()
+
+
+def _check_nothing_left_out(path, network):
+    """Keras' `load_weights` passes over arrays of the file that the network has no place for."""
+    arrays = []
+    with h5py.File(path) as file:
+        file.visititems(lambda _, item: arrays.append(item) if hasattr(item, "shape") else None)
+    if len(arrays) != len(network.weights):
+        raise ValueError(
+            f"the file has {len(arrays)} arrays, the network {len(network.weights)} weights"
+        )

@@ -71,13 +71,13 @@ def _read_torch(path):
             f"{path.name} was refused: it is damaged, or holds more than tensors and would run "
             "code when read. Ask its author for a state dict or a .safetensors file."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what a damaged pickle raises depends on where it is damaged
         raise ValueError(f"{path.name} is truncated or no PyTorch checkpoint: {error}.") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and torch.is_tensor(a) for name, a in content.items()
     ):
         raise ValueError(f"{path.name} is no state dict: expected a flat dict of tensors by name.")
-    return {name: _as_float32(a.to(torch.float32).numpy()) for name, a in content.items()}
+    return {name: _as_float32(a.detach().to(torch.float32).numpy()) for name, a in content.items()}
 
 
 def _as_float32(a):

@@ -26,7 +26,7 @@ def entries(network):
         )
     layer = network.get_layer
     yield "pos_embed", layer("position").embeddings, _positions(network)
-    yield "patch_embed.proj.weight", layer("patch_embed").proj.kernel, _patch_kernel
+    yield "patch_embed.proj.weight", layer("patch_embed").proj.kernel, _patch_kernel(network)
     yield "patch_embed.proj.bias", layer("patch_embed").proj.bias, _same
     if c["time_mlp"]:
         yield from _linear("time_embed.0", layer("time_mlp_in"))
@@ -75,9 +75,16 @@ def _same(a):
     return a
 
 
-def _patch_kernel(a):
+def _patch_kernel(network):
     """(D, C, P, P) of a convolution to (P P C, D) of a dense layer on (row, column, channel)."""
-    return a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0])
+    patch, channels = network.config["patch_size"], network.image_shape[-1]
+
+    def turn(a):
+        if a.shape[1:] != (channels, patch, patch):
+            raise ValueError("another patch size or number of channels")
+        return a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0])
+
+    return turn
 
 
 def _positions(network):
@@ -90,7 +97,7 @@ def _positions(network):
     def turn(a):
         a = a[0] if a.ndim == 3 else a
         old = round((len(a) - extras) ** 0.5) if len(a) > extras else 0
-        if len(a) == extras + grid[0] * grid[1] or old**2 != len(a) - extras:
+        if (old, old) == grid or old**2 != len(a) - extras:
             return a  # fits, or no square grid: the caller compares shapes
         warnings.warn(
             f"Position embeddings resized from {old}x{old} to {grid[0]}x{grid[1]} patches; quality "
@@ -98,7 +105,7 @@ def _positions(network):
             stacklevel=2,
         )
         patches = a[extras:].reshape(1, old, old, -1)
-        patches = ops.image.resize(patches, grid, "bicubic", data_format="channels_last")
+        patches = ops.image.resize(patches, grid, "bilinear", data_format="channels_last")
         patches = ops.convert_to_numpy(patches).reshape(grid[0] * grid[1], -1)
         return np.concatenate([a[:extras], patches])
 

@@ -25,6 +25,8 @@ class ImageFolder(keras.utils.PyDataset):
         skipped: list of (path, reason) left out with `corrupt="skip"`.
     """
 
+    shuffles_itself = True  # `DiffusionModel.fit` keeps Keras from shuffling once more
+
     def __init__(self, images, labels, class_names, skipped, batch_size, flip, seed):
         super().__init__()
         self.images = images
@@ -36,6 +38,7 @@ class ImageFolder(keras.utils.PyDataset):
         self.flip = flip
         self.seed = seed
         self.epoch = 0
+        self._begun = False
 
     def __len__(self):
         return len(self.images) // self.batch_size
@@ -54,8 +57,10 @@ class ImageFolder(keras.utils.PyDataset):
             batch["label"] = self.labels[rows]
         return batch
 
-    def on_epoch_end(self):
-        self.epoch += 1
+    def on_epoch_begin(self):
+        # Keras ends epochs more often than it begins them.
+        self.epoch += self._begun
+        self._begun = True
 
 
 def image_folder(
@@ -102,6 +107,12 @@ def image_folder(
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if corrupt not in ("raise", "skip"):
         raise ValueError(f'corrupt must be "raise" or "skip". Received: {corrupt!r}.')
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(
+            f"image_size must be an int or (height, width), at least 1. Received: {image_size}."
+        )
+    if labels not in ("auto", None):
+        raise ValueError(f'labels must be "auto" or None. Received: {labels!r}.')
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3. Received: {channels}.")
     files, classes = _files(Path(path), labels)
@@ -142,8 +153,6 @@ def _files(path, labels):
     classes = [p.relative_to(path).parts[0] if p.parent != path else None for p in found]
     if labels is None or not any(classes):
         return found, None
-    if labels != "auto":
-        raise ValueError(f'labels must be "auto" or None. Received: {labels!r}.')
     if not all(classes):
         stray = found[classes.index(None)].name
         raise ValueError(
@@ -163,7 +172,10 @@ def _read_all(files, size, channels, corrupt, verbose):
     def read(file):
         try:
             with Image.open(file) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16"):  # Pillow would clip at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
+                image = image.convert("RGB" if channels == 3 else "L")
                 return np.asarray(_centre_crop(image, size)).reshape(*size, channels), None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return None, f"{type(error).__name__}: {error}"

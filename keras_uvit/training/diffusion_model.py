@@ -216,8 +216,8 @@ class DiffusionModel(keras.Model):
             ValueError, TypeError: if the data do not fit the model, before anything is compiled.
             FloatingPointError: after `max_skipped_steps` non-finite steps in a row.
         """
-        if isinstance(x, types.GeneratorType):
-            kwargs.setdefault("shuffle", False)  # Keras would warn that it cannot
+        if isinstance(x, types.GeneratorType) or getattr(x, "shuffles_itself", False):
+            kwargs.setdefault("shuffle", False)  # Keras cannot shuffle the one, need not the other
         x = batches.check_source(self, x, y)
         validation = kwargs.get("validation_data")
         if validation is not None:
