@@ -90,8 +90,8 @@ class UViT(keras.Model):
         name="uvit",
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        config["image_shape"] = tuple(image_shape)
-        config["context_shape"] = context_shape and tuple(context_shape)
+        config["image_shape"] = _tuple(image_shape)
+        config["context_shape"] = _tuple(context_shape)
         config["dtype"] = keras.dtype_policies.get(dtype).name
         _check(config)
         inputs, outputs = _build(config)
@@ -112,9 +112,17 @@ class UViT(keras.Model):
         return cls(**config)
 
 
+def _tuple(shape):
+    return tuple(shape) if isinstance(shape, list | tuple) else shape
+
+
+def _is_shape(shape, length):
+    return isinstance(shape, tuple) and len(shape) == length and min(shape) >= 1
+
+
 def _check(config):
     shape, patch = config["image_shape"], config["patch_size"]
-    if len(shape) != 3 or min(shape) < 1:
+    if not _is_shape(shape, 3):
         raise ValueError(
             f"image_shape must be (height, width, channels), channels last. Received: {shape}."
         )
@@ -145,7 +153,7 @@ def _check(config):
             f"num_classes must be at least 1, or None for a network without labels. "
             f"Received: {config['num_classes']}."
         )
-    if config["context_shape"] is not None and len(config["context_shape"]) != 2:
+    if config["context_shape"] is not None and not _is_shape(config["context_shape"], 2):
         raise ValueError(
             f"context_shape must be (length, width). Received: {config['context_shape']}."
         )

@@ -33,7 +33,10 @@ def time_uniform(num_steps, t_start=1.0, t_end=0.0):
 
 def log_snr_uniform(schedule, num_steps, t_start=None, t_end=None):
     """`num_steps + 1` times, equally spaced in half log-SNR; default `t_max` down to `t_min`."""
-    ends = (t_start or schedule.t_max, t_end or schedule.t_min)
+    ends = (
+        schedule.t_max if t_start is None else t_start,
+        schedule.t_min if t_end is None else t_end,
+    )
     grid = np.linspace(*(float(schedule.half_log_snr(t)) for t in ends), num_steps + 1)
     times = schedule.time(grid)
     times[[0, -1]] = ends  # no rounding at the ends
@@ -180,7 +183,8 @@ def dpm_solver_pp(schedule, times, *, order=2, multistep=True, on_grid=False):
     """DPM-Solver++, data form: Lu et al. 2022, arXiv 2211.01095, Alg. 1 and 2, Appendix A.
 
     Multistep uses the earlier evaluations: one per interval; the first steps and a step to t = 0
-    have the order that is possible. Singlestep evaluates inside each interval: at thirds (order
+    have the order that is possible. (Order 3 weighs the second derivative fully; code in
+    circulation takes half of it, which leaves an error of second order.) Singlestep evaluates inside each interval: at thirds (order
     3) or the half (order 2) of lambda, or, with `on_grid`, at the given times themselves, so that
     an order-3 step spans three intervals of `times`. The published "fast" schedule is singlestep
     with `order=fast_orders(nfe)` on the uniform-time grid.
@@ -223,7 +227,8 @@ def dpm_solver_pp(schedule, times, *, order=2, multistep=True, on_grid=False):
             r1 = (lambdas[2] - lambdas[3]) / h
             bend = (slope - (D1 - D2) / r1) / (r0 + r1)
             p2 = p1 / h + 1
-            x = x + schedule.alpha(t) * (p2 * (slope + r0 * bend) - (p2 / h - 0.5) * bend)
+            # `bend` is a divided difference, half of the second derivative times h^2.
+            x = x + schedule.alpha(t) * (p2 * (slope + r0 * bend) - 2 * (p2 / h - 0.5) * bend)
         rows.append((s, x, 0, 1))
     return _steps(rows)
 
@@ -240,8 +245,9 @@ def fast_orders(nfe):
 def _singlestep(schedule, times, order, weights, name, on_grid=False):
     times = _checked(times, name)
     intervals = len(times) - 1
-    if isinstance(order, int):
-        order = [order] * (intervals // order if on_grid else intervals)
+    if isinstance(order, int | np.integer):
+        _checked_order(order, name)
+        order = [int(order)] * (intervals // order if on_grid else intervals)
     for k in order:
         _checked_order(k, name)
     spans = [k if on_grid else 1 for k in order]

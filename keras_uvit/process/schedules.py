@@ -116,8 +116,10 @@ class VPCosine(_VariancePreserving):
         return 0.5 * np.pi * (_array(t) + self.s) / (1.0 + self.s)
 
     def log_alpha(self, t):
-        xp = _module(t)
-        return xp.log(xp.cos(self._angle(t))) - float(np.log(np.cos(self._angle(0.0))))
+        # log(cos(a + b) / cos(b)) without cancellation near t = 0, with a = angle(t) - angle(0).
+        xp, a = _module(t), 0.5 * np.pi / (1.0 + self.s) * _array(t)
+        fall = 2.0 * xp.sin(0.5 * a) ** 2 + float(np.tan(self._angle(0.0))) * xp.sin(a)
+        return xp.log1p(-fall)
 
     def log_alpha_slope(self, t):
         xp = _module(t)

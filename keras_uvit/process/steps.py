@@ -101,6 +101,10 @@ def sample(denoise, x_init, steps, draw_noise=None):
         return x, ops.where(commit > 0, x, anchor), d0, d1
 
     runs = denoise if isinstance(denoise, list) else [(table.shape[0], denoise)]
+    if sum(rows for rows, _ in runs) != table.shape[0]:
+        raise ValueError(
+            f"`denoise` covers {sum(rows for rows, _ in runs)} of {table.shape[0]} rows."
+        )
     carry, first = (x, x, ops.zeros_like(x), ops.zeros_like(x)), 0
     for rows, function in runs:
         body = functools.partial(step, function)

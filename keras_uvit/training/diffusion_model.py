@@ -82,6 +82,7 @@ class DiffusionModel(keras.Model):
         seed=0,
         name="diffusion_model",
     ):
+        _check_parts(network, schedule)
         # autocast=False: mixed precision must not round the timestep.
         super().__init__(name=name, dtype=network.dtype_policy, autocast=False)
         has_null = network.null_label is not None or network.context_shape is not None
@@ -101,7 +102,9 @@ class DiffusionModel(keras.Model):
         self._check_arguments(has_null)
 
         self.network = network
-        self.ema_network = type(network).from_config(network.get_config())
+        self.ema_network = type(network).from_config(
+            {**network.get_config(), "name": f"ema_{network.name}"}
+        )
         self.ema_network.trainable = False
         self.copy_weights_to_ema()
         counter = dict(shape=(), dtype="int32", initializer="zeros", trainable=False)
@@ -386,6 +389,18 @@ class DiffusionModel(keras.Model):
     def save_weights(self, filepath, overwrite=True, **kwargs):
         """As `keras.Model.save_weights`, but written beside and renamed."""
         _atomically(super().save_weights, filepath, overwrite, **kwargs)
+
+
+def _check_parts(network, schedule):
+    needed = ("image_shape", "num_classes", "null_label", "context_shape")
+    missing = [name for name in needed if not hasattr(network, name)]
+    if missing:
+        raise TypeError(f"The network must be a UViT or have {needed}. It lacks {missing}.")
+    if schedule is not None and not hasattr(schedule, "half_log_snr"):
+        raise TypeError(
+            "schedule must be one of process.schedules, such as VPLinear(). "
+            f"Received: {schedule!r}."
+        )
 
 
 def _atomically(write, filepath, overwrite, **kwargs):

@@ -154,8 +154,8 @@ def _guided_rows(model, steps, scale, interval, given):
     low, high = interval
     if not 0 <= low < high <= 1:
         raise ValueError(f"guidance_interval is (low, high) in [0, 1]. Received: {interval}.")
-    if not np.isfinite(scale) or scale < 0:
-        raise ValueError(f"guidance_scale must be finite and >= 0. Received: {scale}.")
+    if not isinstance(scale, int | float | np.number) or not np.isfinite(scale) or scale < 0:
+        raise ValueError(f"guidance_scale must be finite and >= 0. Received: {scale!r}.")
     network = model.network
     if scale != 1.0 and network.null_label is None and network.context_shape is None:
         if given:

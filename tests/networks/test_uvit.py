@@ -111,6 +111,7 @@ def test_published_sizes_of_the_initial_weights():
     ("change", "message"),
     [
         (dict(image_shape=(4, 6)), r"\(height, width, channels\)"),
+        (dict(image_shape=28), r"\(height, width, channels\).*Received: 28"),
         (dict(patch_size=4), r"patch_size=4 does not divide.*that do: \[1, 2\].*\(4, 8\)"),
         (dict(num_layers=4), "odd.*Received: 4; use 3 or 5"),
         (dict(num_heads=3), r"num_heads=3 does not divide hidden_dim=16.*\[1, 2, 4, 8, 16\]"),

@@ -329,6 +329,13 @@ def test_arguments_that_do_not_fit_are_named(arguments, message):
         make(compiled=False, **arguments)
 
 
+def test_parts_of_the_wrong_kind_are_named():
+    with pytest.raises(TypeError, match="must be a UViT.*lacks"):
+        DiffusionModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]))
+    with pytest.raises(TypeError, match=r"such as VPLinear\(\). Received: 'cosine'"):
+        make(compiled=False, schedule="cosine")
+
+
 def test_compile_refuses_another_loss():
     with pytest.raises(ValueError, match=r"Leave out: \['loss'\]"):
         make(compiled=False).compile(loss="mse")

@@ -192,6 +192,7 @@ def test_latents_are_decoded_by_the_autoencoder():
         (dict(labels=[0], num_steps=0), "num_steps=0"),
         (dict(labels=[0], num_steps=2.5), "num_steps=2.5"),
         (dict(labels=[0], guidance_scale=-1.0), "guidance_scale must be finite and >= 0"),
+        (dict(labels=[0], guidance_scale="2"), "guidance_scale must be finite.*'2'"),
         (dict(labels=[0], guidance_interval=(0.7, 0.2)), r"\(low, high\)"),
         (dict(labels=[0], seed=-1), "seed must be an int >= 0"),
         (dict(labels=[0], batch_size=0), "batch_size must be at least 1"),
