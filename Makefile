@@ -34,16 +34,19 @@ lint: $(VENV)/installed-test
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed-demo-torch: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet $(TORCH)
+# What a backend's demo installs beside the demo extra.
+DEMO_jax := jax
+DEMO_tensorflow := tensorflow-cpu
+DEMO_torch := $(TORCH)
+
+$(VENV)/installed-demo-%: $(BIN)/python pyproject.toml
+	@echo "Installing $* and the demo's packages into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet $(DEMO_$*)
 	$(BIN)/python -m pip install --quiet -e ".[demo]"
 	touch $@
 
-$(VENV)/installed-demo-%: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e ".[$*,demo]"
-	touch $@
-
 $(VENV)/installed-test: $(BIN)/python pyproject.toml
+	@echo "Installing JAX, TensorFlow, PyTorch and the test tools into $(VENV) (3 GB) ..."
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	touch $@

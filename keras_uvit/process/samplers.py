@@ -184,10 +184,12 @@ def dpm_solver_pp(schedule, times, *, order=2, multistep=True, on_grid=False):
 
     Multistep uses the earlier evaluations: one per interval; the first steps and a step to t = 0
     have the order that is possible. (Order 3 weighs the second derivative fully; code in
-    circulation takes half of it, which leaves an error of second order.) Singlestep evaluates inside each interval: at thirds (order
-    3) or the half (order 2) of lambda, or, with `on_grid`, at the given times themselves, so that
-    an order-3 step spans three intervals of `times`. The published "fast" schedule is singlestep
-    with `order=fast_orders(nfe)` on the uniform-time grid.
+    circulation takes half of it, which leaves an error of second order.)
+
+    Singlestep evaluates inside each interval: at thirds (order 3) or the half (order 2) of lambda,
+    or, with `on_grid`, at the given times themselves, so that an order-3 step spans three
+    intervals of `times`. The published "fast" schedule is singlestep with
+    `order=fast_orders(nfe)` on the uniform-time grid.
 
     Args:
         schedule: gives alpha, sigma, half_log_snr and its inverse.

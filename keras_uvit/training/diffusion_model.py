@@ -1,8 +1,6 @@
 """A network, a noise schedule and a loss: a Keras model to `fit` and `generate` with."""
 
-import os
 import types
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -13,6 +11,7 @@ from keras_uvit.process import predictions
 from keras_uvit.process.schedules import VPLinear
 from keras_uvit.training import batches, generation
 from keras_uvit.training.callbacks import StopOnNonFinite
+from keras_uvit.training.checkpoints import atomically
 from keras_uvit.training.optimizers import adamw
 
 DRAWS = 4  # random tensors a step draws: posterior, time, noise, condition drop-out
@@ -226,7 +225,7 @@ class DiffusionModel(keras.Model):
         if validation is not None:
             first, *rest = validation if isinstance(validation, tuple) else (validation,)
             kwargs["validation_data"] = (batches.check_source(self, first, *rest[:1]), *rest)
-        guard = StopOnNonFinite(self.max_skipped_steps)
+        guard = StopOnNonFinite(self)
         self.skipped_in_row.assign(0)
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.append(guard)
@@ -241,12 +240,12 @@ class DiffusionModel(keras.Model):
             raise FloatingPointError(guard.error)
         return history
 
-    def evaluate(self, x=None, y=None, **kwargs):
+    def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """As `keras.Model.evaluate`, with the moving average; the same noise every time."""
         if not kwargs.get("_use_cached_eval_dataset"):
             x = batches.check_source(self, x, y)
         self.test_step_count.assign(0)
-        return super().evaluate(x, y, **kwargs)
+        return super().evaluate(x, y, batch_size, **kwargs)
 
     def train_step(self, *args):
         return backend.train_step(self, *args)
@@ -354,7 +353,7 @@ class DiffusionModel(keras.Model):
         ramp = (1.0 + k) / (10.0 + k) if self.ema_warmup else 1.0
         return ops.minimum(self.ema_decay, ramp)
 
-    def report(self, batch, loss, norm):
+    def report(self, loss, norm):
         """Logs of a training step; skipped steps do not enter the means."""
         ok = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
         for tracker, value in ((self._loss_tracker, loss), (self.norm_tracker, norm)):
@@ -363,8 +362,9 @@ class DiffusionModel(keras.Model):
             "loss": self._mean(self._loss_tracker),
             "grad_norm": self._mean(self.norm_tracker),
             "ema_decay": self.current_ema_decay(),
-            "skipped_steps": ops.convert_to_tensor(self.skipped_steps),
-            "skipped_in_row": ops.convert_to_tensor(self.skipped_in_row),
+            # Cast, so that JAX makes new arrays: the counters' own are donated to the next step.
+            "skipped_steps": ops.cast(self.skipped_steps, "float32"),
+            "skipped_in_row": ops.cast(self.skipped_in_row, "float32"),
         }
 
     def _mean(self, tracker):
@@ -377,18 +377,15 @@ class DiffusionModel(keras.Model):
 
     # Sampling and files ---------------------------------------------------------------------------
 
-    def generate(self, num_images=None, labels=None, prompts=None, **options):
-        return generation.generate(self, num_images, labels, prompts, **options)
-
-    generate.__doc__ = generation.generate.__doc__
+    generate = generation.generate  # a method: its first argument is the model
 
     def save(self, filepath, overwrite=True, **kwargs):
         """As `keras.Model.save`, but written beside and renamed: a killed save loses nothing."""
-        _atomically(super().save, filepath, overwrite, **kwargs)
+        atomically(super().save, filepath, overwrite, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, **kwargs):
         """As `keras.Model.save_weights`, but written beside and renamed."""
-        _atomically(super().save_weights, filepath, overwrite, **kwargs)
+        atomically(super().save_weights, filepath, overwrite, **kwargs)
 
 
 def _check_parts(network, schedule):
@@ -401,15 +398,3 @@ def _check_parts(network, schedule):
             "schedule must be one of process.schedules, such as VPLinear(). "
             f"Received: {schedule!r}."
         )
-
-
-def _atomically(write, filepath, overwrite, **kwargs):
-    path = Path(filepath)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; pass overwrite=True to replace it.")
-    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    try:
-        write(beside, overwrite=True, **kwargs)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
