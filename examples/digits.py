@@ -2,8 +2,9 @@
 
 Reproduces   nothing published: the smallest real run of the whole package (preset
              `uvit_tiny_digits`, 0.4M weights, 1,437 scans bundled with scikit-learn, no download).
-Expect       @EXPECT@
-Hardware     2 CPU cores, about @MINUTES@ minutes on JAX; no GPU needed.
+Expect       class agreement 0.98 to 0.99 (the classifier reads 0.994 of real test scans right),
+             Fréchet distance 0.18 (floor 0.103), within-class spread 0.89 of the real one.
+Hardware     2 CPU cores, 3 minutes on JAX; no GPU needed.
 Commands     python examples/digits.py                 (KERAS_BACKEND=jax, tensorflow or torch)
              python examples/digits.py --quick         (half a minute, poor digits, same path)
 

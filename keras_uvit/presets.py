@@ -111,8 +111,9 @@ PRESETS = {
             num_layers=5,
             num_heads=4,
             num_classes=10,
-            # The published learned positions come 0.7 floors further from the real digits in
-            # 2,000 steps, and epsilon-prediction draws no digits by then.
+            # For a short run: after 2,000 steps at width 96 the published learned positions are
+            # 2.5 floors from the real digits, these 1.9; with epsilon-prediction and learned
+            # positions only 7 digits in 10 are of the class asked for.
             position="sinusoidal",
         ),
         schedule=VPCosine(),
