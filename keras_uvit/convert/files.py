@@ -18,7 +18,7 @@ def read_tensors(path):
         path: `.safetensors`, or `.pth`, `.pt`, `.bin`, `.ckpt`.
 
     Returns:
-        dict of name to float32 (or integer) NumPy array.
+        dict of name to float32 NumPy array.
 
     Raises:
         FileNotFoundError: if there is no such file.

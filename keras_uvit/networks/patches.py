@@ -25,8 +25,8 @@ def unpatchify(patches, patch_size, image_shape):
 class PatchEmbedding(layers.Layer):
     """Cuts an image into patches and projects each one to a token.
 
-    A convolution of kernel P and stride P is the same as a dense layer on flattened patches; the
-    dense form is the faster one on every backend. Initialised like PyTorch's convolution.
+    The published convolution of kernel P and stride P, written as what it is: a dense layer on
+    flattened patches. Initialised like PyTorch's convolution.
 
     Args:
         hidden_dim: int. Width D of a token.
@@ -85,7 +85,7 @@ class ConvPatchEmbedding(layers.Layer):
         for i, ((size, stride), width) in enumerate(zip(kernels + [(1, 1)], widths + widths[-1:])):
             fan_in = size * size * shape[-1]
             conv = layers.Conv2D(
-                width if i < len(kernels) else self.hidden_dim,
+                width,
                 size,
                 stride,
                 "same",

@@ -230,11 +230,7 @@ class DiffusionModel(keras.Model):
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.append(guard)
         else:
-            callbacks = [
-                *(callbacks if isinstance(callbacks, list | tuple) else [callbacks]),
-                guard,
-            ]
-            callbacks = [callback for callback in callbacks if callback is not None]
+            callbacks = [*keras.tree.flatten(callbacks or []), guard]
         history = super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
         if guard.error:
             raise FloatingPointError(guard.error)
@@ -285,9 +281,10 @@ class DiffusionModel(keras.Model):
         target = predictions.target(self.prediction, self.schedule, t, x0, noise)
         loss = ops.mean(ops.square(output - target))
         if "label" in inputs:
-            # A gather out of range is silent on some devices; NaN makes the step skipped.
-            top = network.num_classes + (network.null_label is not None)
-            valid = ops.all((inputs["label"] >= 0) & (inputs["label"] < top))
+            # A lookup out of range is silent on some devices, and label K would read as "none";
+            # NaN makes the step skipped and counted.
+            label = ops.cast(batch["label"], "int32")
+            valid = ops.all((label >= 0) & (label < network.num_classes))
             loss = ops.where(valid, loss, float("nan"))
         return loss
 

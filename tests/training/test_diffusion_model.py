@@ -253,6 +253,13 @@ def test_a_bad_label_that_slips_past_the_check_skips_the_step(monkeypatch):
         assert fit(model, bad)["skipped_steps"] == [1]
 
 
+def test_the_label_after_the_last_is_an_error_not_no_label(monkeypatch):
+    monkeypatch.setattr(batches, "check_batch", lambda *_: None)
+    model = make()  # 3 classes: row 3 of the table means "no label"
+    bad = {"image": IMAGES[:8], "label": np.full(8, 3)}
+    assert fit(model, bad)["skipped_steps"] == [1]
+
+
 def test_evaluation_uses_the_average_repeats_itself_and_does_not_disturb_training():
     a, b = make(), make()
     first = a.evaluate(DATA, batch_size=8, verbose=0)
