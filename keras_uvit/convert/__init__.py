@@ -1,42 +1,91 @@
-"""Foreign checkpoints to Keras weights; the only place that knows foreign names and layouts."""
+"""Foreign checkpoints to Keras weights and back; the only place that knows foreign names."""
 
 from pathlib import Path
 
-from keras_uvit.convert import uvit
-from keras_uvit.convert.files import read_tensors
+import keras
+
+from keras_uvit.convert import autoencoder, inception, uvit
+from keras_uvit.convert.files import read_tensors, write_tensors
+
+# A module a class of network: `entries(network)` lists (published name, Keras variable, layout),
+# `normalized(tensors)` brings the names of the files in circulation to those.
+FAMILIES = {"UViT": uvit, "AutoencoderKL": autoencoder, "InceptionFeatures": inception}
 
 
 def load_torch_weights(network, path):
-    """Loads a published U-ViT checkpoint (`.pth`, or `.safetensors` with the same names).
+    """Loads a published checkpoint (`.pth`, or `.safetensors` with the same names).
 
     Strict: every array of the file is used once and every weight of the network is set, or nothing
     is changed. Pickled code is never run.
 
     Args:
-        network: `UViT` in the published form (the defaults; `output_conv`, `qkv_bias`, `time_mlp`
-            and conditions as the checkpoint has them), or a `DiffusionModel`, whose moving average
-            is set too.
+        network: one of
+
+            * `UViT` in the published form (the defaults; `output_conv`, `qkv_bias`, `time_mlp` and
+              conditions as the checkpoint has them), or a `DiffusionModel`, whose moving average
+              is set too;
+            * `latent.AutoencoderKL`, from the published program's file or diffusers' layout;
+            * `evaluation.InceptionFeatures`, from pytorch-fid's or torch-fidelity's file.
         path: the file.
 
     Raises:
         FileNotFoundError, ImportError: see `read_tensors`.
+        TypeError: for another network.
         ValueError: if the file is damaged or foreign, or names and shapes do not match; the
             message lists missing, extra and wrong-shaped keys.
     """
-    model = network if hasattr(network, "ema_network") else None
-    target = model.network if model is not None else network
-    tensors = read_tensors(path)
-    entries = list(uvit.entries(target))
+    target, family = _family(network)
+    tensors = family.normalized(read_tensors(path))
+    entries = list(family.entries(target))
+    new = _matched(entries, tensors, Path(path).name)
+    for variable, value in new:
+        variable.assign(value)
+    if target is not network:
+        network.copy_weights_to_ema()
+
+
+def save_torch_weights(network, path):
+    """Writes a checkpoint that the published program loads; `load_torch_weights` undoes it exactly.
+
+    Args:
+        network: as for `load_torch_weights`; of a `DiffusionModel` the moving average is written,
+            as published checkpoints are.
+        path: ending in `.pth` or `.safetensors`.
+
+    Raises:
+        TypeError: for another network.
+        ValueError: for another ending, or a network that has no published form.
+    """
+    target, family = _family(network)
+    target = network.ema_network if target is not network else target
+    tensors = {
+        name: layout.to_torch(keras.ops.convert_to_numpy(variable))
+        for name, variable, layout in family.entries(target)
+    }
+    write_tensors(tensors, path)
+
+
+def _family(network):
+    """The network itself, of a `DiffusionModel` too, and the module that knows its names."""
+    target = network.network if hasattr(network, "ema_network") else network
+    name = type(target).__name__
+    if name not in FAMILIES:
+        raise TypeError(f"There are published weights for {list(FAMILIES)}. Received: {name}.")
+    return target, FAMILIES[name]
+
+
+def _matched(entries, tensors, file_name):
+    """[(variable, value)], or ValueError with all that does not match."""
     names = {name for name, _, _ in entries}
     problems = [f"missing: {sorted(names - set(tensors))}"] if names - set(tensors) else []
     if set(tensors) - names:
         problems.append(f"extra: {sorted(set(tensors) - names)}")
     new = []
-    for name, variable, turn in entries:
+    for name, variable, layout in entries:
         if name not in tensors:
             continue
         try:
-            value = turn(tensors[name])
+            value = layout.to_keras(tensors[name])
         except ValueError:  # another number of axes
             value = tensors[name]
         if tuple(value.shape) != tuple(variable.shape):
@@ -47,13 +96,8 @@ def load_torch_weights(network, path):
             )
         new.append((variable, value))
     if problems:
-        raise ValueError(
-            f"{Path(path).name} does not fit this network. " + "; ".join(problems) + "."
-        )
-    for variable, value in new:
-        variable.assign(value)
-    if model is not None:
-        model.copy_weights_to_ema()
+        raise ValueError(f"{file_name} does not fit this network. " + "; ".join(problems) + ".")
+    return new
 
 
 def _label_hint(name, value, variable):

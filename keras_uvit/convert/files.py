@@ -1,6 +1,8 @@
-"""Reads foreign weight files without ever running what is in them."""
+"""Reads foreign weight files without ever running what is in them, and writes them."""
 
+import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +45,9 @@ def read_tensors(path):
 
 
 def _read_safetensors(path):
-    try:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-    except ImportError as error:
-        raise ImportError(
-            f'Reading {path.name} needs safetensors: pip install "keras-uvit[latent]".'
-        ) from error
+    load_file = _safetensors(path).load_file
+    from safetensors import SafetensorError
+
     try:
         return {name: _as_float32(a) for name, a in load_file(path).items()}
     except SafetensorError as error:
@@ -57,15 +55,14 @@ def _read_safetensors(path):
 
 
 def _read_torch(path):
+    torch = _torch(path)
     try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"Reading {path.name} needs PyTorch, on any Keras backend: "
-            'pip install "keras-uvit[torch]" (or convert the file to .safetensors once).'
-        ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(
+            path,
+            map_location="cpu",
+            weights_only=True,
+            mmap=zipfile.is_zipfile(path),  # read where used: no second copy of 2 GB in memory
+        )
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path.name} was refused: it is damaged, or holds more than tensors and would run "
@@ -82,3 +79,54 @@ def _read_torch(path):
 
 def _as_float32(a):
     return np.asarray(a, "float32")
+
+
+def write_tensors(tensors, path):
+    """Writes named arrays as a PyTorch state dict or a safetensors file, whole or not at all.
+
+    Args:
+        tensors: dict of name to NumPy array.
+        path: ending in `.safetensors` or in `.pth`, `.pt`, `.bin`, `.ckpt`.
+
+    Raises:
+        ValueError: for another ending.
+        ImportError: if the library that writes this kind is missing.
+    """
+    path = Path(path)
+    tensors = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
+    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    try:
+        if path.suffix == ".safetensors":
+            _safetensors(path).save_file(tensors, beside)
+        elif path.suffix in TORCH:
+            torch = _torch(path)
+            torch.save({name: torch.from_numpy(a) for name, a in tensors.items()}, beside)
+        else:
+            raise ValueError(
+                f"{path.name}: unknown kind of weight file. Expected .safetensors or one of "
+                f"{TORCH}."
+            )
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _safetensors(path):
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            f'{path.name} needs safetensors: pip install "keras-uvit[latent]".'
+        ) from error
+    return safetensors.numpy
+
+
+def _torch(path):
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{path.name} needs PyTorch, on any Keras backend: "
+            'pip install "keras-uvit[torch]" (or convert the file to .safetensors once).'
+        ) from error
+    return torch

@@ -9,9 +9,11 @@ import warnings
 import numpy as np
 from keras import ops
 
+from keras_uvit.convert.layouts import SAME, Layout, conv, linear, norm
+
 
 def entries(network):
-    """(published name, Keras variable, how to turn the array) for every weight of a `UViT`.
+    """(published name, Keras variable, layout) for every weight of a `UViT`.
 
     Raises:
         ValueError: if the network has a switch that no published checkpoint has.
@@ -27,14 +29,14 @@ def entries(network):
     layer = network.get_layer
     yield "pos_embed", layer("position").embeddings, _positions(network)
     yield "patch_embed.proj.weight", layer("patch_embed").proj.kernel, _patch_kernel(network)
-    yield "patch_embed.proj.bias", layer("patch_embed").proj.bias, _same
+    yield "patch_embed.proj.bias", layer("patch_embed").proj.bias, SAME
     if c["time_mlp"]:
-        yield from _linear("time_embed.0", layer("time_mlp_in"))
-        yield from _linear("time_embed.2", layer("time_mlp_out"))
+        yield from linear("time_embed.0", layer("time_mlp_in"))
+        yield from linear("time_embed.2", layer("time_mlp_out"))
     if c["num_classes"] is not None:
-        yield "label_emb.weight", layer("label_embed").embeddings, _same
+        yield "label_emb.weight", layer("label_embed").embeddings, SAME
     if c["context_shape"]:
-        yield from _linear("context_embed", layer("context_embed"))
+        yield from linear("context_embed", layer("context_embed"))
     half = c["num_layers"] // 2
     for i in range(half):
         yield from _block(f"in_blocks.{i}", layer(f"in_block_{i}"))
@@ -42,49 +44,40 @@ def entries(network):
     for i in range(half):
         yield from _block(f"out_blocks.{i}", layer(f"out_block_{i}"))
         if c["skip"]:
-            yield from _linear(f"out_blocks.{i}.skip_linear", layer(f"skip_{i}").proj)
-    yield from _norm("norm", layer("norm"))
-    yield from _linear("decoder_pred", layer("head"))
+            yield from linear(f"out_blocks.{i}.skip_linear", layer(f"skip_{i}").proj)
+    yield from norm("norm", layer("norm"))
+    yield from linear("decoder_pred", layer("head"))
     if c["output_conv"]:
-        conv = layer("output_conv")
-        yield "final_layer.weight", conv.kernel, lambda a: a.transpose(2, 3, 1, 0)
-        yield "final_layer.bias", conv.bias, _same
+        yield from conv("final_layer", layer("output_conv"))
+
+
+def normalized(tensors):
+    """Published files have just these names."""
+    return tensors
 
 
 def _block(name, block):
-    yield from _norm(f"{name}.norm1", block.norm_1)
-    yield from _linear(f"{name}.attn.qkv", block.attention.qkv)
-    yield from _linear(f"{name}.attn.proj", block.attention.proj)
-    yield from _norm(f"{name}.norm2", block.norm_2)
-    yield from _linear(f"{name}.mlp.fc1", block.mlp_in)
-    yield from _linear(f"{name}.mlp.fc2", block.mlp_out)
-
-
-def _linear(name, dense):
-    yield f"{name}.weight", dense.kernel, np.transpose
-    if dense.use_bias:
-        yield f"{name}.bias", dense.bias, _same
-
-
-def _norm(name, norm):
-    yield f"{name}.weight", norm.gamma, _same
-    yield f"{name}.bias", norm.beta, _same
-
-
-def _same(a):
-    return a
+    yield from norm(f"{name}.norm1", block.norm_1)
+    yield from linear(f"{name}.attn.qkv", block.attention.qkv)
+    yield from linear(f"{name}.attn.proj", block.attention.proj)
+    yield from norm(f"{name}.norm2", block.norm_2)
+    yield from linear(f"{name}.mlp.fc1", block.mlp_in)
+    yield from linear(f"{name}.mlp.fc2", block.mlp_out)
 
 
 def _patch_kernel(network):
     """(D, C, P, P) of a convolution to (P P C, D) of a dense layer on (row, column, channel)."""
     patch, channels = network.config["patch_size"], network.image_shape[-1]
 
-    def turn(a):
+    def to_keras(a):
         if a.shape[1:] != (channels, patch, patch):
             raise ValueError("another patch size or number of channels")
         return a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0])
 
-    return turn
+    def to_torch(a):
+        return a.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1)
+
+    return Layout(to_keras, to_torch)
 
 
 def _positions(network):
@@ -94,7 +87,7 @@ def _positions(network):
     grid = (height // patch, width // patch)
     extras = network.get_layer("position").embeddings.shape[0] - grid[0] * grid[1]
 
-    def turn(a):
+    def to_keras(a):
         a = a[0] if a.ndim == 3 else a
         old = round((len(a) - extras) ** 0.5) if len(a) > extras else 0
         if (old, old) == grid or old**2 != len(a) - extras:
@@ -109,4 +102,4 @@ def _positions(network):
         patches = ops.convert_to_numpy(patches).reshape(grid[0] * grid[1], -1)
         return np.concatenate([a[:extras], patches])
 
-    return turn
+    return Layout(to_keras, lambda a: a[None])

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend
+from keras_uvit.pixels import from_unit_range
 from keras_uvit.process import predictions, samplers
 
 
@@ -91,7 +92,7 @@ def generate(
 def _finish(model, x):
     if model.latent_scale is not None:
         return model.autoencoder.decode(x)
-    return np.clip(np.round((x + 1.0) * 127.5), 0, 255).astype("uint8")
+    return from_unit_range(x)
 
 
 def _conditions(model, num_images, labels, prompts):

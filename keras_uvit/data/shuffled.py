@@ -1,0 +1,72 @@
+"""Whole batches in an order that is a pure function of (seed, epoch, position)."""
+
+import functools
+
+import keras
+import numpy as np
+
+
+class ShuffledDataset(keras.utils.PyDataset):
+    """Batches of arrays at random access, a new permutation each epoch.
+
+    Every batch is full: a remainder smaller than `batch_size` waits for the next epoch's order.
+
+    Args:
+        arrays: dict of array-likes of equal length, read as `array[rows]`.
+        batch_size: int, of all processes together.
+        seed: int.
+        process: (index, count): this process gets every `count`-th sample of each batch.
+
+    Attributes:
+        epoch: int, the epoch that is read; Keras moves it on, a resumed run may set it.
+    """
+
+    shuffles_itself = True  # `DiffusionModel.fit` keeps Keras from shuffling once more
+
+    def __init__(self, arrays, batch_size, seed=0, process=(0, 1)):
+        super().__init__()
+        total = len(next(iter(arrays.values())))
+        index, count = process
+        if not 1 <= batch_size <= total:
+            raise ValueError(
+                f"batch_size must be between 1 and the number of samples, {total}. "
+                f"Received: {batch_size}."
+            )
+        if not 0 <= index < count:
+            raise ValueError(f"process is (index, count), index < count. Received: {process}.")
+        if batch_size % count:
+            near = max(1, round(batch_size / count)) * count
+            raise ValueError(
+                f"batch_size is that of all processes together and must divide by their number, "
+                f"{count}. Received: {batch_size}; the nearest is {near}."
+            )
+        self.arrays = arrays
+        self.num_samples = total
+        self.batch_size = batch_size
+        self.seed = seed
+        self.process = process
+        self.epoch = 0
+        self._begun = False
+        # Two: Keras may still read the old epoch's last batches while the new one begins.
+        self._order = functools.lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch):
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
+    def rows(self, epoch, index):
+        """Indices of this process's samples in batch `index` of `epoch`."""
+        first, count = self.process
+        batch = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        return batch[first::count]
+
+    def __len__(self):
+        return self.num_samples // self.batch_size
+
+    def __getitem__(self, index):
+        rows = self.rows(self.epoch, index)
+        return {key: array[rows] for key, array in self.arrays.items()}
+
+    def on_epoch_begin(self):
+        # Keras ends epochs more often than it begins them.
+        self.epoch += self._begun
+        self._begun = True

@@ -1,0 +1,234 @@
+"""Images at random access, one at a time: what caches and in-memory sets are made from."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A finite set of samples, each read when it is asked for.
+
+    Attributes:
+        name: what the samples are, kept in manifests.
+        length: number of samples.
+        shape: of one image (H, W, C), or of its moments (h, w, 2 C).
+        read: function of an index in [0, length): a dict of one sample, `field` (an image in uint8,
+            moments in float) and "label" (int) or not. Several threads call it. Raises ValueError
+            for a sample that is damaged.
+        num_classes: int, or None without labels.
+        class_names: list of str, or None.
+        field: "image" or "moments".
+    """
+
+    name: str
+    length: int
+    shape: tuple
+    read: Callable
+    num_classes: int | None = None
+    class_names: list | None = None
+    field: str = "image"
+
+    def __len__(self):
+        return self.length
+
+    def batches(self, rows, batch_size, corrupt="raise"):
+        """Reads samples with several threads, one batch ahead of the caller.
+
+        Args:
+            rows: indices.
+            batch_size: int, samples at a time.
+            corrupt: "raise", or "skip" to hand damaged samples out as the reason, a string.
+
+        Yields:
+            lists of (index, sample or str).
+        """
+
+        def read(row):
+            try:
+                return row, self.read(row)
+            except ValueError as error:
+                if corrupt == "raise":
+                    raise
+                return row, str(error)
+
+        groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                ahead = None
+                for group in groups:
+                    current, ahead = ahead, pool.map(read, map(int, group))
+                    if current is not None:
+                        yield list(current)
+                if ahead is not None:
+                    yield list(ahead)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def arrays(data, name="arrays"):
+    """A source of images in memory.
+
+    Args:
+        data: "image" `(n, H, W, C)` uint8 and maybe "label" `(n,)` in a dict, or the images alone.
+        name: see `Source`.
+
+    Raises:
+        ValueError, TypeError: if the arrays do not fit.
+    """
+    data = data if isinstance(data, dict) else {"image": data}
+    if "image" not in data or not {*data} <= {"image", "label"}:
+        raise ValueError(f'Expected the keys "image" and maybe "label". Received: {[*data]}.')
+    data = {key: np.asarray(value) for key, value in data.items()}
+    images, labels = data["image"], data.get("label")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"Images have shape (n, H, W, C), n >= 1. Received: {images.shape}.")
+    if images.dtype != np.uint8:
+        raise TypeError(f"Images are uint8 in [0, 255]. Received: dtype {images.dtype}.")
+    if labels is None:
+        return Source(name, len(images), images.shape[1:], lambda i: {"image": images[i]})
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"Labels are {len(images)} integers, one an image. Received: shape {labels.shape}, "
+            f"dtype {labels.dtype}."
+        )
+    return Source(
+        name,
+        len(images),
+        images.shape[1:],
+        lambda i: {"image": images[i], "label": int(labels[i])},
+        num_classes=int(labels.max()) + 1,
+    )
+
+
+def folder(path, image_size, *, channels=3, labels="auto", crop=None):
+    """A source of image files: class sub-folders, or just images.
+
+    Each image is upright by its EXIF tag and resized as `fitted` says.
+
+    Args:
+        path: the folder. With sub-folders that hold images, each is a class, in sorted order.
+        image_size: int or (height, width) in pixels.
+        channels: 3 (RGB) or 1 (grey).
+        labels: "auto" takes sub-folders as classes where there are any; None gives no labels.
+        crop: see `fitted`.
+
+    Raises:
+        ImportError: without Pillow; `pip install "keras-uvit[data]"`.
+        FileNotFoundError: if there is no such folder or no image in it.
+        ValueError: for images both beside and inside sub-folders, or bad arguments.
+    """
+    size = checked_size(image_size)
+    if labels not in ("auto", None):
+        raise ValueError(f'labels must be "auto" or None. Received: {labels!r}.')
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3. Received: {channels}.")
+    pillow()
+    path = Path(path)
+    files, classes = _files(path, labels)
+    names = classes and sorted(set(classes))
+    ids = classes and [names.index(c) for c in classes]
+
+    def read(i):
+        sample = {"image": _read_file(files[i], size, channels, crop)}
+        return {**sample, "label": ids[i]} if ids else sample
+
+    return Source(
+        f"folder:{path.name}",
+        len(files),
+        (*size, channels),
+        read,
+        num_classes=names and len(names),
+        class_names=names,
+    )
+
+
+def pillow():
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError('Reading images needs Pillow: pip install "keras-uvit[data]".') from error
+    return Image, ImageOps
+
+
+def checked_size(image_size):
+    """(height, width) of an int or a pair."""
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(
+            f"image_size must be an int or (height, width), at least 1. Received: {image_size}."
+        )
+    return size
+
+
+def _files(path, labels):
+    """Image files in sorted order, and the class of each or None."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"No folder at {path}.")
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not found:
+        raise FileNotFoundError(f"No image in {path}. Looked for {', '.join(sorted(EXTENSIONS))}.")
+    classes = [p.relative_to(path).parts[0] if p.parent != path else None for p in found]
+    if labels is None or not any(classes):
+        return found, None
+    if not all(classes):
+        stray = found[classes.index(None)].name
+        raise ValueError(
+            f"{path} has images both beside and inside sub-folders ({stray} has no class). "
+            "Move them, or pass labels=None."
+        )
+    return found, classes
+
+
+def _read_file(file, size, channels, crop):
+    Image, ImageOps = pillow()
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
+            return fitted(image, size, channels, crop)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({type(error).__name__}: {error}). Mend or remove it, or pass "
+            'corrupt="skip".'
+        ) from error
+
+
+def fitted(image, size, channels=3, crop=None):
+    """`(H, W, C)` uint8 of a PIL image: shrunk until it just covers `size`, cut at the centre.
+
+    Halved by box filter as long as it stays larger, then bicubic: the ADM crop (Dhariwal and
+    Nichol 2021, arXiv 2105.05233).
+
+    Args:
+        image: PIL image.
+        size: (height, width) in pixels, or None to leave the size.
+        channels: 3 or 1.
+        crop: (top, left, height, width) to cut out first, in pixels, or None.
+    """
+    Image, _ = pillow()
+    image = image.convert("RGB" if channels == 3 else "L")
+    if crop is not None:
+        top, left, height, width = crop
+        image = image.crop((left, top, left + width, top + height))
+    if size is not None:
+        image = _centre_crop(Image, image, size)
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def _centre_crop(Image, image, size):
+    height, width = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    covered = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(covered, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,84 @@
+"""Frozen networks, run over any number of inputs, and what tells their weights apart."""
+
+import contextlib
+import hashlib
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_uvit import backend
+
+
+class Frozen:
+    """A network as a fixed function of arrays: compiled once, run in batches.
+
+    Memory is that of one batch. The weights are arguments of the compiled program, so that weights
+    loaded later are the ones used.
+
+    Args:
+        network: Keras model of one input.
+    """
+
+    def __init__(self, network):
+        self.network = network
+        self._program = backend.compiled(self._call)
+
+    def _call(self, weights, x):
+        with keras.StatelessScope(state_mapping=list(zip(self.network.variables, weights))):
+            return self.network(x, training=False)
+
+    def __call__(self, inputs, batch_size, prepare=None, verbose=0, unit_name="image"):
+        """The network's output for all inputs.
+
+        Args:
+            inputs: `(n, ...)` array.
+            batch_size: int. A ragged last batch is filled up, not compiled anew.
+            prepare: function of a batch, such as a change of range; `None` leaves it.
+            verbose: 0 or 1. Progress bar.
+            unit_name: what the bar counts.
+
+        Returns:
+            NumPy array, or the nested arrays that the network gives, `n` rows each.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1. Received: {batch_size}.")
+        weights = [w.value for w in self.network.variables]
+        total, size = len(inputs), min(batch_size, len(inputs))
+        bar = keras.utils.Progbar(total, verbose=verbose, unit_name=unit_name)
+        parts = []
+        for first in range(0, total, size):
+            rows = np.minimum(np.arange(first, first + size), total - 1)
+            x = inputs[first : first + size] if rows[-1] == first + size - 1 else inputs[rows]
+            x = ops.convert_to_tensor(prepare(x) if prepare else x)
+            out = self._program(weights, x)
+            kept = min(size, total - first)
+            parts.append(
+                keras.tree.map_structure(lambda a: ops.convert_to_numpy(a)[:kept], out)  # noqa: B023
+            )
+            bar.update(first + kept)
+        return keras.tree.map_structure(lambda *a: np.concatenate(a), *parts)
+
+
+@contextlib.contextmanager
+def dtype_policy(policy):
+    """Layers made inside have this dtype policy: a frozen network keeps its own precision."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def fingerprint(network):
+    """16 hexadecimal digits of the SHA-256 of a network's weights, shapes included.
+
+    Equal weights have equal fingerprints on every backend.
+    """
+    digest = hashlib.sha256()
+    for weight in network.weights:
+        value = np.ascontiguousarray(ops.convert_to_numpy(weight), "<f4")
+        digest.update(str(value.shape).encode())
+        digest.update(value)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,4 @@
+"""Frozen encoders between what people see and what the network sees."""
+
+from keras_uvit.latent.autoencoder import AutoencoderKL as AutoencoderKL
+from keras_uvit.latent.space_to_depth import SpaceToDepth as SpaceToDepth

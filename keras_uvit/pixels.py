@@ -1,0 +1,28 @@
+"""Between uint8 images and the [-1, 1] of networks."""
+
+import numpy as np
+
+
+def to_unit_range(images):
+    """float32 in [-1, 1] of uint8 images; floats must be in [-1, 1] already.
+
+    Raises:
+        TypeError: for other integers.
+        ValueError: for floats out of range.
+    """
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images.astype("float32") / 127.5 - 1.0
+    if not np.issubdtype(images.dtype, np.floating):
+        raise TypeError(f"Images are uint8, or float in [-1, 1]. Received: dtype {images.dtype}.")
+    if not np.abs(images).max() <= 1.001:  # NaN too
+        raise ValueError(
+            "Float images are in [-1, 1]. Received values in "
+            f"[{images.min():.4g}, {images.max():.4g}]; pass uint8, or x / 127.5 - 1."
+        )
+    return images.astype("float32")
+
+
+def from_unit_range(images):
+    """uint8 of float images in [-1, 1], rounded; what lies outside is clipped."""
+    return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype("uint8")
