@@ -30,6 +30,18 @@ def has_accelerator():
     return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
 
 
+def keep_tensorflow_off_accelerators():
+    """Where TensorFlow only prepares data: it would take the memory of every GPU it sees."""
+    if NAME == "tensorflow":
+        return
+    try:
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], "GPU")
+    except (ImportError, RuntimeError):
+        pass  # not installed, or already started by somebody who chose otherwise
+
+
 def attention(query, key, value):
     """softmax(Q K^T / sqrt(K)) V for `(B, L, N, K)` each; returns the same shape.
 

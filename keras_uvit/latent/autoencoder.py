@@ -246,6 +246,27 @@ class AutoencoderKL(keras.Model):
         """Of the encoder's weights: what latents depend on. (Decoders may be exchanged.)"""
         return fingerprint(self.encoder)
 
+    def moments_shape(self, image_shape):
+        """Shape of the moments of one image of shape (H, W, C).
+
+        Raises:
+            ValueError: if H or W is no multiple of `factor`, or C another number.
+        """
+        height, width, channels = image_shape
+        if channels != self.config["image_channels"]:
+            raise ValueError(
+                f"The autoencoder takes {self.config['image_channels']} channels. "
+                f"Received: images of {channels}."
+            )
+        if height % self.factor or width % self.factor:
+            near = [max(1, round(n / self.factor)) * self.factor for n in (height, width)]
+            raise ValueError(
+                f"Height and width must be multiples of {self.factor}. Received: {height} x "
+                f"{width}; the nearest are {near[0]} x {near[1]}."
+            )
+        latent = (height // self.factor, width // self.factor)
+        return (*latent, 2 * self.config["latent_channels"])
+
     def encode(self, images, batch_size=8, verbose=1):
         """Moments of images.
 
@@ -261,13 +282,7 @@ class AutoencoderKL(keras.Model):
             ValueError, TypeError: if the images do not fit.
         """
         self._check(images, self.config["image_channels"], "images")
-        height, width = images.shape[1:3]
-        if height % self.factor or width % self.factor:
-            near = [max(1, round(n / self.factor)) * self.factor for n in (height, width)]
-            raise ValueError(
-                f"Height and width must be multiples of {self.factor}. Received: {height} x "
-                f"{width}; the nearest are {near[0]} x {near[1]}."
-            )
+        self.moments_shape(images.shape[1:])
         return self._encode(images, batch_size, to_unit_range, verbose)
 
     def sample(self, moments, seed=0):

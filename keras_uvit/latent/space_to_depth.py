@@ -24,14 +24,21 @@ class SpaceToDepth:
         self.factor, self.scale = factor, scale
         self.id = self.fingerprint = f"space-to-depth-{factor}"
 
-    def encode(self, images, batch_size=None, verbose=0):
-        """Moments `(n, H / factor, W / factor, 2 factor^2 C)` float32 of `(n, H, W, C)` images."""
-        n, height, width, channels = images.shape
+    def moments_shape(self, image_shape):
+        """(h, w, 2 factor^2 C) of images (H, W, C); ValueError where `factor` does not divide."""
+        height, width, channels = image_shape
         f = self.factor
         if height % f or width % f:
             raise ValueError(
                 f"Height and width must be multiples of {f}. Received: {height} x {width}."
             )
+        return (height // f, width // f, 2 * f * f * channels)
+
+    def encode(self, images, batch_size=None, verbose=0):
+        """Moments `(n, H / factor, W / factor, 2 factor^2 C)` float32 of `(n, H, W, C)` images."""
+        self.moments_shape(images.shape[1:])
+        n, height, width, channels = images.shape
+        f = self.factor
         blocks = to_unit_range(images).reshape(n, height // f, f, width // f, f, channels)
         mean = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // f, width // f, -1)
         return np.concatenate([mean, np.full_like(mean, -30.0)], axis=-1)

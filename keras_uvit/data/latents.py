@@ -1,0 +1,145 @@
+"""Reads caches: batches of moments or pixels at random access, straight from mapped files."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_uvit.data import manifest
+from keras_uvit.data.images import ImageDataset
+from keras_uvit.data.manifest import CacheError
+from keras_uvit.data.shuffled import ShuffledDataset
+
+
+class ShardedArray:
+    """Several mapped arrays as one: `a[rows]` gathers rows in any order.
+
+    Args:
+        parts: arrays of equal shape but for their length.
+    """
+
+    def __init__(self, parts):
+        self.parts = [part for part in parts if len(part)]
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        self.shape = (int(self.ends[-1]), *self.parts[0].shape[1:])
+        self.dtype = self.parts[0].dtype
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        if isinstance(rows, int | np.integer):
+            return self[[rows]][0]
+        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"Rows are in [0, {len(self)}). Received: {rows}.")
+        order = np.argsort(rows)  # each file is read from front to back
+        ascending = rows[order]
+        bounds = np.searchsorted(ascending, self.ends)
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        first = 0
+        for part, end, stop in zip(self.parts, self.ends, bounds):
+            if first < stop:
+                out[order[first:stop]] = part[ascending[first:stop] - (end - len(part))]
+            first = stop
+        return out
+
+
+class LatentDataset(ShuffledDataset):
+    """Batches of a latent cache for `DiffusionModel.fit`.
+
+    The files are mapped, not loaded. The order of epoch e is a pure function of (seed, e), the
+    same on every backend, machine and number of processes.
+
+    Args:
+        path: folder that `write_latents` or `keras-uvit encode` made.
+        batch_size: int, of all processes together; a multiple of their number.
+        seed: int.
+        process: (index, count): this process gets every `count`-th sample of each batch.
+        verify: bool. Compare all checksums now, reading every file once; otherwise only sizes.
+        verbose: 0 or 1. Progress bar of the check.
+
+    Attributes:
+        manifest: dict, all that is known of the cache.
+        scale, autoencoder_id, fingerprint: the autoencoder's, None where the cache does not say.
+        image_size: [height, width] in pixels, or None.
+        sample_shape: (h, w, 2 C) of the moments.
+        num_classes: int, or None without labels.
+        num_samples: int, mirror images included.
+
+    Yields dicts "moments" `(B, h, w, 2 C)` float16 or float32 and, with classes, "label" `(B,)`
+    int32.
+
+    Raises:
+        FileNotFoundError: if there is no cache.
+        CacheError: if it is unfinished, damaged (the shard is named), or holds no moments.
+    """
+
+    def __init__(self, path, batch_size=64, *, seed=0, process=(0, 1), verify=True, verbose=1):
+        self.path = Path(path)
+        self.manifest, arrays = open_cache(self.path, "moments", verify, verbose)
+        super().__init__(arrays, batch_size, seed, process)
+        about = self.manifest["autoencoder"] or {}
+        self.scale = about.get("scale")
+        self.autoencoder_id = about.get("id")
+        self.fingerprint = about.get("fingerprint")
+        self.image_size = self.manifest["image_size"]
+        self.sample_shape = tuple(self.manifest["shape"])
+        self.num_classes = self.manifest["num_classes"]
+
+
+def image_shards(path, batch_size=64, *, flip=True, seed=0, process=(0, 1), verify=True, verbose=1):
+    """`ImageDataset` of a folder that `write_images` made, read from mapped files.
+
+    Arguments and errors are those of `LatentDataset`; `flip` mirrors each image with probability
+    1/2, anew each epoch.
+    """
+    content, arrays = open_cache(Path(path), "image", verify, verbose)
+    return ImageDataset(
+        arrays,
+        batch_size,
+        flip=flip,
+        seed=seed,
+        process=process,
+        num_classes=content["num_classes"],
+        class_names=content["class_names"],
+    )
+
+
+def open_cache(folder, field, verify=True, verbose=1):
+    """The manifest of a cache and its arrays by name.
+
+    Raises:
+        FileNotFoundError, CacheError: see `LatentDataset`.
+    """
+    content = manifest.read_manifest(folder)
+    if content["field"] != field:
+        reader = {"moments": "LatentDataset", "image": "image_shards"}[content["field"]]
+        raise CacheError(f"{folder} holds {content['field']}: read it with `data.{reader}`.")
+    if verify:
+        _verify(folder, content["shards"], verbose)
+    arrays = {}
+    fields = {field: (content["shape"], content["dtype"])}
+    if content["num_classes"] is not None:
+        fields["label"] = ((), "int32")
+    for name, (shape, dtype) in fields.items():
+        parts = [
+            manifest.open_shard(folder, record, name, shape, np.dtype(dtype))
+            for record in content["shards"]
+        ]
+        arrays[name] = ShardedArray(parts)
+    if "label" in arrays:
+        arrays["label"] = arrays["label"][:]  # small: into memory
+    return content, arrays
+
+
+def _verify(folder, shards, verbose):
+    bar = keras.utils.Progbar(len(shards), verbose=verbose, unit_name="shard")
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
+        checks = pool.map(lambda record: manifest.damage(folder, record), shards)
+        for i, problem in enumerate(checks):
+            if problem:
+                pool.shutdown(cancel_futures=True)
+                raise CacheError(f"{folder / problem}. {manifest.AGAIN}")
+            bar.update(i + 1)

@@ -1,0 +1,147 @@
+"""The format of a cache folder: what is in it, and how a reader knows that it is whole.
+
+    plan.json               what is being made, written first; a second process must agree with it
+    00000-moments.npy       samples of shard 0, `(count, *shape)`; or 00000-image.npy
+    00000-label.npy         their labels, int32, where there are any
+    00000.json              written last: count and SHA-256 of the shard's files; a shard without
+                            it does not exist
+    manifest.json           the plan and all shards' records, written when none is missing
+
+Each file is written beside its name, synchronized, and renamed: none is ever half there.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = "keras_uvit cache"
+VERSION = 1
+PLAN, MANIFEST = "plan.json", "manifest.json"
+AGAIN = "Run the same `write_latents` or `keras-uvit encode` again: it makes just that shard anew."
+
+
+class CacheError(ValueError):
+    """A cache that is unfinished, damaged or not what was asked for."""
+
+
+def shard_name(index):
+    return f"{index:05d}"
+
+
+def write_file(path, write):
+    """Calls `write(file)` on a file beside `path`, synchronizes it, renames it."""
+    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
+
+
+def read_json(path):
+    """The dict in a JSON file of a cache.
+
+    Raises:
+        CacheError: if the file is damaged.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise CacheError(f"{path} is damaged: {error}. Delete it and run the same again.") from None
+    if not isinstance(content, dict):
+        raise CacheError(
+            f"{path} is damaged: expected an object. Delete it and run the same again."
+        )
+    return content
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shard(folder, index, arrays, **more):
+    """Writes a shard's arrays, then its record, and returns the record."""
+    files = {}
+    for field, array in arrays.items():
+        path = folder / f"{shard_name(index)}-{field}.npy"
+        write_file(path, lambda file, a=array: np.save(file, a, allow_pickle=False))
+        files[field] = {"file": path.name, "sha256": sha256(path)}
+    record = {"count": len(next(iter(arrays.values()))), "files": files, **more}
+    write_json(folder / f"{shard_name(index)}.json", record)
+    return record
+
+
+def damage(folder, record):
+    """What is wrong with a shard's files by their checksums, or None."""
+    for entry in record["files"].values():
+        path = folder / entry["file"]
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if sha256(path) != entry["sha256"]:
+            return f"{path.name} is damaged: its checksum is not the recorded one"
+    return None
+
+
+def open_shard(folder, record, field, shape, dtype):
+    """One array of a shard, mapped into memory; its size is checked, its checksum not.
+
+    Raises:
+        CacheError: if the file is missing, truncated, or not of this shape and dtype.
+    """
+    path = folder / record["files"][field]["file"]
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise CacheError(f"{path} is missing. {AGAIN}") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise CacheError(f"{path} is truncated or damaged ({error}). {AGAIN}") from None
+    expected = (record["count"], *shape)
+    if array.shape != expected or array.dtype != dtype:
+        raise CacheError(
+            f"{path} holds {array.dtype} {array.shape}; the manifest says {dtype} {expected}. "
+            f"{AGAIN}"
+        )
+    return array
+
+
+def read_manifest(folder):
+    """The manifest of a finished cache.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no cache in it.
+        CacheError: if the cache is unfinished, damaged, or of a later version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No folder at {folder}. `keras-uvit encode --help` makes a cache.")
+    if not (folder / MANIFEST).is_file():
+        if not (folder / PLAN).is_file():
+            raise FileNotFoundError(
+                f"No cache in {folder}: it has no {MANIFEST}. `keras-uvit encode --help` makes one."
+            )
+        plan = read_json(folder / PLAN)
+        done = sum((folder / f"{shard_name(i)}.json").is_file() for i in range(plan["num_shards"]))
+        raise CacheError(
+            f"The cache in {folder} is unfinished: {done} of {plan['num_shards']} shards are "
+            "there. Run the same `write_latents` or `keras-uvit encode` again; it goes on there."
+        )
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CacheError(f"{folder / MANIFEST} is no manifest of a {FORMAT}.")
+    if manifest["version"] > VERSION:
+        raise CacheError(
+            f"The cache in {folder} has version {manifest['version']}, made by keras_uvit "
+            f"{manifest['keras_uvit']}; this one reads up to {VERSION}. Upgrade keras_uvit."
+        )
+    return manifest

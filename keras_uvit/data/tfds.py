@@ -1,0 +1,116 @@
+"""Images of TensorFlow Datasets: CIFAR-10, CelebA, ImageNet and whatever else has images."""
+
+import numpy as np
+
+from keras_uvit import backend
+from keras_uvit.data import sources
+from keras_uvit.data.images import in_memory
+
+
+def tfds_source(name, split="train", image_size=None, *, channels=3, crop=None, data_dir=None):
+    """A source of one split of a TensorFlow data set, prepared at the first use.
+
+    Preparing needs TensorFlow, on any Keras backend; it downloads, or, for "imagenet2012", reads
+    the tar files in `<data_dir>/downloads/manual`. What was prepared is then read at random access
+    without TensorFlow (array_record files).
+
+    Args:
+        name: such as "cifar10", "celeb_a", "imagenet2012", "imagenet_resized/64x64".
+        split: such as "train", "train[:1000]", "validation".
+        image_size: int or (height, width) in pixels, fitted as `sources.fitted` says; `None` for
+            sets whose images are all of one size.
+        channels: 3 (RGB) or 1 (grey).
+        crop: (top, left, height, width) to cut out of each image first, in pixels, or None. The
+            paper's CelebA is `crop=(57, 25, 128, 128)`, `image_size=64`.
+        data_dir: where data sets are kept; `None` is ~/tensorflow_datasets.
+
+    Returns:
+        `Source`; labels where the set has a "label" of known classes.
+
+    Raises:
+        ImportError: without tensorflow-datasets; `pip install "keras-uvit[tfds]"`.
+        ValueError: for an unknown set or split, a set without images, or sizes that differ.
+    """
+    builder = _builder(name, data_dir)
+    split_names = sorted(builder.info.splits)
+    try:
+        data = builder.as_data_source(split)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{name} has the splits {split_names}. Received: {split!r}.") from error
+    features = builder.info.features
+    if "image" not in features:
+        raise ValueError(f"{name} has no images; its features are {list(features)}.")
+    shape = features["image"].shape
+    size = sources.checked_size(image_size) if image_size is not None else None
+    if size is None and (crop is not None or None in shape):
+        raise ValueError(f"The images of {name} differ in size: say which image_size you want.")
+    classes = getattr(features["label"], "num_classes", None) if "label" in features else None
+    Image, _ = sources.pillow()
+
+    def read(i):
+        record = data[i]
+        pixels = np.asarray(record["image"])
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        sample = {"image": sources.fitted(image, size, channels, crop)}
+        return {**sample, "label": int(record["label"])} if classes else sample
+
+    return sources.Source(
+        f"tfds:{name}/{split}",
+        len(data),
+        (*(size or shape[:2]), channels),
+        read,
+        num_classes=classes,
+        class_names=list(features["label"].names) if classes else None,
+    )
+
+
+def _builder(name, data_dir):
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            'TensorFlow Datasets are an extra: pip install "keras-uvit[tfds]".'
+        ) from error
+    backend.keep_tensorflow_off_accelerators()
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise ValueError(
+            f"tensorflow-datasets has no {name!r}. All: tensorflow_datasets.list_builders()."
+        ) from error
+    builder.download_and_prepare()
+    return builder
+
+
+def tfds_images(
+    name,
+    image_size=None,
+    split="train",
+    *,
+    channels=3,
+    crop=None,
+    data_dir=None,
+    batch_size=64,
+    flip=True,
+    seed=0,
+    verbose=1,
+):
+    """A TensorFlow data set of images in memory, for `DiffusionModel.fit`.
+
+    Args:
+        name, image_size, split, channels, crop, data_dir: see `tfds_source`.
+        batch_size: int, at most the number of images.
+        flip: bool. Mirror each image left to right with probability 1/2, anew each epoch.
+        seed: int.
+        verbose: 0 or 1. Progress bar.
+
+    Returns:
+        `ImageDataset`, a `keras.utils.PyDataset` of dicts "image" `(B, H, W, C)` uint8 and, with
+        classes, "label" `(B,)` int32.
+
+    Raises:
+        ImportError, ValueError: see `tfds_source`; also for more than 4 GiB of images, which
+            `write_images` is for.
+    """
+    source = tfds_source(name, split, image_size, channels=channels, crop=crop, data_dir=data_dir)
+    return in_memory(source, batch_size, flip=flip, seed=seed, verbose=verbose)
