@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
 from keras_uvit import convert as convert
 from keras_uvit import data as data
 from keras_uvit import evaluation as evaluation
+from keras_uvit import latent as latent
 from keras_uvit import presets as presets
 from keras_uvit import process as process
 from keras_uvit.networks import UViT as UViT

@@ -17,6 +17,7 @@ import keras
 
 from keras_uvit.convert import load_torch_weights
 from keras_uvit.convert.files import TORCH
+from keras_uvit.latent import AutoencoderKL
 from keras_uvit.networks import UViT
 from keras_uvit.process.schedules import VPCosine, VPDiscrete, VPLinear
 from keras_uvit.training import DiffusionModel
@@ -271,7 +272,7 @@ def get(name):
     return PRESETS[name]
 
 
-def load(name, weights=None, *, seed=0, **network):
+def load(name, weights=None, *, autoencoder=None, seed=0, **network):
     """A `DiffusionModel` of a preset.
 
     Args:
@@ -280,6 +281,9 @@ def load(name, weights=None, *, seed=0, **network):
             or the path of a published checkpoint (`.pth`, `.safetensors`), of network weights
             (`.weights.h5`, the model's `ema_network.save_weights`), or of a saved model (`.keras`,
             whose moving average is taken).
+        autoencoder: for presets of latents, `latent.AutoencoderKL` or the path of its weights, see
+            `AutoencoderKL.from_file`; the row's `autoencoder` says which file its FID is of.
+            `generate` needs it to make pixels of latents.
         seed: int, of training.
         **network: arguments of `UViT` to change, such as `num_classes=` or `image_shape=` for
             your own data.
@@ -317,6 +321,9 @@ def load(name, weights=None, *, seed=0, **network):
     )
     if path is not None:
         _load_weights(model, path)
+    if isinstance(autoencoder, str | Path):
+        autoencoder = AutoencoderKL.from_file(autoencoder, scale=row.latent_scale or 1.0)
+    model.autoencoder = autoencoder
     return model
 
 

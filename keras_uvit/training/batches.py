@@ -24,6 +24,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend
+from keras_uvit.training import latent_space
 
 DATA = ("image", "latent", "moments")
 
@@ -54,6 +55,8 @@ def check_source(model, x, y=None):
     elif x is None or isinstance(x, dict) or _is_array(x):
         first = (x, y)
     elif isinstance(x, keras.utils.PyDataset):
+        if hasattr(x, "fingerprint"):  # a latent cache
+            latent_space.check_cache(model, x)
         first = x[0]
     else:
         first = next(iter(x), None)
@@ -128,19 +131,21 @@ def _check_data(model, key, value):
         kinds = "uint8 or float" if key == "image" else "float"
         raise TypeError(f"{key!r} must be {kinds}. Received: dtype {value.dtype}.")
     _check_finite(key, value)
-    if key == "image":
-        low, high = float(value.min()), float(value.max())
-        if low < -1.001 or high > 1.001:
-            raise ValueError(
-                "Float images are in [-1, 1]. Received values in "
-                f"[{low:.4g}, {high:.4g}]; pass uint8, or x / 127.5 - 1."
-            )
-        if low >= 0 and value.size > 1000:
-            warnings.warn(
-                "All float images are >= 0. Images are expected in [-1, 1]; if yours are in "
-                "[0, 1], pass 2 x - 1.",
-                stacklevel=2,
-            )
+    if key != "image":
+        latent_space.check_std(model, key, value)
+        return
+    low, high = float(value.min()), float(value.max())
+    if low < -1.001 or high > 1.001:
+        raise ValueError(
+            "Float images are in [-1, 1]. Received values in "
+            f"[{low:.4g}, {high:.4g}]; pass uint8, or x / 127.5 - 1."
+        )
+    if low >= 0 and value.size > 1000:
+        warnings.warn(
+            "All float images are >= 0. Images are expected in [-1, 1]; if yours are in "
+            "[0, 1], pass 2 x - 1.",
+            stacklevel=2,
+        )
 
 
 def _check_shape(key, value, shape):

@@ -9,7 +9,7 @@ from keras import ops
 from keras_uvit import backend
 from keras_uvit.process import predictions
 from keras_uvit.process.schedules import VPLinear
-from keras_uvit.training import batches, generation
+from keras_uvit.training import batches, generation, latent_space
 from keras_uvit.training.callbacks import StopOnNonFinite
 from keras_uvit.training.checkpoints import atomically
 from keras_uvit.training.optimizers import adamw
@@ -45,6 +45,9 @@ class DiffusionModel(keras.Model):
         condition_dropout: float in [0, 1]; `None` is 0.1 where the network knows "none", else 0.
         latent_scale: float, what latents are multiplied by (0.18215 for Stable Diffusion);
             `None` for models of pixels.
+        latent_encoder: str, fingerprint of the encoder whose latents the model works on. `None`:
+            that of the first cache it is fitted on, or of the `autoencoder` set, whichever is
+            first. From then on those of another encoder are refused.
         ema_decay: float in [0, 1).
         ema_warmup: bool. Decay min(ema_decay, (1 + k) / (10 + k)) at optimizer step k: the
             published constant 0.9999 would leave 82 % of the random start in the average after
@@ -71,6 +74,7 @@ class DiffusionModel(keras.Model):
         time_scale=None,
         condition_dropout=None,
         latent_scale=None,
+        latent_encoder=None,
         ema_decay=0.9999,
         ema_warmup=True,
         optimizer=None,
@@ -91,7 +95,7 @@ class DiffusionModel(keras.Model):
         self.prediction = prediction
         self.time_scale = time_scale if time_scale is not None else self.schedule.time_scale
         self.condition_dropout = condition_dropout
-        self.latent_scale = latent_scale
+        self.latent_scale, self.latent_encoder = latent_scale, latent_encoder
         self.ema_decay = ema_decay
         self.ema_warmup = ema_warmup
         self.recipe = dict(optimizer or {})
@@ -146,22 +150,15 @@ class DiffusionModel(keras.Model):
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
+        parts = {"network": serialize(self.network), "schedule": serialize(self.schedule)}
+        own = (
+            "prediction time_scale condition_dropout latent_scale latent_encoder ema_decay "
+            "ema_warmup sampler num_steps guidance_scale max_skipped_steps seed name"
+        )
         return {
-            "network": serialize(self.network),
-            "schedule": serialize(self.schedule),
-            "prediction": self.prediction,
-            "time_scale": self.time_scale,
-            "condition_dropout": self.condition_dropout,
-            "latent_scale": self.latent_scale,
-            "ema_decay": self.ema_decay,
-            "ema_warmup": self.ema_warmup,
+            **parts,
             "optimizer": dict(self.recipe),
-            "sampler": self.sampler,
-            "num_steps": self.num_steps,
-            "guidance_scale": self.guidance_scale,
-            "max_skipped_steps": self.max_skipped_steps,
-            "seed": self.seed,
-            "name": self.name,
+            **{key: getattr(self, key) for key in own.split()},
         }
 
     @classmethod
@@ -171,6 +168,14 @@ class DiffusionModel(keras.Model):
             for key in ("network", "schedule")
         }
         return cls(**{**config, **parts})
+
+    def __setattr__(self, name, value):
+        if name not in ("autoencoder", "text_encoder"):
+            return super().__setattr__(name, value)
+        if name == "autoencoder" and value is not None:
+            latent_space.agree(self, value, "The autoencoder")
+        # Not the model's own: Keras would count, save and train their weights.
+        return object.__setattr__(self, name, value)
 
     def build(self, input_shape=None):
         """Nothing to do: the networks are built when they are made."""

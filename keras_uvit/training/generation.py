@@ -20,6 +20,7 @@ def generate(
     guidance_scale=None,
     guidance_interval=(0.0, 1.0),
     seed=0,
+    first=0,
     batch_size=64,
     use_ema=True,
     decode=True,
@@ -40,6 +41,7 @@ def generate(
         guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off, `None` the model's default.
         guidance_interval: (low, high) in [0, 1]: times at which guidance is on.
         seed: int >= 0.
+        first: int >= 0, index of the first image: what one call draws, several calls may share.
         batch_size: int, images at a time.
         use_ema: bool. Sample with the moving average of the weights.
         decode: bool. `False` returns float32 as the network sees it: pixels in [-1, 1], or
@@ -58,8 +60,9 @@ def generate(
             "This model makes latents and has no autoencoder to decode them. Set "
             "`model.autoencoder`, or pass decode=False for the latents themselves."
         )
-    if not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed must be an int >= 0. Received: {seed!r}.")
+    for name, value in (("seed", seed), ("first", first)):
+        if not isinstance(value, int | np.integer) or value < 0:
+            raise ValueError(f"{name} must be an int >= 0. Received: {value!r}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1. Received: {batch_size}.")
     steps = _steps(model, sampler, num_steps)
@@ -70,10 +73,10 @@ def generate(
     size = min(batch_size, total)
     bar = keras.utils.Progbar(total, verbose=verbose, unit_name="image")
     images = []
-    for first in range(0, total, size):
-        chosen = np.arange(first, first + size)
+    for start in range(0, total, size):
+        chosen = np.arange(start, start + size)
         rows = np.minimum(chosen, total - 1)  # a ragged last batch is filled up, not recompiled
-        noise, seeds = _noise(seed, chosen, model.network.image_shape)
+        noise, seeds = _noise(seed, first + chosen, model.network.image_shape)
         condition = {key: ops.convert_to_tensor(value[rows]) for key, value in conditions.items()}
         x = loop(
             weights,
@@ -83,9 +86,9 @@ def generate(
             ops.convert_to_tensor(scale, "float32"),
             ops.convert_to_tensor(seeds),
         )
-        x = ops.convert_to_numpy(x)[: total - first]
+        x = ops.convert_to_numpy(x)[: total - start]
         images.append(_finish(model, x) if decode else x)
-        bar.update(min(first + size, total))
+        bar.update(min(start + size, total))
     return np.concatenate(images)
 
 

@@ -166,6 +166,8 @@ def test_unconditional_and_context_models():
 
 def test_latents_are_decoded_by_the_autoencoder():
     class Half:
+        scale, id, fingerprint = 0.5, "half", "abc"
+
         def decode(self, latents):
             return np.full((len(latents), 8, 8, 3), 7, "uint8")
 
