@@ -118,19 +118,18 @@ def test_published_distances(pair):
 
 
 @pytest.mark.parametrize(
-    ("a", "b"),
+    ("a", "b", "message"),
     [
-        (np.zeros(4), np.zeros(4)),
-        (np.zeros((4, 2)), np.zeros((4, 3))),
-        (np.zeros((1, 2)), np.zeros((4, 2))),
-        (np.zeros((4, 2)), np.zeros((1, 2))),
-        (np.zeros((4, 2, 1)), np.zeros((4, 2, 1))),
+        ((4,), (4,), r"shape \(n, d\), n at least 2. Received: \(4,\)"),
+        ((4, 2), (4, 3), "differ in number: 2 and 3"),
+        ((1, 2), (4, 2), r"Received: \(1, 2\)"),
+        ((4, 2), (1, 2), r"Received: \(1, 2\)"),
+        ((4, 2, 1), (4, 2, 1), r"Received: \(4, 2, 1\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(a, b):
-    with pytest.raises(ValueError, match=r"shapes \(n, d\) and \(m, d\)") as error:
-        frechet_distance(a, b)
-    assert str(a.shape) in str(error.value)
+def test_shapes_that_do_not_fit_are_named(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(np.zeros(a), np.zeros(b))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -1,0 +1,95 @@
+"""What `fit` can show and measure while it runs."""
+
+import json
+from pathlib import Path
+
+import keras
+
+from keras_uvit.evaluation.files import image_grid, write_png
+from keras_uvit.evaluation.protocol import evaluate
+
+
+class SampleGridCallback(keras.callbacks.Callback):
+    """Draws the same images after every few epochs: the moving average's, same noise, same labels.
+
+    Args:
+        folder: where `epoch-0010.png`, ... go.
+        every: int, epochs between pictures; the last epoch is always drawn.
+        columns, zoom: see `evaluation.image_grid`.
+        log_dir: folder for TensorBoard, or None.
+        seed: int.
+        **options: of `generate`: `labels`, `num_images` or `prompts`, sampler, num_steps,
+            guidance_scale, ...
+    """
+
+    def __init__(self, folder, *, every=1, columns=None, zoom=1, log_dir=None, seed=0, **options):
+        super().__init__()
+        self.folder, self.every, self.columns, self.zoom = Path(folder), every, columns, zoom
+        self.options = {**options, "seed": seed, "verbose": 0}
+        self.writer = _writer(log_dir)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not _is_due(self, epoch):
+            return
+        grid = image_grid(self.model.generate(**self.options), self.columns, self.zoom)
+        write_png(self.folder / f"epoch-{epoch + 1:04d}.png", grid)
+        if self.writer:
+            self.writer.add_image("samples", grid, epoch + 1, dataformats="HWC")
+            self.writer.flush()
+
+
+class FIDCallback(keras.callbacks.Callback):
+    """Measures the moving average after every few epochs, by the code of the final evaluation.
+
+    The log gets "fid", so that `keras.callbacks.ModelCheckpoint(monitor="fid", mode="min")` behind
+    this one keeps the best; the paper reports the checkpoint that is best on 10,000 images.
+
+    Args:
+        reference, inception: see `evaluation.evaluate`.
+        path: file that gets one JSON record a line.
+        every: int, epochs between measurements; the last epoch is always measured.
+        num_images: int.
+        log_dir: folder for TensorBoard, or None.
+        **options: of `evaluate`: labels, seed, guidance_scale (the paper watches training at 1.0),
+            num_steps, ...
+    """
+
+    def __init__(
+        self, reference, inception, path, *, every=1, num_images=10_000, log_dir=None, **options
+    ):
+        super().__init__()
+        self.reference, self.inception, self.path = reference, inception, Path(path)
+        self.every, self.num_images = every, num_images
+        self.options = {"usual": 0, "verbose": 0, **options}
+        self.writer = _writer(log_dir)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not _is_due(self, epoch):
+            return
+        record = evaluate(
+            self.model, self.reference, self.inception, self.num_images, **self.options
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"epoch": epoch + 1, **record}) + "\n")
+        if logs is not None:
+            logs["fid"] = record["fid"]
+        if self.writer:
+            self.writer.add_scalar("fid", record["fid"], epoch + 1)
+            self.writer.flush()
+
+
+def _is_due(callback, epoch):
+    return (epoch + 1) % callback.every == 0 or epoch + 1 == callback.params["epochs"]
+
+
+def _writer(log_dir):
+    if log_dir is None:
+        return None
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            'Logs for TensorBoard need tensorboardX: pip install "keras-uvit[eval]".'
+        ) from error
+    return SummaryWriter(str(log_dir))

@@ -1,0 +1,102 @@
+"""Samples on disk: the ADM suite's `.npz`, PNG files, grids to look at."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+def atomic_npz(path, content):
+    """Writes arrays as an `.npz`, whole or not at all."""
+    _atomically(path, lambda beside: np.savez(beside, **content), ".npz")
+
+
+def _atomically(path, write, suffix):
+    path = Path(path)
+    if path.suffix != suffix:
+        raise ValueError(f"{path.name} must end in {suffix}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_npz(path, images, labels=None):
+    """Images as the ADM suite's evaluator reads them: `arr_0`, and labels as `arr_1`.
+
+    Args:
+        path: ending in `.npz`.
+        images: `(n, H, W, 3)` uint8.
+        labels: `(n,)` ints, or None.
+    """
+    content = {"arr_0": images} | ({} if labels is None else {"arr_1": np.asarray(labels)})
+    atomic_npz(path, content)
+
+
+def write_pngs(folder, images, first=0):
+    """Images as `000000.png`, ... in a folder, numbered from `first`."""
+    for k, image in enumerate(images):
+        write_png(Path(folder) / f"{first + k:06d}.png", image)
+
+
+def write_png(path, image):
+    """One uint8 image `(H, W, 1 or 3)` as PNG."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('Pictures need Pillow: pip install "keras-uvit[eval]".') from error
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    _atomically(path, lambda beside: picture.save(beside, format="PNG"), ".png")
+
+
+def read_images(path):
+    """`(n, H, W, C)` uint8 of an ADM `.npz` or of a folder of PNG files, in sorted order.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: if the images differ in shape, or the file holds none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from PIL import Image
+
+        files = sorted(path.glob("*.png"))
+        if not files:
+            raise FileNotFoundError(f"No .png file in {path}.")
+        images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+        if len({image.shape for image in images}) != 1:
+            raise ValueError(f"The images in {path} differ in size.")
+        return np.stack(images)
+    if not path.is_file():
+        raise FileNotFoundError(f"No images at {path}.")
+    with np.load(path, allow_pickle=False) as file:
+        if "arr_0" not in file.files:
+            raise ValueError(f'{path} holds no images: expected "arr_0". Received: {file.files}.')
+        return file["arr_0"]
+
+
+def image_grid(images, columns=None, zoom=1, gap=2):
+    """Images side by side, row by row, on white.
+
+    Args:
+        images: `(n, H, W, C)` uint8.
+        columns: int; `None` makes a square.
+        zoom: int, each pixel repeated so often.
+        gap: int, pixels between images.
+
+    Returns:
+        `(height, width, C)` uint8.
+    """
+    n, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    height, width = height * zoom, width * zoom
+    shape = (rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
+    grid = np.full(shape, 255, "uint8")
+    for k, image in enumerate(images.repeat(zoom, 1).repeat(zoom, 2)):
+        top, left = k // columns * (height + gap), k % columns * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    return grid

@@ -1,0 +1,184 @@
+"""Fréchet distance between feature sets, and the reference statistics it is taken to."""
+
+import dataclasses
+import hashlib
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_uvit.evaluation.files import atomic_npz
+
+MIN_IMAGES = 2049  # of 2048 features: fewer make every covariance singular
+USUAL = 50_000  # what published FIDs are of
+
+
+def gaussian(features):
+    """Mean `(d,)` and covariance `(d, d)` of features `(n, d)`, float64.
+
+    Raises:
+        ValueError: for another shape, fewer than two rows, or values that are not finite.
+    """
+    features = np.asarray(features, "float64")
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"Features have shape (n, d), n at least 2. Received: {features.shape}.")
+    if not np.isfinite(features).all():
+        raise ValueError("The features hold NaN or infinity.")
+    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def frechet_distance(a, b):
+    """Distance of two Gaussians fitted to feature sets, squared as in FID.
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
+
+    Heusel et al. 2017, arXiv 1706.08500, Eq. 6. The trace of the root comes from a symmetric
+    eigenvalue problem, always real, where `sqrtm` fails on singular covariances.
+
+    Args:
+        a, b: features `(n, d)`, at least two rows, or (mean, covariance) as `gaussian` gives them.
+
+    Returns:
+        float >= 0.
+
+    Raises:
+        ValueError: if the shapes do not fit or a value is not finite.
+    """
+    (mu_a, s_a), (mu_b, s_b) = (x if isinstance(x, tuple) else gaussian(x) for x in (a, b))
+    if mu_a.shape != mu_b.shape:
+        raise ValueError(f"Features differ in number: {mu_a.shape[0]} and {mu_b.shape[0]}.")
+    shift = mu_a - mu_b
+    distance = shift @ shift + np.trace(s_a) + np.trace(s_b) - 2 * _root_trace(s_a, s_b)
+    return max(float(distance), 0.0)
+
+
+def _root_trace(s_a, s_b):
+    """tr((S_a S_b)^(1/2)) = sum of roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2)."""
+    values, vectors = np.linalg.eigh(s_a)
+    half = vectors * np.sqrt(np.clip(values, 0, None))
+    return np.sqrt(np.clip(np.linalg.eigvalsh(half.T @ s_b @ half), 0, None)).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Statistics of real images, which generated ones are compared with.
+
+    Attributes:
+        pool: (mean `(2048,)`, covariance) of pool3 features, for FID.
+        spatial: the same of the 2023 spatial features, for sFID, or None.
+        features: `(m, 2048)` pool features for precision and recall, or None.
+        count, image_size, resize, inception: number of images, (height, width), resize convention
+            and fingerprint of the Inception weights; None where a file does not say.
+    """
+
+    pool: tuple
+    spatial: tuple | None = None
+    features: np.ndarray | None = None
+    count: int | None = None
+    image_size: tuple | None = None
+    resize: str | None = None
+    inception: str | None = None
+
+    @property
+    def hash(self):
+        """16 hexadecimal digits of the SHA-256 of mean and covariance."""
+        digest = hashlib.sha256()
+        for a in self.pool:
+            digest.update(np.ascontiguousarray(a, "<f8"))
+        return digest.hexdigest()[:16]
+
+    def save(self, path):
+        """Writes an `.npz` with the keys "mu" and "sigma" that other FID tools read too."""
+        content = {"mu": self.pool[0], "sigma": self.pool[1]}
+        if self.spatial is not None:
+            content |= {"mu_s": self.spatial[0], "sigma_s": self.spatial[1]}
+        for key in ("features", "count", "image_size", "resize", "inception"):
+            if getattr(self, key) is not None:
+                content[key] = np.asarray(getattr(self, key))
+        atomic_npz(path, content)
+
+    @classmethod
+    def load(cls, path):
+        """Reads an `.npz` of this class, of pytorch-fid or the published program ("mu", "sigma"),
+        of the ADM suite (also "mu_s", "sigma_s"), or of raw features ("pool_3").
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged or holds no statistics.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"No reference statistics at {path}.")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                # "arr_0" of the ADM suite's files: gigabytes of images that are not needed
+                content = {key: file[key] for key in file.files if not key.startswith("arr_")}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
+            raise ValueError(f"{path} is damaged or no .npz file: {error}.") from error
+        if "pool_3" in content:
+            features = content["pool_3"]
+            return cls(gaussian(features), features=features, count=len(features))
+        if not {"mu", "sigma"} <= content.keys():
+            raise ValueError(
+                f'{path} holds no statistics: expected "mu" and "sigma". Received: {[*content]}.'
+            )
+        return cls(
+            pool=_checked(path, content, "mu", "sigma"),
+            spatial=_checked(path, content, "mu_s", "sigma_s") if "mu_s" in content else None,
+            features=content.get("features"),
+            count=int(content["count"]) if "count" in content else None,
+            image_size=tuple(map(int, content["image_size"])) if "image_size" in content else None,
+            resize=str(content["resize"]) if "resize" in content else None,
+            inception=str(content["inception"]) if "inception" in content else None,
+        )
+
+
+def _checked(path, content, mean_key, covariance_key):
+    mean, covariance = (np.asarray(content[k], "float64") for k in (mean_key, covariance_key))
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{path}: {mean_key} and {covariance_key} have shapes (d,) and (d, d). "
+            f"Received: {mean.shape}, {covariance.shape}."
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError(f"{path} holds NaN or infinity.")
+    return mean, covariance
+
+
+def reference_statistics(images, inception, *, keep_features=10_000, verbose=1):
+    """Statistics of real images, by the same resize and network that generated ones will meet.
+
+    Args:
+        images: `(n, H, W, 3)` uint8, or an iterable of such batches.
+        inception: `InceptionFeatures`.
+        keep_features: int, pool features kept for precision and recall.
+        verbose: 0 or 1. Progress bar.
+
+    Returns:
+        `Reference`.
+
+    Raises:
+        ValueError, TypeError: if the images do not fit or differ in size.
+    """
+    pool, spatial, sizes = [], [], set()
+    batches = [images] if hasattr(images, "shape") else images
+    bar = keras.utils.Progbar(None, verbose=verbose, unit_name="image")
+    for batch in batches:
+        sizes.add(tuple(batch.shape[1:3]))
+        features = inception(batch, verbose=0)
+        pool.append(features["pool"])
+        spatial.append(features["spatial"])
+        bar.add(len(batch))
+    if len(sizes) != 1:
+        raise ValueError(f"Reference images are of one size. Received: {sorted(sizes)}.")
+    pool, spatial = np.concatenate(pool), np.concatenate(spatial)
+    return Reference(
+        gaussian(pool),
+        gaussian(spatial),
+        features=pool[:keep_features],
+        count=len(pool),
+        image_size=sizes.pop(),
+        resize=inception.resize,
+        inception=inception.fingerprint,
+    )

@@ -1,0 +1,272 @@
+"""The papers' protocol: draw images, compare them with the reference, record all that matters."""
+
+import importlib.metadata
+import json
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_uvit import backend
+from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, frechet_distance, gaussian
+from keras_uvit.evaluation.files import atomic_npz
+from keras_uvit.evaluation.metrics import inception_score, precision_recall
+from keras_uvit.inference import fingerprint
+from keras_uvit.process import samplers
+
+CHUNK = 1024  # images drawn, measured and written at a time
+
+
+def fid(images, reference, inception, *, allow_few=False, verbose=1):
+    """Fréchet Inception distance of images to a reference (Heusel et al. 2017, arXiv 1706.08500).
+
+    Args:
+        images: `(n, H, W, 3)` uint8, of the reference's size.
+        reference: `Reference`.
+        inception: `InceptionFeatures`, with the weights and resize convention of the reference.
+        allow_few: bool. Go on with fewer than 2,049 images: such distances are far too large and
+            cannot be compared with anything.
+        verbose: 0 or 1. Progress bar.
+
+    Returns:
+        float >= 0.
+
+    Raises:
+        ValueError: for too few images, or another size, resize or network than the reference's.
+    """
+    return scores(
+        [images], len(images), reference, inception, allow_few=allow_few, verbose=verbose
+    )["fid"]
+
+
+def scores(batches, num_images, reference, inception, *, allow_few=False, usual=USUAL, verbose=1):
+    """FID, sFID, Inception Score, precision and recall of images.
+
+    Args:
+        batches: iterable of `(b, H, W, 3)` uint8, `num_images` in all.
+        usual: int, number of images that published numbers are of; fewer warn.
+        num_images, reference, inception, allow_few, verbose: see `fid`.
+
+    Returns:
+        dict of floats "fid", "sfid", "inception_score", "precision", "recall"; None where the
+        reference lacks what is needed.
+    """
+    check_count(num_images, allow_few, usual)
+    check_inception(reference, inception)
+    kept = {"pool": [], "spatial": [], "logits_unbiased": []}
+    bar = keras.utils.Progbar(num_images, verbose=verbose, unit_name="image")
+    for batch in batches:
+        check_size(reference, batch.shape[1:3])
+        features = inception(batch, verbose=0)
+        for key, parts in kept.items():
+            parts.append(features[key])
+        bar.add(len(batch))
+    pool, spatial, logits = (np.concatenate(parts) for parts in kept.values())
+    if len(pool) != num_images:
+        raise ValueError(f"Expected {num_images} images. Received: {len(pool)}.")
+    precision = recall = sfid = None
+    if reference.spatial is not None:
+        sfid = frechet_distance(gaussian(spatial), reference.spatial)
+    if reference.features is not None:
+        precision, recall = precision_recall(reference.features, pool)
+    return {
+        "fid": frechet_distance(gaussian(pool), reference.pool),
+        "sfid": sfid,
+        "inception_score": inception_score(logits),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def check_count(num_images, allow_few, usual=USUAL):
+    """Raises for fewer images than FID is defined on, warns for fewer than usual."""
+    if num_images < MIN_IMAGES and not allow_few:
+        raise ValueError(
+            f"{num_images} images are too few for a FID: with fewer than {MIN_IMAGES} the "
+            "covariance of 2,048 features is singular and the distance far too large. Draw more, "
+            "or pass allow_few=True to try the path."
+        )
+    if num_images < usual:
+        warnings.warn(
+            f"FID of {num_images} images is larger than of {usual}, which published numbers are "
+            "of; do not compare them.",
+            stacklevel=3,
+        )
+
+
+def check_inception(reference, inception):
+    """Raises where reference and generated images would meet different networks."""
+    for what, there, here in [
+        ("resize", reference.resize, inception.resize),
+        ("Inception weights", reference.inception, inception.fingerprint),
+    ]:
+        if there is not None and there != here:
+            raise ValueError(
+                f"The reference statistics were made with {what} {there!r}, this InceptionFeatures "
+                f"has {here!r}. Use the same, or make the reference anew."
+            )
+
+
+def check_size(reference, size):
+    """Raises where images are not of the reference's size."""
+    if reference.image_size is not None and tuple(reference.image_size) != tuple(size):
+        there, here = (" x ".join(map(str, s)) for s in (reference.image_size, size))
+        raise ValueError(
+            f"The reference statistics are of {there} images, these are {here}: FID compares "
+            "equal sizes. Use the reference of this resolution."
+        )
+
+
+def evaluate(
+    model,
+    reference,
+    inception,
+    num_images=USUAL,
+    *,
+    labels="random",
+    seed=0,
+    folder=None,
+    path=None,
+    allow_few=False,
+    usual=USUAL,
+    verbose=1,
+    **options,
+):
+    """Draws images from a model, measures them, and records what the numbers depend on.
+
+    Args:
+        model: `DiffusionModel`; one of latents needs its autoencoder.
+        reference: `Reference`; the papers' is of the training images.
+        inception: `InceptionFeatures`.
+        num_images: int, 50,000 in the papers (COCO: 30,000).
+        labels: "random" draws each label with equal probability, as the paper does; "balanced"
+            takes each equally often.
+        seed: int, of labels and noise.
+        folder: keeps the images there as `.npz` files of 1,024, and goes on with them when it is
+            called again.
+        path: JSON file for the record.
+        allow_few, usual, verbose: see `scores`.
+        **options: of `generate`: sampler, num_steps, guidance_scale, guidance_interval,
+            batch_size, use_ema.
+
+    Returns:
+        dict: the scores and what they are of.
+
+    Raises:
+        ValueError: if anything does not fit, before images are drawn.
+    """
+    check_count(num_images, allow_few, usual)
+    check_inception(reference, inception)
+    if model.latent_scale is not None and model.autoencoder is None:
+        raise ValueError("FID is of pixels: set `model.autoencoder` to decode the latents.")
+    check_size(reference, _image_size(model))
+    record = describe(model, num_images, labels, seed, options)
+    condition = _condition(model, num_images, labels, seed)
+    batches = _drawn(model, num_images, condition, record, folder, options | {"seed": seed})
+    found = scores(
+        batches,
+        num_images,
+        reference,
+        inception,
+        allow_few=True,  # checked above, before the images were drawn
+        usual=0,
+        verbose=verbose,
+    )
+    record = {
+        **{k: v if v is None else round(v, 4) for k, v in found.items()},
+        **record,
+        "reference": reference.hash,
+        "reference_images": reference.count,
+        "resize": inception.resize,
+        "inception": inception.fingerprint,
+    }
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def describe(model, num_images, labels, seed, options):
+    """What samples depend on, as the record keeps it."""
+    use_ema = options.get("use_ema", True)
+    sampler = options.get("sampler") or model.sampler
+    num_steps = options.get("num_steps") or model.num_steps
+    guidance = options.get("guidance_scale")
+    autoencoder = model.autoencoder
+    return {
+        "model": model.name,
+        "weights": fingerprint(model.ema_network if use_ema else model.network),
+        "ema": use_ema,
+        "step": int(keras.ops.convert_to_numpy(model.ema_step)),
+        "global_batch": model.global_batch,
+        "num_images": num_images,
+        "label_protocol": labels if model.network.num_classes is not None else None,
+        "sampler": sampler,
+        "num_steps": num_steps,
+        "nfe": len(samplers.named(sampler, model.schedule, num_steps).t),
+        "guidance_scale": model.guidance_scale if guidance is None else guidance,
+        "guidance_interval": list(options.get("guidance_interval", (0.0, 1.0))),
+        "seed": seed,
+        "image_size": _image_size(model),
+        "autoencoder": autoencoder and autoencoder.id,
+        "latent_scale": model.latent_scale,
+        "backend": backend.NAME,
+        "keras_uvit": importlib.metadata.version("keras-uvit"),
+    }
+
+
+def _image_size(model):
+    factor = model.autoencoder.factor if model.autoencoder is not None else 1
+    return [n * factor for n in model.network.image_shape[:2]]
+
+
+def _condition(model, num_images, labels, seed):
+    """(name, values) of the argument of `generate` that says what to draw."""
+    if labels not in ("random", "balanced"):
+        raise ValueError(f'labels must be "random" or "balanced". Received: {labels!r}.')
+    classes = model.network.num_classes
+    if classes is None:
+        return "num_images", None
+    if labels == "balanced":
+        return "labels", np.arange(num_images) % classes
+    return "labels", np.random.default_rng([seed, 1]).integers(0, classes, num_images)
+
+
+def _drawn(model, num_images, condition, record, folder, options):
+    """Yields the images in chunks; with a folder, those that are there are not drawn again."""
+    name, values = condition
+    folder = Path(folder) if folder is not None else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _agree(folder / "samples.json", record)
+    for first in range(0, num_images, CHUNK):
+        last = min(first + CHUNK, num_images)
+        file = folder and folder / f"{first:06d}.npz"
+        if file and file.is_file():
+            with np.load(file) as content:
+                there = content["arr_0"]
+            if len(there) == last - first:  # fewer, where a smaller number was asked for before
+                yield there
+                continue
+        what = last - first if values is None else values[first:last]
+        images = model.generate(**{name: what}, first=first, verbose=0, **options)
+        if file:
+            labels = {} if values is None else {"arr_1": values[first:last]}
+            atomic_npz(file, {"arr_0": images, **labels})
+        yield images
+
+
+def _agree(path, record):
+    """Notes what the samples of a folder are of, or raises where that is something else."""
+    if path.is_file():
+        there = json.loads(path.read_text())
+        # Images are the same on any version; more of them may be asked for.
+        free = ("num_images", "keras_uvit")
+        other = [k for k in record if k not in free and there.get(k) != record[k]]
+        if other:
+            changed = "; ".join(f"{k} was {there.get(k)}, is {record[k]}" for k in other)
+            raise ValueError(
+                f"{path.parent} holds samples of something else: {changed}. Choose another folder."
+            )
+    path.write_text(json.dumps(record, indent=2) + "\n")
