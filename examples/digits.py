@@ -159,10 +159,10 @@ def draw_samples(path, real, images, labels, columns=10):
     plt.close(figure)
 
 
-def draw_loss(path, loss, batches):
+def draw_loss(path, loss, batches, unit="step"):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(np.arange(1, len(loss) + 1) * batches, loss)
-    axes.set(xlabel="step", ylabel="mean squared error", yscale="log", title="Training loss")
+    axes.set(xlabel=unit, ylabel="mean squared error", yscale="log", title="Training loss")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -34,14 +34,18 @@ class ShardedArray:
         rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
         if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"Rows are in [0, {len(self)}). Received: {rows}.")
-        order = np.argsort(rows)  # each file is read from front to back
-        ascending = rows[order]
-        bounds = np.searchsorted(ascending, self.ends)
+        if (np.diff(rows) < 0).any():
+            order = np.argsort(rows)
+            out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+            out[order] = self[rows[order]]
+            return out
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         first = 0
-        for part, end, stop in zip(self.parts, self.ends, bounds):
+        for part, end, stop in zip(self.parts, self.ends, np.searchsorted(rows, self.ends)):
             if first < stop:
-                out[order[first:stop]] = part[ascending[first:stop] - (end - len(part))]
+                local = rows[first:stop] - (end - len(part))
+                # Checked above; with mode="raise" NumPy would copy once more.
+                np.take(part, local, axis=0, out=out[first:stop], mode="clip")
             first = stop
         return out
 
@@ -55,6 +59,7 @@ class LatentDataset(ShuffledDataset):
     Args:
         path: folder that `write_latents` or `keras-uvit encode` made.
         batch_size: int, of all processes together; a multiple of their number.
+        labels: "auto" reads them where there are any; None leaves them out.
         seed: int.
         process: (index, count): this process gets every `count`-th sample of each batch.
         verify: bool. Compare all checksums now, reading every file once; otherwise only sizes.
@@ -76,9 +81,19 @@ class LatentDataset(ShuffledDataset):
         CacheError: if it is unfinished, damaged (the shard is named), or holds no moments.
     """
 
-    def __init__(self, path, batch_size=64, *, seed=0, process=(0, 1), verify=True, verbose=1):
+    def __init__(
+        self,
+        path,
+        batch_size=64,
+        *,
+        labels="auto",
+        seed=0,
+        process=(0, 1),
+        verify=True,
+        verbose=1,
+    ):
         self.path = Path(path)
-        self.manifest, arrays = open_cache(self.path, "moments", verify, verbose)
+        self.manifest, arrays = open_cache(self.path, "moments", labels, verify, verbose)
         super().__init__(arrays, batch_size, seed, process)
         about = self.manifest["autoencoder"] or {}
         self.scale = about.get("scale")
@@ -86,33 +101,45 @@ class LatentDataset(ShuffledDataset):
         self.fingerprint = about.get("fingerprint")
         self.image_size = self.manifest["image_size"]
         self.sample_shape = tuple(self.manifest["shape"])
-        self.num_classes = self.manifest["num_classes"]
+        self.num_classes = self.manifest["num_classes"] if "label" in arrays else None
 
 
-def image_shards(path, batch_size=64, *, flip=True, seed=0, process=(0, 1), verify=True, verbose=1):
+def image_shards(
+    path,
+    batch_size=64,
+    *,
+    labels="auto",
+    flip=True,
+    seed=0,
+    process=(0, 1),
+    verify=True,
+    verbose=1,
+):
     """`ImageDataset` of a folder that `write_images` made, read from mapped files.
 
     Arguments and errors are those of `LatentDataset`; `flip` mirrors each image with probability
     1/2, anew each epoch.
     """
-    content, arrays = open_cache(Path(path), "image", verify, verbose)
+    content, arrays = open_cache(Path(path), "image", labels, verify, verbose)
     return ImageDataset(
         arrays,
         batch_size,
         flip=flip,
         seed=seed,
         process=process,
-        num_classes=content["num_classes"],
+        num_classes=content["num_classes"] if "label" in arrays else None,
         class_names=content["class_names"],
     )
 
 
-def open_cache(folder, field, verify=True, verbose=1):
+def open_cache(folder, field, labels="auto", verify=True, verbose=1):
     """The manifest of a cache and its arrays by name.
 
     Raises:
         FileNotFoundError, CacheError: see `LatentDataset`.
     """
+    if labels not in ("auto", None):
+        raise ValueError(f'labels must be "auto" or None. Received: {labels!r}.')
     content = manifest.read_manifest(folder)
     if content["field"] != field:
         reader = {"moments": "LatentDataset", "image": "image_shards"}[content["field"]]
@@ -121,7 +148,7 @@ def open_cache(folder, field, verify=True, verbose=1):
         _verify(folder, content["shards"], verbose)
     arrays = {}
     fields = {field: (content["shape"], content["dtype"])}
-    if content["num_classes"] is not None:
+    if labels and content["num_classes"] is not None:
         fields["label"] = ((), "int32")
     for name, (shape, dtype) in fields.items():
         parts = [

@@ -54,10 +54,13 @@ class ShuffledDataset(keras.utils.PyDataset):
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
 
     def rows(self, epoch, index):
-        """Indices of this process's samples in batch `index` of `epoch`."""
+        """Indices of this process's samples in batch `index` of `epoch`, ascending.
+
+        Their order within a batch means nothing to training, and files are read front to back.
+        """
         first, count = self.process
         batch = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        return batch[first::count]
+        return np.sort(batch[first::count])
 
     def __len__(self):
         return self.num_samples // self.batch_size

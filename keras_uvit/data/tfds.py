@@ -7,7 +7,9 @@ from keras_uvit.data import sources
 from keras_uvit.data.images import in_memory
 
 
-def tfds_source(name, split="train", image_size=None, *, channels=3, crop=None, data_dir=None):
+def tfds_source(
+    name, split="train", image_size=None, *, channels=3, labels="auto", crop=None, data_dir=None
+):
     """A source of one split of a TensorFlow data set, prepared at the first use.
 
     Preparing needs TensorFlow, on any Keras backend; it downloads, or, for "imagenet2012", reads
@@ -20,6 +22,7 @@ def tfds_source(name, split="train", image_size=None, *, channels=3, crop=None, 
         image_size: int or (height, width) in pixels, fitted as `sources.fitted` says; `None` for
             sets whose images are all of one size.
         channels: 3 (RGB) or 1 (grey).
+        labels: "auto" takes the set's classes where it has a "label"; None gives no labels.
         crop: (top, left, height, width) to cut out of each image first, in pixels, or None. The
             paper's CelebA is `crop=(57, 25, 128, 128)`, `image_size=64`.
         data_dir: where data sets are kept; `None` is ~/tensorflow_datasets.
@@ -44,7 +47,8 @@ def tfds_source(name, split="train", image_size=None, *, channels=3, crop=None, 
     size = sources.checked_size(image_size) if image_size is not None else None
     if size is None and (crop is not None or None in shape):
         raise ValueError(f"The images of {name} differ in size: say which image_size you want.")
-    classes = getattr(features["label"], "num_classes", None) if "label" in features else None
+    has_labels = labels is not None and "label" in features
+    classes = getattr(features["label"], "num_classes", None) if has_labels else None
     Image, _ = sources.pillow()
 
     def read(i):
@@ -88,6 +92,7 @@ def tfds_images(
     split="train",
     *,
     channels=3,
+    labels="auto",
     crop=None,
     data_dir=None,
     batch_size=64,
@@ -98,7 +103,7 @@ def tfds_images(
     """A TensorFlow data set of images in memory, for `DiffusionModel.fit`.
 
     Args:
-        name, image_size, split, channels, crop, data_dir: see `tfds_source`.
+        name, image_size, split, channels, labels, crop, data_dir: see `tfds_source`.
         batch_size: int, at most the number of images.
         flip: bool. Mirror each image left to right with probability 1/2, anew each epoch.
         seed: int.
@@ -112,5 +117,7 @@ def tfds_images(
         ImportError, ValueError: see `tfds_source`; also for more than 4 GiB of images, which
             `write_images` is for.
     """
-    source = tfds_source(name, split, image_size, channels=channels, crop=crop, data_dir=data_dir)
+    source = tfds_source(
+        name, split, image_size, channels=channels, labels=labels, crop=crop, data_dir=data_dir
+    )
     return in_memory(source, batch_size, flip=flip, seed=seed, verbose=verbose)

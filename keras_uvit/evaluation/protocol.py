@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 from keras_uvit import backend
-from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, frechet_distance, gaussian
 from keras_uvit.evaluation.files import atomic_npz
+from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, frechet_distance, gaussian
 from keras_uvit.evaluation.metrics import inception_score, precision_recall
 from keras_uvit.inference import fingerprint
 from keras_uvit.process import samplers

@@ -1,2 +1,3 @@
 from keras_uvit.training.diffusion_model import DiffusionModel as DiffusionModel
 from keras_uvit.training.optimizers import adamw as adamw
+from keras_uvit.training.runs import train as train

@@ -215,9 +215,9 @@ def _diffusers(widths, blocks, latent_channels=4, image_channels=3, seed=0):
 SIZES = {
     "two levels, square": ((32, 32), 1, (8, 8), {}),
     "one level, odd sides": ((32,), 1, (7, 9), {}),
-    "three widths, two blocks, wide": ((32, 64, 96), 2, (8, 20), {}),
+    "two widths, two blocks, wide": ((32, 64), 2, (6, 20), {}),
     "grey, three latent channels, high": (
-        (64, 64), 1, (12, 6), {"latent_channels": 3, "image_channels": 1},
+        (32, 32), 1, (12, 6), {"latent_channels": 3, "image_channels": 1},
     ),
 }  # fmt: skip
 
@@ -356,8 +356,10 @@ def test_every_problem_of_a_diffusers_file_is_named_and_nothing_changes(folder, 
     ids=str,
 )  # fmt: skip
 def test_files_of_another_architecture_are_refused(folder, change):
-    with pytest.raises(ValueError, match="does not fit this network"):
-        AutoencoderKL.from_file(folder, **{**TINY, **change})
+    with keras.StatelessScope(initialize_variables=False):  # refused before a weight is needed
+        network = AutoencoderKL(**{**TINY, **change})
+    with pytest.raises(ValueError, match=f"{SAFETENSORS} does not fit this network"):
+        load_torch_weights(network, folder / SAFETENSORS)
 
 
 # Batches ------------------------------------------------------------------------------------------
@@ -415,7 +417,7 @@ def test_memory_mapped_images_are_images_too(tiny, tmp_path):
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 14)])
 def test_the_shape_of_moments_is_known_beforehand(tiny, size):
-    moments = tiny.encode(_images(1, *size), verbose=0)
+    moments = tiny.encode(_images(2, *size), verbose=0)
     assert tiny.moments_shape((*size, 3)) == moments.shape[1:]
 
 
@@ -493,16 +495,17 @@ def test_the_scale_is_applied_exactly_once_each_way(scale):
 
 
 def test_decoded_images_fill_and_never_leave_0_to_255(tiny):
-    latents = 50 * np.random.default_rng(0).standard_normal((4, 4, 4, 4))
-    images = tiny.decode(latents)
-    assert (images.shape, images.dtype) == ((4, 8, 8, 3), np.uint8)
-    assert (images.min(), images.max()) == (0, 255)  # clipped, not wrapped round
-    wrapped = ((_decoded(tiny, latents / tiny.scale) + 1) * 127.5) % 256
-    assert (np.abs(images - wrapped) > 2).any()
+    latents = 50 * np.random.default_rng(0).standard_normal((2, 4, 4, 4))
+    images, floats = tiny.decode(latents), _decoded(tiny, latents / tiny.scale)
+    assert (images.shape, images.dtype) == ((2, 8, 8, 3), np.uint8)
+    assert (images[floats > 1] == 255).all()  # clipped, not wrapped round
+    assert (images[floats < -1] == 0).all()
+    assert (floats > 1).any()
+    assert (floats < -1).any()
 
 
 def test_encoded_images_decode_to_images_of_the_same_shape(tiny):
-    images = _images(3, 10, 6)
+    images = _images(2, 6, 14)
     decoded = tiny.decode(tiny.sample(tiny.encode(images, verbose=0)))
     assert (decoded.shape, decoded.dtype) == (images.shape, np.uint8)
 
@@ -588,27 +591,20 @@ def test_a_saved_autoencoder_comes_back_whole(tmp_path):
     np.testing.assert_array_equal(loaded.decode(latents), network.decode(latents))
 
 
-@pytest.mark.parametrize("when", ["when built", "when first run", "always"])
+@pytest.mark.parametrize("when", ["when built", "when first run"])
 def test_a_global_mixed_precision_policy_does_not_change_the_answers(tiny, when):
-    def policy(*moments):
-        keras.config.set_dtype_policy("mixed_bfloat16" if when in moments else "float32")
-
+    latents = np.ones((2, 4, 4, 4))
     try:
-        policy("when built", "always")
+        keras.config.set_dtype_policy("mixed_bfloat16" if when == "when built" else "float32")
         network = _tiny()
-        assert keras.config.dtype_policy().name == (
-            "float32" if "run" in when else "mixed_bfloat16"
-        )
-        policy("when first run", "always")
-        moments, images = (
-            network.encode(_images(), verbose=0),
-            network.decode(np.ones((2, 4, 4, 4))),
-        )
+        assert (keras.config.dtype_policy().name == "float32") == (when != "when built")  # kept
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        moments, images = network.encode(_images(), verbose=0), network.decode(latents)
     finally:
         keras.config.set_dtype_policy("float32")
     assert moments.dtype == np.float32
     np.testing.assert_array_equal(moments, tiny.encode(_images(), verbose=0))
-    np.testing.assert_array_equal(images, tiny.decode(np.ones((2, 4, 4, 4))))
+    np.testing.assert_array_equal(images, tiny.decode(latents))
 
 
 def test_a_failed_construction_leaves_the_global_policy():

@@ -1,0 +1,178 @@
+"""What the examples of the paper's recipes share: flags, the run itself, stand-ins for the data.
+
+Each example says on top what it reproduces; this file trains, samples, measures and draws.
+"""
+
+import argparse
+import csv
+import json
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import digits  # noqa: E402
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+
+import keras_uvit  # noqa: E402
+from keras_uvit import DiffusionModel, UViT, data, evaluation, presets, training  # noqa: E402
+from keras_uvit.latent import SpaceToDepth  # noqa: E402
+
+
+def parse(doc, preset, choices=(), **defaults):
+    """The flags that all examples have, and those of `defaults` with their help."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default=preset, choices=choices or [preset])
+    for name, (default, text) in defaults.items():
+        parser.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)")
+    parser.add_argument("--inception", help="Inception weights; with --reference, measures FID")
+    parser.add_argument("--reference", help="reference statistics of `keras-uvit statistics`")
+    parser.add_argument("--num-images", type=int, default=50_000, help="of FID (%(default)s)")
+    parser.add_argument("--iterations", type=int, help="optimizer steps (the preset's)")
+    parser.add_argument("--batch-size", type=int, help="of all devices (the preset's)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="try the path: tiny, on digits")
+    parser.add_argument("--quiet", action="store_true", help="one line an epoch, no bars")
+    options = parser.parse_args()
+    keras.utils.set_random_seed(options.seed)
+    backend = keras.config.backend()
+    print(f"keras_uvit {keras_uvit.__version__} on {backend}, {options.preset}")
+    return options
+
+
+def run(options, model, dataset, iterations, measure=None):
+    """Trains, draws a grid, measures; everything goes to `--out`.
+
+    Args:
+        model, dataset, iterations: what to train, on what, how long.
+        measure: function of the model that returns a dict, or None; with `--reference` and
+            `--inception` FID is measured too.
+    """
+    out = Path(options.out)
+    epochs = -(-iterations // len(dataset))
+    print(f"Training to step {epochs * len(dataset)}, batches of {dataset.batch_size}, in {out}")
+    can_draw = model.latent_scale is None or model.autoencoder is not None
+    what = conditions(model, 64)
+    callbacks = [
+        evaluation.SampleGridCallback(
+            out / "grids", every=max(1, epochs // 10), columns=8, zoom=zoom(model), **what
+        )
+    ]
+    start = time.time()
+    model = training.train(
+        model,
+        dataset,
+        out,
+        iterations,
+        callbacks=callbacks if can_draw else [],
+        verbose=2 if options.quiet else 1,
+    )
+    metrics = {"train_seconds": round(time.time() - start, 1)}
+    if can_draw:
+        grid = evaluation.image_grid(model.generate(**what, seed=options.seed), 8, zoom(model))
+        evaluation.write_png(out / "samples.png", grid)
+    else:
+        latents = model.generate(**what, seed=options.seed, decode=False)
+        np.save(out / "latents.npy", latents)
+        print("No --autoencoder: latents.npy holds latents, not pictures.")
+    draw_log(out)
+    metrics |= measure(model) if measure else {}
+    if options.reference and options.inception:
+        metrics |= evaluation.evaluate(
+            model,
+            evaluation.Reference.load(options.reference),
+            evaluation.InceptionFeatures(options.inception),
+            options.num_images,
+            folder=out / "images",
+        )
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    print(json.dumps(metrics, indent=2))
+    print(f"Look at {out}")
+
+
+def conditions(model, count):
+    """The argument of `generate` for `count` images, all classes in turn."""
+    classes = model.network.num_classes
+    return {"num_images": count} if classes is None else {"labels": np.arange(count) % classes}
+
+
+def zoom(model):
+    factor = model.autoencoder.factor if model.autoencoder is not None else 1
+    return max(1, 64 // (model.network.image_shape[0] * factor))
+
+
+def draw_log(out):
+    """The loss of `log.csv` as a curve."""
+    with open(out / "log.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["epoch"] != "epoch"]
+    digits.draw_loss(out / "loss.png", [float(row["loss"]) for row in rows], 1, "epoch")
+
+
+# Stand-ins ----------------------------------------------------------------------------------------
+
+
+def reduced(row, image_shape, patch_size, num_classes, quick, **more):
+    """The recipe of a preset with a network that a CPU can train."""
+    width = 32 if quick else 96
+    network = UViT(
+        image_shape,
+        patch_size=patch_size,
+        hidden_dim=width,
+        num_layers=3 if quick else 5,
+        num_heads=4,
+        num_classes=num_classes,
+        null_label=row.network.get("null_label", True) if num_classes else True,
+        output_conv=row.network.get("output_conv", True),
+    )
+    return DiffusionModel(
+        network,
+        schedule=row.schedule,
+        prediction=row.prediction,
+        time_scale=row.time_scale,
+        condition_dropout=row.condition_dropout,
+        ema_decay=0.999,
+        optimizer={**row.optimizer, "learning_rate": 1e-3, "warmup_steps": 100},
+        sampler=row.sampler,
+        num_steps=50,
+        guidance_scale=row.guidance_scale,
+        **more,
+    )
+
+
+def digits_cache(folder):
+    """A latent cache of the bundled digits, by an autoencoder that only rearranges pixels."""
+    autoencoder = SpaceToDepth(2, scale=1.3)
+    data.write_latents(data.digits(), folder, autoencoder, shard_size=512, batch_size=256)
+    return autoencoder
+
+
+def digit_scores(quick):
+    """`measure` of `run` for models of digits."""
+
+    def measure(model):
+        count = 100 if quick else 1000
+        labels = np.arange(count) % 10
+        images = model.generate(labels=labels, batch_size=min(count, 500))
+        return digits.measure(images, labels, data.digits("train"), data.digits("test"))
+
+    return measure
+
+
+def digit_pictures(image_shape, batch_size, labels, seed):
+    """The bundled digits as a set of colour pictures of another size."""
+    train = data.digits()
+    height, width, channels = image_shape
+    pictures = train["image"].repeat(height // 8, 1).repeat(width // 8, 2).repeat(channels, 3)
+    content = {"image": pictures, **({"label": train["label"]} if labels else {})}
+    return data.images.in_memory(
+        data.sources.arrays(content, "digits"), batch_size, flip=False, seed=seed, verbose=0
+    )
+
+
+def preset_model(options, **more):
+    """The preset as it is published, with the options' seed."""
+    return presets.load(options.preset, seed=options.seed, **more)

@@ -1,0 +1,397 @@
+"""`keras-uvit`: the package from a shell."""
+
+import json
+from pathlib import Path
+
+import click
+import keras
+import numpy as np
+
+import keras_uvit
+from keras_uvit import convert, data, evaluation, presets
+from keras_uvit.data import sources
+from keras_uvit.data.manifest import MANIFEST, read_manifest
+from keras_uvit.evaluation import InceptionFeatures, Reference
+from keras_uvit.latent import AutoencoderKL, SpaceToDepth
+from keras_uvit.networks import UViT
+from keras_uvit.training import train as train_in_folder
+
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+
+
+class Group(click.Group):
+    """Turns errors that a user can act on into one line; `--traceback` shows where they were."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except USER_ERRORS as error:
+            if context.params.get("traceback"):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(keras_uvit.__version__)
+@click.option("--traceback", is_flag=True, help="Show where an error was raised.")
+def main(traceback):
+    """U-ViT diffusion transformers: encode data, train, sample, evaluate.
+
+    KERAS_BACKEND=jax, tensorflow or torch chooses the backend.
+
+    \b
+    From images to FID:
+      keras-uvit encode photos cache --autoencoder autoencoder_kl.pth --image-size 256
+      keras-uvit train uvit_large_imagenet256 cache runs/a
+      keras-uvit generate runs/a/model.keras grid.png --labels 207,360 --autoencoder ...
+      keras-uvit statistics photos reference.npz --image-size 256 --inception ...
+      keras-uvit evaluate runs/a/model.keras --reference reference.npz --inception ...
+    """
+
+
+def options(*shared):
+    """Applies several options to a command."""
+
+    def apply(command):
+        for option in reversed(shared):
+            command = option(command)
+        return command
+
+    return apply
+
+
+SOURCE_OPTIONS = options(
+    click.option("--image-size", type=int, help="Pixels; images are fitted and cut at the centre."),
+    click.option("--split", default="train", show_default=True, help="Of a TensorFlow data set."),
+    click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True),
+    click.option("--crop", type=int, nargs=4, help="TOP LEFT HEIGHT WIDTH to cut out first."),
+    click.option("--data-dir", type=click.Path(), help="Where TensorFlow data sets are kept."),
+)
+MODEL_OPTIONS = options(
+    click.option("--weights", help='File of weights, or "pretrained" for a preset that has them.'),
+    click.option("--autoencoder", type=click.Path(), help="Weights, for models of latents."),
+)
+SAMPLING_OPTIONS = options(
+    click.option("--sampler", help="Name; the model's."),
+    click.option("--num-steps", type=int, help="The model's."),
+    click.option("--guidance-scale", type=float, help="1.0 is off; the model's."),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--batch-size", type=int, default=64, show_default=True),
+    click.option("--raw", is_flag=True, help="The weights themselves, not their moving average."),
+)
+
+
+def open_source(spec, image_size, split, channels, crop, data_dir):
+    """A `Source` from what was typed."""
+    if spec == "digits":
+        return sources.arrays(data.digits(), "digits")
+    channels = int(channels)
+    if spec.startswith("tfds:"):
+        return data.tfds_source(
+            spec[5:], split, image_size, channels=channels, crop=crop, data_dir=data_dir
+        )
+    if spec.endswith(".npz"):
+        with np.load(spec, allow_pickle=False) as file:
+            return sources.arrays(dict(file), Path(spec).name)
+    if image_size is None and Path(spec).is_dir():
+        raise click.UsageError("A folder of images needs --image-size.")
+    return sources.folder(spec, image_size or 1, channels=channels, crop=crop)
+
+
+def open_model(name, weights, autoencoder):
+    """A `DiffusionModel` of a preset's name or a saved `.keras` file."""
+    if not name.endswith(".keras"):
+        return presets.load(name, weights, autoencoder=autoencoder)
+    if weights is not None:
+        raise click.UsageError("--weights go with a preset; a .keras file has its own.")
+    model = keras.saving.load_model(name, compile=False)
+    if autoencoder is not None:
+        model.autoencoder = AutoencoderKL.from_file(autoencoder, scale=model.latent_scale or 1.0)
+    return model
+
+
+def open_dataset(spec, image_shape, labels, batch_size, seed):
+    """What `train` reads: a cache, or what `open_source` takes, in memory."""
+    height, width, channels = image_shape
+    shared = {"batch_size": batch_size, "seed": seed, "labels": labels}
+    if (Path(spec) / MANIFEST).is_file():
+        is_latent = read_manifest(spec)["field"] == "moments"
+        return (data.LatentDataset if is_latent else data.image_shards)(spec, **shared)
+    if spec.startswith("tfds:"):
+        return data.tfds_images(spec[5:], (height, width), channels=channels, **shared)
+    if spec == "digits":
+        return data.images.in_memory(open_source(spec, *[None] * 5), batch_size, flip=False)
+    return data.image_folder(spec, (height, width), channels=channels, **shared)
+
+
+def sampling(sampler, num_steps, guidance_scale, seed, batch_size, raw):
+    """The arguments of `generate` that were given."""
+    given = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
+    given = {key: value for key, value in given.items() if value is not None}
+    return {**given, "seed": seed, "batch_size": batch_size, "use_ema": not raw}
+
+
+@main.command("presets")
+def show_presets():
+    """Lists the published recipes.
+
+    Example: keras-uvit presets
+    """
+    click.echo(f"{'name':26}{'parameters':>12}{'GMACs':>8}{'FID':>7}  paper")
+    for name, row in presets.PRESETS.items():
+        reported = f"{row.reported_fid:.2f}" if row.reported_fid else "-"
+        size = f"{row.params / 1e6:.1f}M"
+        click.echo(f"{name:26}{size:>12}{row.gmacs:8.1f}{reported:>7}  {row.paper_name}")
+
+
+@main.command()
+@click.argument("source")
+@click.argument("cache", type=click.Path())
+@click.option("--autoencoder", type=click.Path(), help="Its weights, or space-to-depth.")
+@click.option("--scale", type=float, default=0.18215, show_default=True, help="COCO: 0.23010.")
+@click.option("--pixels", is_flag=True, help="Keep pixels, not latents.")
+@click.option("--published-pickles", is_flag=True, help="SOURCE is the published program's.")
+@SOURCE_OPTIONS
+@click.option("--flip", is_flag=True, help="Store each image's mirror image too.")
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16")
+@click.option("--batch-size", type=int, default=16, show_default=True)
+@click.option("--shard-size", type=int, default=8192, show_default=True, help="Images a shard.")
+@click.option("--process", default="0/1", show_default=True, help="K/N: every N-th shard from K.")
+@click.option("--skip-corrupt", is_flag=True, help="Leave damaged images out.")
+def encode(source, cache, autoencoder, scale, pixels, published_pickles, **more):
+    """Makes a cache of SOURCE's latents, to train on.
+
+    SOURCE is a folder of images (class sub-folders or not), tfds:NAME (a TensorFlow data set), an
+    .npz file with "image" and maybe "label", or digits (bundled). An interrupted run goes on when
+    the same is typed again; several processes divide the shards (--process 0/4, 1/4, ...).
+
+    \b
+    Examples:
+      keras-uvit encode tfds:imagenet2012 imagenet256 --image-size 256 --flip \\
+          --autoencoder autoencoder_kl.pth
+      keras-uvit encode tfds:imagenet_resized/64x64 imagenet64 --pixels
+      keras-uvit encode imagenet_features cache --published-pickles --autoencoder autoencoder_kl.pth
+    """
+    index, _, count = more["process"].partition("/")
+    if not (index.isdigit() and count.isdigit()):
+        raise click.UsageError(f"--process is K/N, such as 0/4. Received: {more['process']}.")
+    shared = {
+        "process": (int(index), int(count)),
+        "corrupt": "skip" if more["skip_corrupt"] else "raise",
+        "shard_size": more["shard_size"],
+    }
+    if published_pickles:
+        images = data.published_pickles(source)
+    else:
+        keys = ("image_size", "split", "channels", "crop", "data_dir")
+        images = open_source(source, *(more[key] for key in keys))
+    if pixels:
+        made = data.write_images(images, cache, **shared)
+    else:
+        made = data.write_latents(
+            images,
+            cache,
+            _autoencoder(autoencoder, scale, published_pickles),
+            flip=more["flip"],
+            dtype=more["dtype"],
+            batch_size=more["batch_size"],
+            **shared,
+        )
+    rest = f"{made['count']} samples" if made else "this process's part; others are still missing"
+    click.echo(f"{cache}: {rest}")
+
+
+def _autoencoder(name, scale, optional):
+    if name == "space-to-depth":
+        return SpaceToDepth()
+    if name is None and not optional:
+        raise click.UsageError("Latents need --autoencoder FILE; or --pixels.")
+    return name and AutoencoderKL.from_file(name, scale=scale)
+
+
+@main.command("convert")
+@click.argument("kind")
+@click.argument("source", type=click.Path())
+@click.argument("target", type=click.Path())
+def convert_weights(kind, source, target):
+    """Converts a file of weights: published ones to Keras', and back.
+
+    KIND is a preset's name, autoencoder, or inception. Files end in .pth or .safetensors (the
+    published names) or .weights.h5 (Keras').
+
+    \b
+    Examples:
+      keras-uvit convert uvit_huge_imagenet256 imagenet256_uvit_huge.pth huge.weights.h5
+      keras-uvit convert inception pt_inception-2015-12-05-6726825d.pth inception.safetensors
+    """
+    makers = {"autoencoder": AutoencoderKL, "inception": InceptionFeatures}
+    network = makers[kind]() if kind in makers else UViT(**presets.get(kind).network)
+    if source.endswith(".weights.h5"):
+        network.load_weights(source)
+    else:
+        convert.load_torch_weights(network, source)
+    if target.endswith(".weights.h5"):
+        network.save_weights(target, overwrite=True)
+    else:
+        convert.save_torch_weights(network, target)
+    click.echo(f"{target}: {evaluation.count_parameters(network):,} numbers")
+
+
+@main.command()
+@click.argument("preset")
+@click.argument("dataset")
+@click.argument("folder", type=click.Path())
+@MODEL_OPTIONS
+@click.option("--iterations", type=int, help="Optimizer steps; the preset's.")
+@click.option("--batch-size", type=int, help="The preset's.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--grid-every", type=int, default=10, show_default=True, help="Epochs; 0 is never.")
+def train(preset, dataset, folder, weights, autoencoder, iterations, batch_size, seed, grid_every):
+    """Trains PRESET on DATASET into FOLDER; typed again, it goes on where it was.
+
+    DATASET is a cache that `encode` made, a folder of images, tfds:NAME, or digits.
+
+    \b
+    Example:
+      keras-uvit train uvit_tiny_digits digits runs/tiny --iterations 440
+    """
+    row = presets.get(preset)
+    known = row.network.get("num_classes")
+    samples = open_dataset(
+        dataset, row.network["image_shape"], known and "auto", batch_size or row.batch_size, seed
+    )
+    own = {}
+    if known and samples.num_classes and samples.num_classes != known:
+        click.echo(f"{samples.num_classes} classes in the data, {known} in {preset}: taking those.")
+        own["num_classes"] = samples.num_classes
+    model = presets.load(preset, weights, autoencoder=autoencoder, seed=seed, **own)
+    callbacks = []
+    if grid_every and (row.latent_scale is None or autoencoder):
+        what = {"num_images": 16}
+        if model.network.num_classes is not None:
+            what = {"labels": np.arange(16) % model.network.num_classes}
+        grids = Path(folder) / "grids"
+        callbacks.append(evaluation.SampleGridCallback(grids, every=grid_every, **what))
+    train_in_folder(model, samples, folder, iterations or row.iterations, callbacks=callbacks)
+    click.echo(f"Trained: {Path(folder) / 'model.keras'}")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("target", type=click.Path())
+@MODEL_OPTIONS
+@click.option("--labels", help="Comma-separated class numbers, one an image.")
+@click.option("--num-images", type=int, help="For models without labels.")
+@SAMPLING_OPTIONS
+@click.option("--zoom", type=int, default=1, show_default=True, help="Of a grid.")
+def generate(model, target, weights, autoencoder, labels, num_images, zoom, **how):
+    """Draws images from MODEL (a preset or a .keras file) into TARGET.
+
+    TARGET ending in .png gets a grid, in .npz the arrays (`arr_0`, labels `arr_1`); otherwise it
+    is a folder of PNG files.
+
+    \b
+    Example:
+      keras-uvit generate uvit_tiny_digits grid.png --weights pretrained \\
+          --labels 0,1,2,3,4,5,6,7,8,9 --zoom 8
+    """
+    network = open_model(model, weights, autoencoder)
+    ids = [int(k) for k in labels.split(",")] if labels else None
+    images = network.generate(num_images=num_images, labels=ids, **sampling(**how))
+    if target.endswith(".png"):
+        evaluation.write_png(target, evaluation.image_grid(images, zoom=zoom))
+    elif target.endswith(".npz"):
+        evaluation.write_npz(target, images, ids)
+    else:
+        evaluation.write_pngs(target, images)
+    click.echo(f"{len(images)} images: {target}")
+
+
+RESIZE = click.option(
+    "--resize",
+    type=click.Choice(["half_pixel", "tf1"]),
+    default="half_pixel",
+    show_default=True,
+    help="half_pixel as pytorch-fid and the paper, tf1 as torch-fidelity and the ADM suite.",
+)
+INCEPTION = click.option(
+    "--inception",
+    required=True,
+    type=click.Path(),
+    help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or .safetensors of it.",
+)
+
+
+@main.command()
+@click.argument("source")
+@click.argument("target", type=click.Path())
+@SOURCE_OPTIONS
+@INCEPTION
+@RESIZE
+def statistics(source, target, inception, resize, **more):
+    """Makes reference statistics of SOURCE's images, an .npz file.
+
+    Take the training images at the size that the model makes; SOURCE is as for `encode`.
+
+    \b
+    Example:
+      keras-uvit statistics tfds:cifar10 cifar10.npz \\
+          --inception pt_inception-2015-12-05-6726825d.pth
+    """
+    keys = ("image_size", "split", "channels", "crop", "data_dir")
+    images = open_source(source, *(more[key] for key in keys))
+    rows = np.arange(len(images))
+    batches = (
+        np.stack([sample["image"] for _, sample in group]) for group in images.batches(rows, 64)
+    )
+    features = InceptionFeatures(inception, resize=resize)
+    reference = evaluation.reference_statistics(batches, features)
+    reference.save(target)
+    click.echo(f"{target}: {reference.count} images of {reference.image_size}, {reference.hash}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--reference", required=True, type=click.Path(), help=".npz of `statistics`.")
+@INCEPTION
+@RESIZE
+@MODEL_OPTIONS
+@click.option("--num-images", type=int, default=50_000, show_default=True)
+@click.option("--labels", type=click.Choice(["random", "balanced"]), default="random")
+@SAMPLING_OPTIONS
+@click.option("--folder", type=click.Path(), help="Keeps the images; an interrupted run goes on.")
+@click.option("--out", type=click.Path(), help="JSON file for the record.")
+@click.option("--allow-few", is_flag=True, help="Fewer than 2,049 images, to try the path.")
+def evaluate(model, reference, inception, resize, weights, autoencoder, **more):
+    """FID, sFID, Inception Score, precision and recall of MODEL.
+
+    MODEL is a preset or a .keras file; or images, drawn before: an .npz or a folder of PNG files.
+
+    \b
+    Example:
+      keras-uvit evaluate runs/a/model.keras --reference cifar10.npz --num-images 10000 \\
+          --inception pt_inception-2015-12-05-6726825d.pth --out fid.json
+    """
+    features, known = InceptionFeatures(inception, resize=resize), Reference.load(reference)
+    if model in presets.names() or model.endswith(".keras"):
+        keys = ("sampler", "num_steps", "guidance_scale", "seed", "batch_size", "raw")
+        record = evaluation.evaluate(
+            open_model(model, weights, autoencoder),
+            known,
+            features,
+            more["num_images"],
+            labels=more["labels"],
+            folder=more["folder"],
+            path=more["out"],
+            allow_few=more["allow_few"],
+            **sampling(*(more[key] for key in keys)),
+        )
+    else:
+        images = evaluation.read_images(model)
+        record = evaluation.scores(
+            [images], len(images), known, features, allow_few=more["allow_few"]
+        )
+        record |= {"num_images": len(images), "images": model, "reference": known.hash}
+        if more["out"]:
+            Path(more["out"]).write_text(json.dumps(record, indent=2) + "\n")
+    click.echo(json.dumps(record, indent=2))
