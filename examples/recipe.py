@@ -56,10 +56,10 @@ def run(options, model, dataset, iterations, measure=None):
     epochs = -(-iterations // len(dataset))
     print(f"Training to step {epochs * len(dataset)}, batches of {dataset.batch_size}, in {out}")
     can_draw = model.latent_scale is None or model.autoencoder is not None
-    what = conditions(model, 64)
+    what = conditions(model, 80)
     callbacks = [
         evaluation.SampleGridCallback(
-            out / "grids", every=max(1, epochs // 10), columns=8, zoom=zoom(model), **what
+            out / "grids", every=max(1, epochs // 10), columns=10, zoom=zoom(model), **what
         )
     ]
     start = time.time()
@@ -73,7 +73,7 @@ def run(options, model, dataset, iterations, measure=None):
     )
     metrics = {"train_seconds": round(time.time() - start, 1)}
     if can_draw:
-        grid = evaluation.image_grid(model.generate(**what, seed=options.seed), 8, zoom(model))
+        grid = evaluation.image_grid(model.generate(**what, seed=options.seed), 10, zoom(model))
         evaluation.write_png(out / "samples.png", grid)
     else:
         latents = model.generate(**what, seed=options.seed, decode=False)

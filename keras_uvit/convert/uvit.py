@@ -97,6 +97,7 @@ def _positions(network):
             "at a size the network was not trained for is not promised.",
             stacklevel=2,
         )
+        a = a.astype("float32")
         patches = a[extras:].reshape(1, old, old, -1)
         patches = ops.image.resize(patches, grid, "bilinear", data_format="channels_last")
         patches = ops.convert_to_numpy(patches).reshape(grid[0] * grid[1], -1)

@@ -10,8 +10,7 @@ from keras_uvit.evaluation.files import write_pngs as write_pngs
 from keras_uvit.evaluation.frechet import Reference as Reference
 from keras_uvit.evaluation.frechet import frechet_distance as frechet_distance
 from keras_uvit.evaluation.frechet import reference_statistics as reference_statistics
-
-# from keras_uvit.evaluation.inception import InceptionFeatures as InceptionFeatures
+from keras_uvit.evaluation.inception import InceptionFeatures as InceptionFeatures
 from keras_uvit.evaluation.metrics import inception_score as inception_score
 from keras_uvit.evaluation.metrics import precision_recall as precision_recall
 from keras_uvit.evaluation.protocol import evaluate as evaluate

@@ -173,6 +173,14 @@ def test_the_published_programs_reader_takes_the_file(tmp_path):
     np.testing.assert_allclose(ops.convert_to_numpy(ours), theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_bfloat16_weights_come_back_exactly(tmp_path, name):
+    # What a network of dtype="bfloat16" has.
+    a = ops.convert_to_numpy(ops.cast(ops.arange(24, dtype="float32"), "bfloat16"))
+    write_tensors({"a": a}, tmp_path / name)
+    np.testing.assert_array_equal(read_tensors(tmp_path / name)["a"], np.arange(24))
+
+
 # What is refused ----------------------------------------------------------------------------------
 
 
@@ -218,6 +226,12 @@ def test_another_ending_is_refused_with_those_that_are_written(tmp_path, name):
     with pytest.raises(ValueError, match=rf"^{name}: unknown kind.*\.safetensors.*\.pth"):
         save_torch_weights(_uvit(image_shape=(4, 4, 3)), tmp_path / name)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_missing_folder_is_named(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="missing.*no folder"):
+        save_torch_weights(_uvit(image_shape=(4, 4, 3)), tmp_path / "missing" / name)
 
 
 # Writing that fails -------------------------------------------------------------------------------
@@ -286,34 +300,22 @@ def test_arrays_of_any_memory_order_are_written_in_theirs(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "w.pth",
-        pytest.param(
-            "w.safetensors",
-            marks=pytest.mark.xfail(strict=True, reason="SafetensorError comes through"),
-        ),
-    ],
-)
-def test_a_missing_folder_is_named(tmp_path, name):
-    with pytest.raises((OSError, RuntimeError), match="missing"):
-        save_torch_weights(_uvit(image_shape=(4, 4, 3)), tmp_path / "missing" / name)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
         pytest.param(
             "w.pth",
             marks=pytest.mark.xfail(
-                strict=True, reason="torch.from_numpy takes no bfloat16 of ml_dtypes"
+                keras.config.backend() == "jax",
+                strict=True,
+                reason="JAX keeps the memory-mapped arrays, and with them the file",
             ),
         ),
         "w.safetensors",
     ],
 )
-def test_bfloat16_weights_come_back_exactly(tmp_path, name):
-    network = _uvit(image_shape=(4, 4, 3), dtype="bfloat16")
-    saved = [np.array(w) for w in network.get_weights()]
-    save_torch_weights(network, tmp_path / name)
-    _randomize(network, seed=1)
-    load_torch_weights(network, tmp_path / name)
-    _assert_equal(network.get_weights(), saved)
+def test_a_file_that_changes_after_loading_does_not_change_the_network(tmp_path, name):
+    path, network = tmp_path / name, _uvit(image_shape=(4, 4, 3))
+    save_torch_weights(network, path)
+    load_torch_weights(network, path)
+    loaded = [np.array(w) for w in network.get_weights()]
+    with open(path, "r+b") as file:  # in place, as a copy or a download to the same name does
+        file.write(bytes(path.stat().st_size))
+    _assert_equal(network.get_weights(), loaded)
