@@ -19,18 +19,17 @@ from keras_uvit.latent import AutoencoderKL
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"hidden_dim": 16, "num_layers": 3, "num_heads": 2}
 UVITS = {
-    "unconditional": {"image_shape": (8, 8, 3)},
-    "label": {"image_shape": (8, 12, 4), "num_classes": 5, "patch_size": 4},
-    "label, no null row": {"image_shape": (8, 8, 1), "num_classes": 5, "null_label": False},
-    "text": {"image_shape": (4, 4, 4), "context_shape": (3, 10)},
+    "unconditional": {"image_shape": (4, 4, 3)},
+    "label": {"image_shape": (4, 8, 3), "num_classes": 5},
+    "text": {"image_shape": (4, 4, 3), "context_shape": (3, 10)},
     "time_mlp": {"image_shape": (4, 4, 3), "time_mlp": True},
     "qkv_bias": {"image_shape": (4, 4, 3), "qkv_bias": True},
     "no output_conv": {"image_shape": (4, 4, 3), "output_conv": False},
     "no skip": {"image_shape": (4, 4, 3), "skip": None},
-    "another mlp_dim": {"image_shape": (4, 4, 3), "mlp_dim": 24},
     "all at once": {
-        "image_shape": (4, 8, 2), "patch_size": 2, "num_classes": 3, "context_shape": (3, 10),
-        "time_mlp": True, "qkv_bias": True, "output_conv": False,
+        "image_shape": (8, 4, 2), "patch_size": 4, "num_classes": 5, "null_label": False,
+        "context_shape": (3, 10), "time_mlp": True, "qkv_bias": True, "output_conv": False,
+        "mlp_dim": 24,
     },
 }  # fmt: skip
 # The golden checkpoints' networks.

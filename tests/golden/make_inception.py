@@ -53,18 +53,18 @@ def main():
     from pytorch_fid import inception as pytorch_fid
     from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity
 
-    with mock.patch.object(pytorch_fid, "load_state_dict_from_url", lambda *a, **k: {}):
-        with mock.patch.object(torch.nn.Module, "load_state_dict"):
-            inner = pytorch_fid.fid_inception_v3()
+    # Both packages download their weights when they are built; here they get ours.
+    download = mock.patch.object(pytorch_fid, "load_state_dict_from_url")
+    with download, mock.patch.object(torch.nn.Module, "load_state_dict"):
+        inner = pytorch_fid.fid_inception_v3()
     shapes = {k: tuple(a.shape) for k, a in inner.state_dict().items() if "num_batches" not in k}
     state = {k: torch.from_numpy(a) for k, a in random_weights(shapes).items()}
-    counters = {k: a for k, a in inner.state_dict().items() if "num_batches" in k}
-
-    with mock.patch.object(pytorch_fid, "load_state_dict_from_url", lambda *a, **k: {**state, **counters}):
+    state |= {k: a for k, a in inner.state_dict().items() if "num_batches" in k}
+    with mock.patch.object(pytorch_fid, "load_state_dict_from_url", return_value=state):
         fid = pytorch_fid.InceptionV3([3]).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth"
-        torch.save({**state, **counters}, path)
+        torch.save(state, path)
         names = ["2048", "logits", "logits_unbiased"]
         fidelity = torch_fidelity.FeatureExtractorInceptionV3(
             "inception-v3-compat", names, feature_extractor_weights_path=str(path)

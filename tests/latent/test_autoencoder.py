@@ -228,7 +228,6 @@ def _diffusers(widths, blocks, latent_channels=4, image_channels=3, seed=0):
 
 
 SIZES = {
-    "two levels, square": ((32, 32), 1, (8, 8), {}),
     "one level, odd sides": ((32,), 1, (7, 9), {}),
     "two widths, two blocks, wide": ((32, 64), 2, (6, 20), {}),
     "grey, three latent channels, high": (
@@ -383,20 +382,20 @@ def test_files_of_another_architecture_are_refused(folder, change):
 ROUNDING = 5e-6
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_moments_do_not_depend_on_the_batch_size(tiny, batch_size):
-    images = _images(5)
+def test_moments_do_not_depend_on_the_batch_size(tiny):
+    images = _images(3)
     expected = _encoded(tiny, images)
-    moments = tiny.encode(images, batch_size=batch_size, verbose=0)
-    assert moments.dtype == np.float32
-    assert _error(moments, expected) <= ROUNDING
+    for batch_size in (1, 2, 3, 100):
+        moments = tiny.encode(images, batch_size=batch_size, verbose=0)
+        assert moments.dtype == np.float32
+        assert _error(moments, expected) <= ROUNDING, batch_size
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_decoded_images_do_not_depend_on_the_batch_size(tiny, batch_size):
-    latents = np.random.default_rng(0).standard_normal((5, 4, 4, 4), "float32")
+def test_decoded_images_do_not_depend_on_the_batch_size(tiny):
+    latents = np.random.default_rng(0).standard_normal((3, 4, 4, 4), "float32")
     expected = _levels(_decoded(tiny, latents))
-    _assert_same_images(tiny.decode(tiny.scale * latents, batch_size=batch_size), expected)
+    for batch_size in (1, 2, 3, 100):
+        _assert_same_images(tiny.decode(tiny.scale * latents, batch_size=batch_size), expected)
 
 
 def test_a_ragged_last_batch_is_filled_up_not_compiled_anew(tiny, monkeypatch):
@@ -592,36 +591,46 @@ def test_weights_loaded_after_a_first_run_are_the_ones_used(tmp_path):
         assert is_other(), kind
 
 
-def test_a_saved_autoencoder_comes_back_whole(tmp_path):
-    network = _tiny(scale=0.2301, id="sd-vae-ft-mse", multipliers=(1, 2), latent_channels=3)
-    network.save(tmp_path / "ae.keras")
+def test_a_saved_autoencoder_comes_back_whole(tiny, tmp_path):
+    _tiny(scale=3.0, id="sd-vae-ft-mse").save(tmp_path / "ae.keras")  # of tiny's weights
     loaded = keras.saving.load_model(tmp_path / "ae.keras")
     assert isinstance(loaded, AutoencoderKL)
-    assert (loaded.scale, loaded.id, loaded.factor) == (0.2301, "sd-vae-ft-mse", 2)
-    assert loaded.get_config() == network.get_config()
-    assert loaded.fingerprint == network.fingerprint
+    assert (loaded.scale, loaded.id, loaded.factor) == (3.0, "sd-vae-ft-mse", 2)
+    assert loaded.fingerprint == tiny.fingerprint
     assert not loaded.trainable_weights
-    images, latents = _images(), np.random.default_rng(0).standard_normal((2, 4, 4, 3))
-    np.testing.assert_array_equal(
-        loaded.encode(images, verbose=0), network.encode(images, verbose=0)
-    )
-    np.testing.assert_array_equal(loaded.decode(latents), network.decode(latents))
+    images, latents = _images(), np.random.default_rng(0).standard_normal((2, 4, 4, 4))
+    moments = loaded.encode(images, verbose=0)
+    np.testing.assert_array_equal(moments, tiny.encode(images, verbose=0))
+    np.testing.assert_array_equal(loaded.sample(moments) / 3, tiny.sample(moments) / tiny.scale)
+    _assert_same_images(loaded.decode(3 * latents), tiny.decode(tiny.scale * latents))
+
+
+def test_every_argument_is_in_the_configuration():
+    arguments = {
+        "base_dim": 64, "multipliers": (1, 2, 1), "num_res_blocks": 1, "latent_channels": 3,
+        "image_channels": 1, "scale": 0.5, "id": "x", "name": "y", "dtype": "mixed_bfloat16",
+    }  # fmt: skip
+    with keras.StatelessScope(initialize_variables=False):
+        network = AutoencoderKL(**arguments)
+        again = AutoencoderKL.from_config(json.loads(json.dumps(network.get_config())))
+    assert again.get_config() == network.get_config() == arguments
+    assert [w.shape for w in again.weights] == [w.shape for w in network.weights]
+    assert again.factor == 4
 
 
 @pytest.mark.parametrize("when", ["when built", "when first run"])
 def test_a_global_mixed_precision_policy_does_not_change_the_answers(tiny, when):
-    latents = np.ones((2, 4, 4, 4))
     try:
         keras.config.set_dtype_policy("mixed_bfloat16" if when == "when built" else "float32")
         network = _tiny()
         assert (keras.config.dtype_policy().name == "float32") == (when != "when built")  # kept
         keras.config.set_dtype_policy("mixed_bfloat16")
-        moments, images = network.encode(_images(), verbose=0), network.decode(latents)
+        moments = network.encode(_images(), verbose=0)
     finally:
         keras.config.set_dtype_policy("float32")
     assert moments.dtype == np.float32
     np.testing.assert_array_equal(moments, tiny.encode(_images(), verbose=0))
-    np.testing.assert_array_equal(images, tiny.decode(latents))
+    assert {layer.compute_dtype for layer in network.decoder._flatten_layers()} == {"float32"}
 
 
 def test_a_failed_construction_leaves_the_global_policy():
