@@ -345,7 +345,7 @@ def statistics(source, target, inception, resize, **more):
         np.stack([sample["image"] for _, sample in group]) for group in images.batches(rows, 64)
     )
     features = InceptionFeatures(inception, resize=resize)
-    reference = evaluation.reference_statistics(batches, features)
+    reference = evaluation.reference_statistics(batches, features, total=len(images))
     reference.save(target)
     click.echo(f"{target}: {reference.count} images of {reference.image_size}, {reference.hash}")
 

@@ -76,7 +76,7 @@ def write_latents(
             return values
         return autoencoder.encode(values, batch_size=batch_size, verbose=0)
 
-    plan = _plan(source, "moments", dtype, shard_size, copies=2 if flip else 1)
+    plan = _plan(source, "moments", dtype, shard_size, flip)
     if autoencoder is not None:
         plan |= _about(source, autoencoder)
     return _write(source, Path(path), plan, encode, batch_size, process, corrupt, verbose)
@@ -104,7 +104,7 @@ def write_images(source, path, *, shard_size=8192, process=(0, 1), corrupt="rais
     source = source if isinstance(source, sources.Source) else sources.arrays(source)
     if source.field != "image":
         raise ValueError("write_images takes images. Use write_latents for moments.")
-    plan = _plan(source, "image", "uint8", shard_size, copies=1)
+    plan = _plan(source, "image", "uint8", shard_size, flip=False)
     plan["image_size"] = list(source.shape[:2])
 
     def stack(samples):
@@ -113,7 +113,7 @@ def write_images(source, path, *, shard_size=8192, process=(0, 1), corrupt="rais
     return _write(source, Path(path), plan, stack, 256, process, corrupt, verbose)
 
 
-def _plan(source, field, dtype, shard_size, copies):
+def _plan(source, field, dtype, shard_size, flip):
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1. Received: {shard_size}.")
     return {
@@ -129,11 +129,15 @@ def _plan(source, field, dtype, shard_size, copies):
         "autoencoder": None,
         "num_classes": source.num_classes,
         "class_names": source.class_names,
-        "flip": "stored" if copies == 2 else "none",
-        "copies": copies,  # samples an image
+        "flip": "stored" if flip else "none",
         "shard_size": shard_size,
         "num_shards": math.ceil(len(source) / shard_size),
     }
+
+
+def _copies(plan):
+    """Samples an image."""
+    return 2 if plan["flip"] == "stored" else 1
 
 
 def _write(source, folder, plan, encode, batch_size, process, corrupt, verbose):
@@ -197,7 +201,7 @@ def _is_whole(folder, index):
 
 def _check_space(folder, plan, missing, own, verbose):
     sample = math.prod(plan["shape"]) * np.dtype(plan["dtype"]).itemsize
-    samples = min(missing * plan["shard_size"], plan["source_length"]) * plan["copies"]
+    samples = min(missing * plan["shard_size"], plan["source_length"]) * _copies(plan)
     needed, free = samples * sample, shutil.disk_usage(folder).free
     if verbose:
         print(  # noqa: T201
@@ -223,7 +227,7 @@ def _encode_shard(source, rows, plan, encode, batch_size, corrupt, bar):
             encoded.append(_stored(encode(samples), plan, group))
             if plan["num_classes"] is not None:
                 ids = np.array([sample["label"] for sample in samples], "int32")
-                labels.append(np.repeat(ids, plan["copies"]))
+                labels.append(np.repeat(ids, _copies(plan)))
         bar.add(len(group))
     arrays = {
         plan["field"]: np.concatenate([np.empty((0, *plan["shape"]), plan["dtype"]), *encoded])
@@ -240,7 +244,7 @@ def _stored(values, plan, group):
     limit = FLOAT16_MAX if plan["dtype"] == "float16" else np.inf
     good = np.abs(values).reshape(len(values), -1).max(axis=1) < limit  # false for NaN
     if not good.all():
-        index = group[int(np.argmin(good)) // plan["copies"]][0]
+        index = group[int(np.argmin(good)) // _copies(plan)][0]
         raise ValueError(
             f"Sample {index} of {plan['source']} has moments that are not finite or beyond "
             f"{plan['dtype']}. Look at the image and at the autoencoder's weights."

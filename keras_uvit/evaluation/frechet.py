@@ -146,12 +146,13 @@ def _checked(path, content, mean_key, covariance_key):
     return mean, covariance
 
 
-def reference_statistics(images, inception, *, keep_features=10_000, verbose=1):
+def reference_statistics(images, inception, *, total=None, keep_features=10_000, verbose=1):
     """Statistics of real images, by the same resize and network that generated ones will meet.
 
     Args:
         images: `(n, H, W, 3)` uint8, or an iterable of such batches.
         inception: `InceptionFeatures`.
+        total: int, number of images in an iterable, for the progress bar.
         keep_features: int, pool features kept for precision and recall.
         verbose: 0 or 1. Progress bar.
 
@@ -163,7 +164,8 @@ def reference_statistics(images, inception, *, keep_features=10_000, verbose=1):
     """
     pool, spatial, sizes = [], [], set()
     batches = [images] if hasattr(images, "shape") else images
-    bar = keras.utils.Progbar(None, verbose=verbose, unit_name="image")
+    total = len(images) if hasattr(images, "shape") else total
+    bar = keras.utils.Progbar(total, verbose=verbose, unit_name="image")
     for batch in batches:
         sizes.add(tuple(batch.shape[1:3]))
         features = inception(batch, verbose=0)
