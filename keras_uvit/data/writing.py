@@ -222,9 +222,10 @@ def _encode_shard(source, rows, plan, encode, batch_size, corrupt, bar):
     encoded, labels, skipped = [], [], []
     for group in source.batches(rows, batch_size, corrupt):
         skipped += [[index, sample] for index, sample in group if isinstance(sample, str)]
-        samples = [sample for _, sample in group if not isinstance(sample, str)]
-        if samples:
-            encoded.append(_stored(encode(samples), plan, group))
+        good = [(index, sample) for index, sample in group if not isinstance(sample, str)]
+        if good:
+            indices, samples = zip(*good)
+            encoded.append(_stored(encode(samples), plan, indices))
             if plan["num_classes"] is not None:
                 ids = np.array([sample["label"] for sample in samples], "int32")
                 labels.append(np.repeat(ids, _copies(plan)))
@@ -237,14 +238,14 @@ def _encode_shard(source, rows, plan, encode, batch_size, corrupt, bar):
     return arrays, skipped
 
 
-def _stored(values, plan, group):
+def _stored(values, plan, indices):
     """`values` in the plan's dtype, or ValueError where it cannot hold them."""
     if plan["dtype"] == "uint8":
         return values
     limit = FLOAT16_MAX if plan["dtype"] == "float16" else np.inf
     good = np.abs(values).reshape(len(values), -1).max(axis=1) < limit  # false for NaN
     if not good.all():
-        index = group[int(np.argmin(good)) // _copies(plan)][0]
+        index = indices[int(np.argmin(good)) // _copies(plan)]
         raise ValueError(
             f"Sample {index} of {plan['source']} has moments that are not finite or beyond "
             f"{plan['dtype']}. Look at the image and at the autoencoder's weights."

@@ -199,7 +199,7 @@ def describe(model, num_images, labels, seed, options):
         "weights": fingerprint(model.ema_network if use_ema else model.network),
         "ema": use_ema,
         "step": int(keras.ops.convert_to_numpy(model.ema_step)),
-        "global_batch": model.global_batch,
+        "global_batch": int(keras.ops.convert_to_numpy(model.global_batch)) or None,
         "num_images": num_images,
         "label_protocol": labels if model.network.num_classes is not None else None,
         "sampler": sampler,

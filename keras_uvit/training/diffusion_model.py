@@ -116,6 +116,7 @@ class DiffusionModel(keras.Model):
         self.test_step_count = self.add_weight(name="test_step_count", **counter)
         self.skipped_steps = self.add_weight(name="skipped_steps", **counter)
         self.skipped_in_row = self.add_weight(name="skipped_in_row", **counter)
+        self.global_batch = self.add_weight(name="global_batch", **counter)  # 0: not known
         if network.context_shape is not None:
             null = dict(initializer="zeros", trainable=False, name="null_context")
             self.null_context = self.add_weight(shape=network.context_shape, **null)
@@ -123,7 +124,6 @@ class DiffusionModel(keras.Model):
         self.norm_tracker = keras.metrics.Mean(name="grad_norm")
         # Set by whoever has them: decode(latents) -> uint8 images; (captions) -> context.
         self.autoencoder = self.text_encoder = None
-        self.global_batch = None  # of the last `fit`, for records
         self._loops = {}
         self.built = True
 
@@ -221,7 +221,7 @@ class DiffusionModel(keras.Model):
         """
         if isinstance(x, types.GeneratorType) or getattr(x, "shuffles_itself", False):
             kwargs.setdefault("shuffle", False)  # Keras cannot shuffle the one, need not the other
-        self.global_batch = batch_size or getattr(x, "batch_size", None)
+        self.global_batch.assign(batch_size or getattr(x, "batch_size", None) or 0)
         x = batches.check_source(self, x, y)
         validation = kwargs.get("validation_data")
         if validation is not None:
