@@ -46,9 +46,17 @@ class ShuffledDataset(keras.utils.PyDataset):
         self.seed = seed
         self.process = process
         self.epoch = 0
-        self._begun = False
         # Two: Keras may still read the old epoch's last batches while the new one begins.
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
+
+    @property
+    def epoch(self):
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch):
+        self._epoch = epoch
+        self._begun = False
 
     def _permutation(self, epoch):
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
@@ -71,5 +79,5 @@ class ShuffledDataset(keras.utils.PyDataset):
 
     def on_epoch_begin(self):
         # Keras ends epochs more often than it begins them.
-        self.epoch += self._begun
+        self._epoch += self._begun
         self._begun = True

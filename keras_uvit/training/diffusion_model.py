@@ -16,6 +16,7 @@ from keras_uvit.training.optimizers import adamw
 
 DRAWS = 4  # random tensors a step draws: posterior, time, noise, condition drop-out
 TRAIN, TEST = 0, 1  # streams of randomness
+FROZEN = ("autoencoder", "text_encoder")
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
@@ -165,13 +166,17 @@ class DiffusionModel(keras.Model):
         }
         return cls(**{**config, **parts})
 
+    # Frozen parts are not the model's own: Keras would count and train what it sees being set, and
+    # save what dir() shows.
     def __setattr__(self, name, value):
-        if name not in ("autoencoder", "text_encoder"):
+        if name not in FROZEN:
             return super().__setattr__(name, value)
         if name == "autoencoder" and value is not None:
             latent_space.agree(self, value, "The autoencoder")
-        # Not the model's own: Keras would count, save and train their weights.
         return object.__setattr__(self, name, value)
+
+    def __dir__(self):
+        return [name for name in super().__dir__() if name not in FROZEN]
 
     def build(self, input_shape=None):
         """Nothing to do: the networks are built when they are made."""
@@ -370,8 +375,7 @@ class DiffusionModel(keras.Model):
         return ops.where(tracker.count > 0, tracker.result(), float("nan"))
 
     def test_report(self, batch, loss):
-        count = ops.shape(next(iter(batch.values())))[0]
-        self._loss_tracker.update_state(loss, sample_weight=count)
+        self._loss_tracker.update_state(loss, ops.shape(next(iter(batch.values())))[0])
         return {"loss": self._loss_tracker.result()}
 
     # Sampling and files ---------------------------------------------------------------------------
@@ -393,7 +397,4 @@ def _check_parts(network, schedule):
     if missing:
         raise TypeError(f"The network must be a UViT or have {needed}. It lacks {missing}.")
     if schedule is not None and not hasattr(schedule, "half_log_snr"):
-        raise TypeError(
-            "schedule must be one of process.schedules, such as VPLinear(). "
-            f"Received: {schedule!r}."
-        )
+        raise TypeError(f"schedule must be one of process.schedules. Received: {schedule!r}.")
