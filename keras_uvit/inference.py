@@ -2,12 +2,17 @@
 
 import contextlib
 import hashlib
+from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 from keras import ops
 
 from keras_uvit import backend
+
+# What Keras raises for a weight file that is damaged or of another network.
+DAMAGE = (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError)
 
 
 class Frozen:
@@ -41,8 +46,10 @@ class Frozen:
         Returns:
             NumPy array, or the nested arrays that the network gives, `n` rows each.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1. Received: {batch_size}.")
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ValueError(f"batch_size must be an int, at least 1. Received: {batch_size}.")
+        if ops.is_tensor(inputs):
+            inputs = ops.convert_to_numpy(inputs)
         weights = [w.value for w in self.network.variables]
         total, size = len(inputs), min(batch_size, len(inputs))
         bar = keras.utils.Progbar(total, verbose=verbose, unit_name=unit_name)
@@ -61,14 +68,44 @@ class Frozen:
 
 
 @contextlib.contextmanager
-def dtype_policy(policy):
-    """Layers made inside have this dtype policy: a frozen network keeps its own precision."""
-    before = keras.config.dtype_policy()
+def own_defaults(policy):
+    """Layers made inside have this dtype policy and channels last, whatever Keras is set to."""
+    before = keras.config.dtype_policy(), keras.config.image_data_format()
     keras.config.set_dtype_policy(policy)
+    keras.config.set_image_data_format("channels_last")
     try:
         yield
     finally:
-        keras.config.set_dtype_policy(before)
+        keras.config.set_dtype_policy(before[0])
+        keras.config.set_image_data_format(before[1])
+
+
+def load_keras_weights(network, path, name=None):
+    """As `network.load_weights`, but strict: Keras passes over arrays it has no place for.
+
+    Args:
+        network: Keras model.
+        path: of `.weights.h5`.
+        name: what to call the network in errors; its own name.
+
+    Raises:
+        ValueError: if the file is damaged or of another network.
+    """
+    try:
+        arrays = []
+        with h5py.File(path) as file:
+            file.visititems(lambda _, item: arrays.append(item) if hasattr(item, "shape") else None)
+        network.load_weights(path)
+        if len(arrays) != len(network.weights):
+            raise ValueError(
+                f"the file has {len(arrays)} arrays, the network {len(network.weights)} weights"
+            )
+    except DAMAGE as error:
+        # Without the values of the weights, which Keras quotes.
+        reason = str(error).partition("Target variable")[0].partition("List of objects")[0].strip()
+        raise ValueError(
+            f"{Path(path).name} is damaged or does not fit {name or network.name!r}: {reason}"
+        ) from error
 
 
 def fingerprint(network):

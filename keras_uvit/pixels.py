@@ -24,5 +24,23 @@ def to_unit_range(images):
 
 
 def from_unit_range(images):
-    """uint8 of float images in [-1, 1], rounded; what lies outside is clipped."""
+    """uint8 of float images in [-1, 1], rounded; what lies outside is clipped.
+
+    Raises:
+        FloatingPointError: for NaN or infinity, which would become black.
+    """
+    if not np.isfinite(images).all():
+        raise FloatingPointError(
+            "The network made NaN or infinity instead of images: look at its weights, or use "
+            "float32 or bfloat16 instead of float16."
+        )
     return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype("uint8")
+
+
+def check_latents(latents):
+    """Raises unless latents are finite floats."""
+    latents = np.asarray(latents)
+    if not np.issubdtype(latents.dtype, np.floating) and latents.dtype.name != "bfloat16":
+        raise TypeError(f"latents are float. Received: dtype {latents.dtype}.")
+    if not np.isfinite(latents.astype("float32")).all():
+        raise ValueError("latents hold NaN or infinity: look at the model that made them.")

@@ -12,19 +12,17 @@ import difflib
 from pathlib import Path
 from zipfile import BadZipFile
 
-import h5py
 import keras
 
 from keras_uvit.convert import load_torch_weights
 from keras_uvit.convert.files import TORCH
+from keras_uvit.inference import DAMAGE, load_keras_weights
 from keras_uvit.latent import AutoencoderKL
 from keras_uvit.networks import UViT
 from keras_uvit.process.schedules import VPCosine, VPDiscrete, VPLinear
 from keras_uvit.training import DiffusionModel
 
 SHIPPED = Path(__file__).parent / "weights"
-# What Keras raises for a weight file that is damaged or of another network.
-DAMAGE = (OSError, RuntimeError, BadZipFile, ValueError, KeyError, AttributeError, TypeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,26 +350,14 @@ def _load_weights(model, path):
     if path.suffix in (*TORCH, ".safetensors"):
         load_torch_weights(model, path)
         return
-    try:
-        if path.suffix == ".keras":
+    if path.name.endswith(".weights.h5"):
+        load_keras_weights(model.network, path, f"preset {model.name!r}")
+    else:
+        try:
             saved = keras.saving.load_model(path, compile=False)
             model.network.set_weights(saved.ema_network.get_weights())
-        else:
-            model.network.load_weights(path)
-            _check_nothing_left_out(path, model.network)
-    except DAMAGE as error:
-        raise ValueError(
-            f"{path.name} is damaged or does not fit preset {model.name!r}: {error}"
-        ) from error
+        except (*DAMAGE, BadZipFile) as error:
+            raise ValueError(
+                f"{path.name} is damaged or does not fit preset {model.name!r}: {error}"
+            ) from error
     model.copy_weights_to_ema()
-
-
-def _check_nothing_left_out(path, network):
-    """Keras' `load_weights` passes over arrays of the file that the network has no place for."""
-    arrays = []
-    with h5py.File(path) as file:
-        file.visititems(lambda _, item: arrays.append(item) if hasattr(item, "shape") else None)
-    if len(arrays) != len(network.weights):
-        raise ValueError(
-            f"the file has {len(arrays)} arrays, the network {len(network.weights)} weights"
-        )

@@ -12,6 +12,7 @@ from sklearn.svm import SVC
 
 from keras_uvit import UViT, evaluation, presets
 from keras_uvit.data import digits
+from keras_uvit.latent import AutoencoderKL
 from keras_uvit.process import samplers
 from keras_uvit.process.schedules import VPDiscrete, VPLinear
 from keras_uvit.training.optimizers import adamw
@@ -255,6 +256,95 @@ def test_a_published_checkpoint_is_loaded_by_its_path():
     # 1e-5 of the largest value: float32 sums in another order.
     scale = np.abs(data["out_nchw"]).max()
     np.testing.assert_allclose(output, data["out_nchw"], rtol=0, atol=1e-5 * scale)
+
+
+# Autoencoders -------------------------------------------------------------------------------------
+
+LATENT = {**SMALL, "image_shape": (4, 4, 4), "num_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    """A tiny one with latents of 4 channels, at the scale of the ImageNet rows."""
+    return AutoencoderKL(32, (1, 1), 1, scale=0.18215, id="tiny")
+
+
+def test_an_autoencoder_is_taken_as_it_is_and_decodes(autoencoder):
+    model = presets.load("uvit_huge_imagenet256", autoencoder=autoencoder, **LATENT)
+    assert model.autoencoder is autoencoder
+    assert model.latent_encoder == autoencoder.fingerprint
+    options = dict(labels=[0, 2], num_steps=3, verbose=0)
+    images = model.generate(**options)
+    assert images.shape == (2, 8, 8, 3)
+    np.testing.assert_array_equal(
+        images, autoencoder.decode(model.generate(**options, decode=False))
+    )
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize(
+    ("name", "scale"), [("uvit_huge_imagenet256", 0.18215), ("uvit_small_coco", 0.23010)]
+)
+def test_a_path_of_an_autoencoder_is_read_at_the_rows_scale(
+    tmp_path, monkeypatch, autoencoder, kind, name, scale
+):
+    autoencoder.save_weights(tmp_path / "mine.weights.h5")
+    read = AutoencoderKL.from_file
+    monkeypatch.setattr(  # the tiny architecture instead of Stable Diffusion's
+        AutoencoderKL, "from_file", lambda path, scale: read(path, scale, **autoencoder.config)
+    )
+    model = presets.load(name, autoencoder=kind(tmp_path / "mine.weights.h5"), **SMALL)
+    assert (model.autoencoder.id, model.autoencoder.scale) == ("mine", scale)
+    assert model.latent_encoder == autoencoder.fingerprint
+    latents = np.random.default_rng(0).standard_normal((1, 4, 4, 4), "float32")
+    at_its_scale = latents * autoencoder.scale / scale
+    np.testing.assert_allclose(
+        model.autoencoder.decode(latents).astype(int),
+        autoencoder.decode(at_its_scale).astype(int),
+        atol=1,  # a rounding of the scale may tip an integer
+    )
+
+
+def test_an_autoencoder_of_another_scale_is_refused(autoencoder):
+    message = r"The autoencoder \(tiny\) has scale 0.18215, the model latent_scale=0.2301"
+    with pytest.raises(ValueError, match=message):
+        presets.load("uvit_small_coco", autoencoder=autoencoder, **SMALL)
+
+
+def test_an_autoencoder_for_a_preset_of_pixels_is_refused(autoencoder):
+    with pytest.raises(ValueError, match=r"works on pixels \(latent_scale=None\)"):
+        presets.load("uvit_tiny_digits", autoencoder=autoencoder)
+
+
+@pytest.fixture
+def tiny_stable_diffusion(monkeypatch, autoencoder):
+    """`AutoencoderKL()` without arguments is the tiny one: the true one is 83.7 M weights."""
+    make = AutoencoderKL.__init__
+
+    def init(self, *arguments, **options):
+        make(self, *arguments, **{**autoencoder.config, **options})
+
+    monkeypatch.setattr(AutoencoderKL, "__init__", init)
+
+
+@pytest.mark.usefixtures("tiny_stable_diffusion")
+def test_a_file_of_another_autoencoder_is_refused_and_its_keys_named():
+    path = GOLDEN / "autoencoder_kl.pth"
+    with pytest.raises(ValueError, match=r"autoencoder_kl\.pth.*(decoder|encoder)\."):
+        presets.load("uvit_huge_imagenet256", autoencoder=path, **LATENT)
+
+
+@pytest.mark.usefixtures("tiny_stable_diffusion")
+def test_a_file_that_is_no_autoencoder_is_refused_and_its_keys_named():
+    path = GOLDEN / "uvit_uncond.pth"
+    with pytest.raises(ValueError, match=r"uvit_uncond\.pth.*encoder\."):
+        presets.load("uvit_huge_imagenet256", autoencoder=path, **LATENT)
+
+
+@pytest.mark.usefixtures("tiny_stable_diffusion")
+def test_a_missing_autoencoder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"kl\.pth"):
+        presets.load("uvit_huge_imagenet256", autoencoder=tmp_path / "kl.pth", **LATENT)
 
 
 # Weights that are refused -------------------------------------------------------------------------

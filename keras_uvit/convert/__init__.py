@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from keras_uvit.convert import autoencoder, inception, uvit
 from keras_uvit.convert.files import read_tensors, write_tensors
@@ -39,7 +40,8 @@ def load_torch_weights(network, path):
     entries = list(family.entries(target))
     new = _matched(entries, tensors, Path(path).name)
     for variable, value in new:
-        variable.assign(value)
+        # A copy: JAX would go on using the mapped file itself.
+        variable.assign(np.array(value))
     if target is not network:
         network.copy_weights_to_ema()
 

@@ -67,9 +67,19 @@ def _block(name, block):
 
 
 def normalized(tensors):
-    """diffusers' names to the published program's; others stay."""
+    """diffusers' names to the published program's; others stay.
+
+    Raises:
+        ValueError: if two arrays of the file have the same place.
+    """
     top = 1 + max((int(i) for i in re.findall(r"up_blocks\.(\d+)", " ".join(tensors))), default=-1)
-    return {_published(name, top): _as_conv(name, a) for name, a in tensors.items()}
+    new = {}
+    for name, a in tensors.items():
+        published = _published(name, top)
+        if published in new:
+            raise ValueError(f"The file holds {published} under two names, one is {name}.")
+        new[published] = _as_conv(name, a)
+    return new
 
 
 def _published(name, levels):

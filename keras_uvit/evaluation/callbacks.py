@@ -9,7 +9,27 @@ from keras_uvit.evaluation.files import image_grid, write_png
 from keras_uvit.evaluation.protocol import evaluate
 
 
-class SampleGridCallback(keras.callbacks.Callback):
+class _Periodic(keras.callbacks.Callback):
+    """Calls `act` after every few epochs and after the last, also of a fit that stops early."""
+
+    def __init__(self, every, log_dir):
+        super().__init__()
+        self.every, self.writer = every, _writer(log_dir)
+        self.waiting = None  # the last epoch, where it was not acted upon
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every == 0 or epoch + 1 == self.params["epochs"]:
+            self.waiting = None
+            self.act(epoch + 1, logs)
+        else:
+            self.waiting = epoch + 1
+
+    def on_train_end(self, logs=None):
+        if self.waiting is not None:
+            self.act(self.waiting, None)
+
+
+class SampleGridCallback(_Periodic):
     """Draws the same images after every few epochs: the moving average's, same noise, same labels.
 
     Args:
@@ -23,22 +43,19 @@ class SampleGridCallback(keras.callbacks.Callback):
     """
 
     def __init__(self, folder, *, every=1, columns=None, zoom=1, log_dir=None, seed=0, **options):
-        super().__init__()
-        self.folder, self.every, self.columns, self.zoom = Path(folder), every, columns, zoom
+        super().__init__(every, log_dir)
+        self.folder, self.columns, self.zoom = Path(folder), columns, zoom
         self.options = {**options, "seed": seed, "verbose": 0}
-        self.writer = _writer(log_dir)
 
-    def on_epoch_end(self, epoch, logs=None):
-        if not _is_due(self, epoch):
-            return
+    def act(self, epoch, logs):
         grid = image_grid(self.model.generate(**self.options), self.columns, self.zoom)
-        write_png(self.folder / f"epoch-{epoch + 1:04d}.png", grid)
+        write_png(self.folder / f"epoch-{epoch:04d}.png", grid)
         if self.writer:
-            self.writer.add_image("samples", grid, epoch + 1, dataformats="HWC")
+            self.writer.add_image("samples", grid, epoch, dataformats="HWC")
             self.writer.flush()
 
 
-class FIDCallback(keras.callbacks.Callback):
+class FIDCallback(_Periodic):
     """Measures the moving average after every few epochs, by the code of the final evaluation.
 
     The log gets "fid", so that `keras.callbacks.ModelCheckpoint(monitor="fid", mode="min")` behind
@@ -57,30 +74,23 @@ class FIDCallback(keras.callbacks.Callback):
     def __init__(
         self, reference, inception, path, *, every=1, num_images=10_000, log_dir=None, **options
     ):
-        super().__init__()
+        super().__init__(every, log_dir)
         self.reference, self.inception, self.path = reference, inception, Path(path)
-        self.every, self.num_images = every, num_images
+        self.num_images = num_images
         self.options = {"usual": 0, "verbose": 0, **options}
-        self.writer = _writer(log_dir)
 
-    def on_epoch_end(self, epoch, logs=None):
-        if not _is_due(self, epoch):
-            return
+    def act(self, epoch, logs):
         record = evaluate(
             self.model, self.reference, self.inception, self.num_images, **self.options
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
-            file.write(json.dumps({"epoch": epoch + 1, **record}) + "\n")
+            file.write(json.dumps({"epoch": epoch, **record}) + "\n")
         if logs is not None:
             logs["fid"] = record["fid"]
         if self.writer:
-            self.writer.add_scalar("fid", record["fid"], epoch + 1)
+            self.writer.add_scalar("fid", record["fid"], epoch)
             self.writer.flush()
-
-
-def _is_due(callback, epoch):
-    return (epoch + 1) % callback.every == 0 or epoch + 1 == callback.params["epochs"]
 
 
 def _writer(log_dir):

@@ -11,6 +11,29 @@ def atomic_npz(path, content):
     _atomically(path, lambda beside: np.savez(beside, **content), ".npz")
 
 
+def read_npz(path, what, skip=()):
+    """The arrays of an `.npz` by name; pickled objects are refused.
+
+    Args:
+        path: the file.
+        what: what it should hold, for errors.
+        skip: names that are not read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No {what} at {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = {name: file[name] for name in file.files if name not in skip}
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise ValueError(f"{path} is damaged or no .npz file: {error}.") from error
+    return {name: a for name, a in content.items() if isinstance(a, np.ndarray)}
+
+
 def _atomically(path, write, suffix):
     path = Path(path)
     if path.suffix != suffix:
@@ -63,19 +86,17 @@ def read_images(path):
     if path.is_dir():
         from PIL import Image
 
-        files = sorted(path.glob("*.png"))
+        files = sorted(file for file in path.glob("*.png") if not file.name.startswith("tmp-"))
         if not files:
             raise FileNotFoundError(f"No .png file in {path}.")
         images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
         if len({image.shape for image in images}) != 1:
             raise ValueError(f"The images in {path} differ in size.")
         return np.stack(images)
-    if not path.is_file():
-        raise FileNotFoundError(f"No images at {path}.")
-    with np.load(path, allow_pickle=False) as file:
-        if "arr_0" not in file.files:
-            raise ValueError(f'{path} holds no images: expected "arr_0". Received: {file.files}.')
-        return file["arr_0"]
+    content = read_npz(path, "images")
+    if "arr_0" not in content:
+        raise ValueError(f'{path} holds no images: expected "arr_0". Received: {[*content]}.')
+    return content["arr_0"]
 
 
 def image_grid(images, columns=None, zoom=1, gap=2):

@@ -2,13 +2,11 @@
 
 import dataclasses
 import hashlib
-import zipfile
-from pathlib import Path
 
 import keras
 import numpy as np
 
-from keras_uvit.evaluation.files import atomic_npz
+from keras_uvit.evaluation.files import atomic_npz, read_npz
 
 MIN_IMAGES = 2049  # of 2048 features: fewer make every covariance singular
 USUAL = 50_000  # what published FIDs are of
@@ -45,7 +43,9 @@ def frechet_distance(a, b):
     Raises:
         ValueError: if the shapes do not fit or a value is not finite.
     """
-    (mu_a, s_a), (mu_b, s_b) = (x if isinstance(x, tuple) else gaussian(x) for x in (a, b))
+    (mu_a, s_a), (mu_b, s_b) = (
+        _checked("Statistics", *x) if isinstance(x, tuple) else gaussian(x) for x in (a, b)
+    )
     if mu_a.shape != mu_b.shape:
         raise ValueError(f"Features differ in number: {mu_a.shape[0]} and {mu_b.shape[0]}.")
     shift = mu_a - mu_b
@@ -107,26 +107,27 @@ class Reference:
             FileNotFoundError: if there is no such file.
             ValueError: if it is damaged or holds no statistics.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"No reference statistics at {path}.")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                # "arr_0" of the ADM suite's files: gigabytes of images that are not needed
-                content = {key: file[key] for key in file.files if not key.startswith("arr_")}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
-            raise ValueError(f"{path} is damaged or no .npz file: {error}.") from error
+        # "arr_0" of the ADM suite's files is gigabytes of images that are not needed.
+        content = read_npz(path, "reference statistics", skip=("arr_0",))
+        features = content.get("features", content.get("pool_3"))
         if "pool_3" in content:
-            features = content["pool_3"]
-            return cls(gaussian(features), features=features, count=len(features))
-        if not {"mu", "sigma"} <= content.keys():
+            try:
+                pool = gaussian(features)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            return cls(pool, features=features, count=len(features))
+        for pair in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            if pair[0] == "mu" or pair[0] in content:
+                _check_pair(path, content, *pair)
+        if features is not None and features.shape[1:] != content["mu"].shape:
             raise ValueError(
-                f'{path} holds no statistics: expected "mu" and "sigma". Received: {[*content]}.'
+                f"{path}: features have shape (m, {len(content['mu'])}). "
+                f"Received: {features.shape}."
             )
         return cls(
-            pool=_checked(path, content, "mu", "sigma"),
-            spatial=_checked(path, content, "mu_s", "sigma_s") if "mu_s" in content else None,
-            features=content.get("features"),
+            pool=(content["mu"], content["sigma"]),
+            spatial=(content["mu_s"], content["sigma_s"]) if "mu_s" in content else None,
+            features=features,
             count=int(content["count"]) if "count" in content else None,
             image_size=tuple(map(int, content["image_size"])) if "image_size" in content else None,
             resize=str(content["resize"]) if "resize" in content else None,
@@ -134,15 +135,25 @@ class Reference:
         )
 
 
-def _checked(path, content, mean_key, covariance_key):
-    mean, covariance = (np.asarray(content[k], "float64") for k in (mean_key, covariance_key))
+def _check_pair(path, content, mean, covariance):
+    """Checks one pair of statistics in a file, and makes it float64."""
+    if not {mean, covariance} <= content.keys():
+        raise ValueError(
+            f'{path} holds no statistics: expected "{mean}" and "{covariance}". '
+            f"Received: {[*content]}."
+        )
+    pair = _checked(f"{path}: {mean} and {covariance}", content[mean], content[covariance])
+    content[mean], content[covariance] = pair
+
+
+def _checked(what, mean, covariance):
+    mean, covariance = (np.asarray(a, "float64") for a in (mean, covariance))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
-            f"{path}: {mean_key} and {covariance_key} have shapes (d,) and (d, d). "
-            f"Received: {mean.shape}, {covariance.shape}."
+            f"{what} have shapes (d,) and (d, d). Received: {mean.shape}, {covariance.shape}."
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError(f"{path} holds NaN or infinity.")
+        raise ValueError(f"{what} hold NaN or infinity.")
     return mean, covariance
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_uvit.convert import load_torch_weights
-from keras_uvit.inference import Frozen, dtype_policy, fingerprint
+from keras_uvit.inference import Frozen, fingerprint, load_keras_weights, own_defaults
 from keras_uvit.networks.layers import serializable
 
 SIZE = 299  # pixels, what every image is resized to
@@ -250,7 +250,7 @@ class InceptionFeatures:
         if resize not in RESIZES:
             raise ValueError(f"resize must be one of {RESIZES}. Received: {resize!r}.")
         self.resize, self.batch_size = resize, batch_size
-        with dtype_policy("float32"):
+        with own_defaults("float32"):
             self.network = inception_v3(resize)
         self.network.trainable = False
         self._run = Frozen(self.network)
@@ -267,7 +267,7 @@ class InceptionFeatures:
 
     def load_weights(self, path):
         """Reads Keras weights, `.weights.h5`."""
-        self.network.load_weights(path)
+        load_keras_weights(self.network, path)
 
     def save_weights(self, path, overwrite=True):
         """Writes Keras weights, `.weights.h5`."""

@@ -24,7 +24,8 @@ def inception_score(logits, split_size=5000):
     for first in range(0, len(log_p), split_size):
         part = log_p[first : first + split_size]
         p = np.exp(part)
-        scores.append(np.exp((p * (part - np.log(p.mean(axis=0)))).sum(axis=1).mean()))
+        mean = np.maximum(p.mean(axis=0), np.finfo("float64").tiny)  # 0 log 0 is 0
+        scores.append(np.exp((p * (part - np.log(mean))).sum(axis=1).mean()))
     return float(np.mean(scores))
 
 
@@ -46,7 +47,11 @@ def precision_recall(real, generated, k=3):
         ValueError: if a set is too small or the widths differ.
     """
     real, generated = (np.asarray(x, "float64") for x in (real, generated))
-    if min(len(real), len(generated)) <= k or real.shape[1] != generated.shape[1]:
+    if (
+        (real.ndim, generated.ndim) != (2, 2)
+        or min(len(real), len(generated)) <= k
+        or real.shape[1] != generated.shape[1]
+    ):
         raise ValueError(
             f"Features have shapes (n, d) and (m, d), n and m above k={k}. "
             f"Received: {real.shape} and {generated.shape}."

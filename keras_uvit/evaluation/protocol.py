@@ -9,13 +9,14 @@ import keras
 import numpy as np
 
 from keras_uvit import backend
-from keras_uvit.evaluation.files import atomic_npz
+from keras_uvit.evaluation.files import atomic_npz, read_npz
 from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, frechet_distance, gaussian
 from keras_uvit.evaluation.metrics import inception_score, precision_recall
 from keras_uvit.inference import fingerprint
 from keras_uvit.process import samplers
 
 CHUNK = 1024  # images drawn, measured and written at a time
+NEIGHBOURS = 3  # of precision and recall
 
 
 def fid(images, reference, inception, *, allow_few=False, verbose=1):
@@ -68,8 +69,8 @@ def scores(batches, num_images, reference, inception, *, allow_few=False, usual=
     precision = recall = sfid = None
     if reference.spatial is not None:
         sfid = frechet_distance(gaussian(spatial), reference.spatial)
-    if reference.features is not None:
-        precision, recall = precision_recall(reference.features, pool)
+    if reference.features is not None and min(len(reference.features), len(pool)) > NEIGHBOURS:
+        precision, recall = precision_recall(reference.features, pool, NEIGHBOURS)
     return {
         "fid": frechet_distance(gaussian(pool), reference.pool),
         "sfid": sfid,
@@ -160,6 +161,11 @@ def evaluate(
     check_inception(reference, inception)
     if model.latent_scale is not None and model.autoencoder is None:
         raise ValueError("FID is of pixels: set `model.autoencoder` to decode the latents.")
+    if model.latent_scale is None and model.network.image_shape[-1] != 3:
+        raise ValueError(
+            "FID is of colour images, 3 channels; this model makes images of "
+            f"{model.network.image_shape[-1]}."
+        )
     check_size(reference, _image_size(model))
     record = describe(model, num_images, labels, seed, options)
     condition = _condition(model, num_images, labels, seed)
@@ -192,9 +198,13 @@ def describe(model, num_images, labels, seed, options):
     use_ema = options.get("use_ema", True)
     sampler = options.get("sampler") or model.sampler
     num_steps = options.get("num_steps") or model.num_steps
+    if isinstance(sampler, samplers.Steps):
+        steps, sampler, num_steps = sampler, "given as Steps", None
+    else:
+        steps = samplers.named(sampler, model.schedule, num_steps)
     guidance = options.get("guidance_scale")
     autoencoder = model.autoencoder
-    return {
+    record = {
         "model": model.name,
         "weights": fingerprint(model.ema_network if use_ema else model.network),
         "ema": use_ema,
@@ -204,7 +214,7 @@ def describe(model, num_images, labels, seed, options):
         "label_protocol": labels if model.network.num_classes is not None else None,
         "sampler": sampler,
         "num_steps": num_steps,
-        "nfe": len(samplers.named(sampler, model.schedule, num_steps).t),
+        "nfe": len(steps.t),
         "guidance_scale": model.guidance_scale if guidance is None else guidance,
         "guidance_interval": list(options.get("guidance_interval", (0.0, 1.0))),
         "seed": seed,
@@ -214,6 +224,8 @@ def describe(model, num_images, labels, seed, options):
         "backend": backend.NAME,
         "keras_uvit": importlib.metadata.version("keras-uvit"),
     }
+    # Numbers of NumPy are no JSON.
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in record.items()}
 
 
 def _image_size(model):
@@ -236,37 +248,40 @@ def _condition(model, num_images, labels, seed):
 def _drawn(model, num_images, condition, record, folder, options):
     """Yields the images in chunks; with a folder, those that are there are not drawn again."""
     name, values = condition
-    folder = Path(folder) if folder is not None else None
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _agree(folder / "samples.json", record)
+    about = folder and Path(folder) / "samples.json"
+    if folder:
+        _check_same(about, record)
     for first in range(0, num_images, CHUNK):
         last = min(first + CHUNK, num_images)
-        file = folder and folder / f"{first:06d}.npz"
-        if file and file.is_file():
-            with np.load(file) as content:
-                there = content["arr_0"]
-            if len(there) == last - first:  # fewer, where a smaller number was asked for before
-                yield there
+        file = folder and Path(folder) / f"{first:06d}.npz"
+        if folder and file.is_file():
+            there = read_npz(file, "images")["arr_0"]
+            if len(there) >= last - first:  # fewer, where a smaller number was asked for before
+                yield there[: last - first]
                 continue
         what = last - first if values is None else values[first:last]
         images = model.generate(**{name: what}, first=first, verbose=0, **options)
-        if file:
+        if folder:
             labels = {} if values is None else {"arr_1": values[first:last]}
+            about.parent.mkdir(parents=True, exist_ok=True)
+            about.write_text(json.dumps(record, indent=2) + "\n")
             atomic_npz(file, {"arr_0": images, **labels})
         yield images
 
 
-def _agree(path, record):
-    """Notes what the samples of a folder are of, or raises where that is something else."""
-    if path.is_file():
+def _check_same(path, record):
+    """Raises where the samples of a folder are of something else."""
+    if not path.is_file():
+        return
+    try:
         there = json.loads(path.read_text())
-        # Images are the same on any version; more of them may be asked for.
-        free = ("num_images", "keras_uvit")
-        other = [k for k in record if k not in free and there.get(k) != record[k]]
-        if other:
-            changed = "; ".join(f"{k} was {there.get(k)}, is {record[k]}" for k in other)
-            raise ValueError(
-                f"{path.parent} holds samples of something else: {changed}. Choose another folder."
-            )
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Delete the folder.") from error
+    # Images are the same on any version; more of them may be asked for.
+    free = ("num_images", "keras_uvit")
+    other = [k for k in record if k not in free and there.get(k) != record[k]]
+    if other:
+        changed = "; ".join(f"{k} was {there.get(k)}, is {record[k]}" for k in other)
+        raise ValueError(
+            f"{path.parent} holds samples of something else: {changed}. Choose another folder."
+        )

@@ -8,11 +8,16 @@ from keras import layers, ops
 
 from keras_uvit import backend
 from keras_uvit.convert import load_torch_weights
-from keras_uvit.inference import Frozen, dtype_policy, fingerprint
+from keras_uvit.convert.files import TORCH
+from keras_uvit.inference import Frozen, fingerprint, load_keras_weights, own_defaults
 from keras_uvit.networks.layers import serializable
-from keras_uvit.pixels import from_unit_range, to_unit_range
+from keras_uvit.pixels import check_latents, from_unit_range, to_unit_range
 
-DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+# In a diffusers folder, the first of these that is there.
+DIFFUSERS_FILES = [
+    f"diffusion_pytorch_model{ending}"
+    for ending in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+]
 
 
 def group_norm(name):
@@ -158,6 +163,12 @@ def decoder(base_dim, multipliers, num_res_blocks, latent_channels, image_channe
     return keras.Model(latent, _output(x, image_channels), name="decoder")
 
 
+def _without_ending(name):
+    for ending in (".weights.h5", ".safetensors", *TORCH):
+        name = name.removesuffix(ending)
+    return name
+
+
 @keras.saving.register_keras_serializable("keras_uvit")
 class AutoencoderKL(keras.Model):
     """The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752).
@@ -200,6 +211,11 @@ class AutoencoderKL(keras.Model):
             raise ValueError(f"base_dim must be a multiple of 32. Received: {base_dim}.")
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be positive. Received: {scale}.")
+        if not multipliers or num_res_blocks < 1:
+            raise ValueError(
+                "There is at least one level, with one block. Received: "
+                f"multipliers={multipliers}, num_res_blocks={num_res_blocks}."
+            )
         super().__init__(name=name, dtype=dtype)
         self.config = {
             "base_dim": base_dim,
@@ -208,9 +224,9 @@ class AutoencoderKL(keras.Model):
             "latent_channels": latent_channels,
             "image_channels": image_channels,
         }
-        self.scale, self.id = scale, id
+        self.scale, self.id = float(scale), id
         self.factor = 2 ** (len(multipliers) - 1)
-        with dtype_policy(dtype):
+        with own_defaults(dtype):
             self.encoder, self.decoder = encoder(**self.config), decoder(**self.config)
         self._encode, self._decode = Frozen(self.encoder), Frozen(self.decoder)
         self.trainable = False
@@ -230,13 +246,16 @@ class AutoencoderKL(keras.Model):
         Raises:
             FileNotFoundError, ImportError, ValueError: see `convert.load_torch_weights`.
         """
-        path = Path(path)
+        path = Path(path).resolve()
         if path.is_dir():
-            path = path / DIFFUSERS_FILE
-        named = path.parent if path.name == DIFFUSERS_FILE else path
-        autoencoder = cls(scale=scale, id=named.name.split(".")[0], **arguments)
+            there = [path / name for name in DIFFUSERS_FILES if (path / name).is_file()]
+            path = there[0] if there else path / DIFFUSERS_FILES[0]
+        if not path.is_file():
+            raise FileNotFoundError(f"No weight file at {path}.")
+        name = path.parent.name if path.name in DIFFUSERS_FILES else _without_ending(path.name)
+        autoencoder = cls(**{"scale": scale, "id": name, **arguments})
         if path.name.endswith(".weights.h5"):
-            autoencoder.load_weights(path)
+            load_keras_weights(autoencoder, path)
         else:
             load_torch_weights(autoencoder, path)
         return autoencoder
@@ -283,7 +302,7 @@ class AutoencoderKL(keras.Model):
         """
         self._check(images, self.config["image_channels"], "images")
         self.moments_shape(images.shape[1:])
-        return self._encode(images, batch_size, to_unit_range, verbose)
+        return self._encode(images, batch_size, to_unit_range, verbose).astype("float32")
 
     def sample(self, moments, seed=0):
         """Latents, times `scale`: scale (mean + exp(log-variance / 2) noise), float32.
@@ -292,6 +311,7 @@ class AutoencoderKL(keras.Model):
             moments: `(n, h, w, 2 latent_channels)`.
             seed: int.
         """
+        self._check(moments, 2 * self.config["latent_channels"], "moments")
         mean, log_variance = np.split(np.asarray(moments, "float32"), 2, axis=-1)
         noise = np.random.default_rng(seed).standard_normal(mean.shape, "float32")
         return self.scale * (mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise)
@@ -312,6 +332,7 @@ class AutoencoderKL(keras.Model):
             ValueError, TypeError: if the latents do not fit.
         """
         self._check(latents, self.config["latent_channels"], "latents")
+        check_latents(latents)
         scale = np.float32(self.scale)
         images = self._decode(
             latents, batch_size, lambda z: np.asarray(z, "float32") / scale, verbose
@@ -320,7 +341,7 @@ class AutoencoderKL(keras.Model):
 
     def _check(self, arrays, channels, what):
         shape = tuple(arrays.shape)
-        if len(shape) != 4 or shape[-1] != channels or not shape[0]:
+        if len(shape) != 4 or shape[-1] != channels or 0 in shape:
             raise ValueError(
                 f"{what} must have shape (n, height, width, {channels}), n at least 1. "
                 f"Received: {shape}."

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_uvit.pixels import from_unit_range, to_unit_range
+from keras_uvit.pixels import check_latents, from_unit_range, to_unit_range
 
 
 class SpaceToDepth:
@@ -21,6 +21,10 @@ class SpaceToDepth:
     """
 
     def __init__(self, factor=2, scale=1.0):
+        if factor < 1 or not 0 < scale < float("inf"):
+            raise ValueError(
+                f"factor is at least 1, scale positive. Received: factor={factor}, scale={scale}."
+            )
         self.factor, self.scale = factor, scale
         self.id = self.fingerprint = f"space-to-depth-{factor}"
 
@@ -36,6 +40,7 @@ class SpaceToDepth:
 
     def encode(self, images, batch_size=None, verbose=0):
         """Moments `(n, H / factor, W / factor, 2 factor^2 C)` float32 of `(n, H, W, C)` images."""
+        _check_shape("images", images)
         self.moments_shape(images.shape[1:])
         n, height, width, channels = images.shape
         f = self.factor
@@ -43,10 +48,29 @@ class SpaceToDepth:
         mean = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // f, width // f, -1)
         return np.concatenate([mean, np.full_like(mean, -30.0)], axis=-1)
 
+    def sample(self, moments, seed=0):
+        """Latents times `scale`, float32: the means, for there is no noise."""
+        _check_shape("moments", moments)
+        return self.scale * np.split(np.asarray(moments, "float32"), 2, axis=-1)[0]
+
     def decode(self, latents, batch_size=None, verbose=0):
         """Images `(n, factor h, factor w, C)` uint8 of latents times `scale`."""
-        n, height, width, _ = latents.shape
+        _check_shape("latents", latents)
+        check_latents(latents)
+        n, height, width, depth = latents.shape
         f = self.factor
+        if depth % f**2:
+            raise ValueError(
+                f"latents must have shape (n, h, w, c), c a multiple of {f**2}. Received: c={depth}."
+            )
         blocks = (np.asarray(latents) / self.scale).reshape(n, height, width, f, f, -1)
         images = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height * f, width * f, -1)
         return from_unit_range(images)
+
+
+def _check_shape(what, array):
+    if len(array.shape) != 4 or 0 in array.shape:
+        raise ValueError(
+            f"{what} must have shape (n, height, width, channels), none of them 0. "
+            f"Received: {tuple(array.shape)}."
+        )

@@ -14,7 +14,7 @@ from keras_uvit.training.callbacks import StopOnNonFinite
 from keras_uvit.training.checkpoints import atomically
 from keras_uvit.training.optimizers import adamw
 
-DRAWS = 4  # random tensors a step draws: posterior, time, noise, condition drop-out
+DRAWS = 4  # random tensors of a step: posterior, time, noise, condition drop-out
 TRAIN, TEST = 0, 1  # streams of randomness
 FROZEN = ("autoencoder", "text_encoder")
 
@@ -32,8 +32,7 @@ class DiffusionModel(keras.Model):
     Two sets of weights: `network`, which the optimizer moves, and `ema_network`, a moving average
     of it, which `generate` and `evaluate` use. The average moves on optimizer steps only.
 
-    Randomness is a function of (seed, step): a saved and loaded model goes on as if it had not been
-    interrupted.
+    Randomness is a function of (seed, step): a saved and loaded model goes on as if never stopped.
 
     Args:
         network: `UViT`, or any functional Keras model of inputs "image", "timestep" and maybe
@@ -397,4 +396,4 @@ def _check_parts(network, schedule):
     if missing:
         raise TypeError(f"The network must be a UViT or have {needed}. It lacks {missing}.")
     if schedule is not None and not hasattr(schedule, "half_log_snr"):
-        raise TypeError(f"schedule must be one of process.schedules. Received: {schedule!r}.")
+        raise TypeError(f"schedule must be such as process.schedules.VPLinear(). Got {schedule!r}.")

@@ -194,13 +194,21 @@ def test_the_first_epoch_that_keras_begins_is_the_one_that_was_set():
     assert seen == [5, 6, 7]
 
 
-@pytest.mark.xfail(strict=True, reason="on_epoch_begin adds 1 to an epoch set after a first use")
 def test_a_dataset_that_was_used_before_can_be_set_to_an_epoch_too():
     data = _dataset()
     data.on_epoch_begin()
     data.epoch = 5  # as `training.train` does, whether or not the data set is new
     data.on_epoch_begin()
     assert data.epoch == 5
+
+
+def test_a_second_fit_goes_on_with_the_next_epoch():
+    data = _dataset()
+    for _ in range(2):
+        data.on_epoch_begin()
+    data.on_epoch_end()
+    data.on_epoch_begin()
+    assert data.epoch == 2
 
 
 def test_keras_is_kept_from_shuffling_once_more():

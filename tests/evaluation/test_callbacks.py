@@ -211,13 +211,24 @@ def test_grey_pictures_are_drawn_and_logged(tmp_path):
     assert [step for step, _ in events(tmp_path / "b")] == [1]
 
 
-@pytest.mark.xfail(strict=True, reason="the last epoch is known from `epochs` only")
-def test_the_last_epoch_of_a_fit_that_stops_early_is_drawn(tmp_path):
-    callback = attached(SampleGridCallback(tmp_path, every=5), epochs=9)
-    callback.model.stop_training = True
-    callback.on_epoch_end(2)
-    callback.on_train_end()
-    assert names(tmp_path) == ["epoch-0003.png"]
+class Stop(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch == 2
+
+
+def test_the_last_epoch_of_a_fit_that_stops_early_is_drawn(tmp_path, trainee, inception):
+    path = tmp_path / "fid.jsonl"
+    callbacks = [
+        SampleGridCallback(tmp_path / "grids", every=2, labels=LABELS),
+        FIDCallback(reference(inception), inception, path, every=3, num_images=4, **OPTIONS),
+        Stop(),
+    ]
+    trainee.fit(callbacks, epochs=9)
+    assert names(tmp_path / "grids") == ["epoch-0002.png", "epoch-0003.png"]
+    drawn = trainee.model.generate(labels=LABELS, verbose=0)
+    np.testing.assert_array_equal(picture(tmp_path / "grids", 3), image_grid(drawn))
+    # Due by itself: once, not again at the end.
+    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [3]
 
 
 @pytest.mark.parametrize(

@@ -696,7 +696,6 @@ def test_latents_that_do_not_fit_are_refused_in_words(tiny, latents, received):
         tiny.decode(latents)
 
 
-@pytest.mark.xfail(strict=True, reason="decode casts NaN to uint8: black images without a word")
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_latents_that_are_not_finite_are_refused(tiny, value):
     with pytest.raises(ValueError, match="latents"):
@@ -705,7 +704,7 @@ def test_latents_that_are_not_finite_are_refused(tiny, value):
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_of_nothing_is_refused(tiny, batch_size):
-    message = f"batch_size must be at least 1. Received: {batch_size}"
+    message = f"batch_size must be an int, at least 1. Received: {batch_size}"
     with pytest.raises(ValueError, match=message):
         tiny.encode(GOOD, batch_size=batch_size, verbose=0)
     with pytest.raises(ValueError, match=message):
@@ -739,9 +738,6 @@ def test_arguments_that_do_not_fit_are_refused_in_words(arguments, message):
 # Not yet as promised ------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    keras.config.backend() == "tensorflow", strict=True, reason="a list of rows is no index there"
-)
 def test_tensors_of_the_backend_are_arrays_too(tiny):
     images = _images(3)
     floats = ops.convert_to_tensor(images.astype("float32") / 127.5 - 1)
@@ -749,33 +745,28 @@ def test_tensors_of_the_backend_are_arrays_too(tiny):
     np.testing.assert_array_equal(tiny.encode(floats, batch_size=2, verbose=0), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="scale * float32 array is float64 for a NumPy scalar")
 def test_a_scale_computed_with_numpy_gives_float32_latents_too():
     network = AutoencoderKL(**TINY, scale=1 / np.std([1.0, 2.0]))
     assert network.sample(_moments(0, 0, (1, 4, 4, 4))).dtype == np.float32
 
 
-@pytest.mark.xfail(strict=True, reason="encode returns the network's bfloat16")
 def test_a_half_precision_autoencoder_gives_float32_moments():
     moments = AutoencoderKL(**TINY, dtype="mixed_bfloat16").encode(GOOD, verbose=0)
     assert moments.dtype == np.float32
 
 
-@pytest.mark.xfail(strict=True, reason="Keras' load_weights passes over arrays without a place")
 def test_keras_weights_of_a_larger_autoencoder_are_refused(tiny, tmp_path):
     tiny.save_weights(tmp_path / "w.weights.h5")
     with pytest.raises(ValueError, match="w.weights.h5"):
         AutoencoderKL.from_file(tmp_path / "w.weights.h5", **{**TINY, "multipliers": (1,)})
 
 
-@pytest.mark.xfail(strict=True, reason="Keras raises OSError and names no file")
 def test_damaged_keras_weights_are_refused_by_name(tmp_path):
     (tmp_path / "w.weights.h5").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="w.weights.h5"):
         AutoencoderKL.from_file(tmp_path / "w.weights.h5", **TINY)
 
 
-@pytest.mark.xfail(strict=True, reason="the second name silently overwrites the first")
 def test_an_array_that_is_there_under_two_names_is_refused(folder, tmp_path):
     tensors = load_file(folder / SAFETENSORS)
     tensors["encoder.norm_out.weight"] = np.zeros(32, "float32")
@@ -784,14 +775,12 @@ def test_an_array_that_is_there_under_two_names_is_refused(folder, tmp_path):
         AutoencoderKL.from_file(tmp_path / "w.safetensors", **TINY)
 
 
-@pytest.mark.xfail(strict=True, reason="the id is '' where the path names no folder")
 @pytest.mark.parametrize("path", [".", SAFETENSORS])
 def test_a_path_without_a_folder_takes_the_current_folders_name(folder, monkeypatch, path):
     monkeypatch.chdir(folder)
     assert AutoencoderKL.from_file(path, **TINY).id == "sd-vae-ft-mse"
 
 
-@pytest.mark.xfail(strict=True, reason="the id is cut at the folder's first dot")
 def test_a_folders_name_may_have_dots(tiny, tmp_path):
     (tmp_path / "sd-v1.5-vae").mkdir()
     save_torch_weights(tiny, tmp_path / "sd-v1.5-vae" / SAFETENSORS)
@@ -831,8 +820,7 @@ def test_a_latent_of_space_to_depth_is_one_block_of_pixels():
 
 def test_latents_of_space_to_depth_are_sampled_and_decoded_like_an_autoencoders():
     images, autoencoder = _every_level(3), SpaceToDepth(2, scale=0.5)
-    sampler = AutoencoderKL(**TINY, scale=0.5)
-    latents = sampler.sample(autoencoder.encode(images), seed=5)
+    latents = autoencoder.sample(autoencoder.encode(images), seed=5)
     np.testing.assert_array_equal(autoencoder.decode(latents), images)
 
 
@@ -870,21 +858,18 @@ def test_space_to_depth_refuses_what_an_autoencoder_refuses(images, error, messa
         SpaceToDepth().encode(images)
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy's unpacking and reshaping errors come through")
 @pytest.mark.parametrize("images", [GOOD[0], GOOD[:0], GOOD[:0] / 255.0])
 def test_space_to_depth_names_the_shape_it_takes(images):
     with pytest.raises(ValueError, match=r"images must have shape \(n, height, width"):
         SpaceToDepth().encode(images)
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy's unpacking and reshaping errors come through")
 @pytest.mark.parametrize("latents", [LATENTS[0], LATENTS[:0], np.zeros((1, 4, 4, 6))])
 def test_space_to_depth_names_the_latents_it_takes(latents):
     with pytest.raises(ValueError, match="latents must have shape"):
         SpaceToDepth().decode(latents)
 
 
-@pytest.mark.xfail(strict=True, reason="SpaceToDepth has no `sample`")
 def test_space_to_depth_has_every_method_of_the_autoencoder():
     own = [name for name, value in vars(AutoencoderKL).items() if not name.startswith("_")]
     promised = set(own) - {"from_file", "call", "get_config"}

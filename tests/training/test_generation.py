@@ -52,6 +52,29 @@ def test_image_k_depends_on_seed_and_k_only(model, sampler):
     assert same_label > 0.05
 
 
+@pytest.mark.parametrize("sampler", ["dpm_solver_pp_2m", "ddpm"])
+def test_several_calls_share_what_one_draws(model, sampler):
+    labels = (0, 1, 2, 0, 1, 2, 0)
+    large = draw(model, labels, sampler=sampler, seed=3)
+    # The same arithmetic in batches of another size. Values up to 600: 16 roundings of float32.
+    rounding = 1e-6 * np.abs(large).max()
+    for first, last in [(0, 2), (2, 7), (6, 7)]:
+        piece = draw(model, labels[first:last], sampler=sampler, seed=3, first=first, batch_size=2)
+        np.testing.assert_allclose(piece, large[first:last], atol=rounding)
+    with_numpy = draw(model, labels[2:4], sampler=sampler, seed=3, first=np.int64(2), batch_size=2)
+    np.testing.assert_allclose(with_numpy, large[2:4], atol=rounding)
+    elsewhere = draw(model, labels[:1], sampler=sampler, seed=3, first=3)
+    assert np.abs(elsewhere - large[:1]).max() > 0.05  # `first` is not passed over
+
+
+def test_large_indices_have_noise_of_their_own():
+    # Beyond 2^31 and 2^32, where an index in 32 bits would begin again.
+    indices = [5, 2**31 + 5, 2**32 + 5]
+    noise, seeds = generation._noise(0, indices, (2, 2, 1))
+    assert len({part.tobytes() for part in noise}) == len(set(seeds.tolist())) == 3
+    assert (seeds >= 0).all()
+
+
 def test_deterministic_samplers_start_from_the_same_noise_on_every_backend():
     noise, seeds = generation._noise(0, [0, 7], (2, 2, 1))
     # Numbers of NumPy's generator for the entropy (seed, k): part of the package's promise.
@@ -197,6 +220,10 @@ def test_latents_are_decoded_by_the_autoencoder():
         (dict(labels=[0], guidance_scale="2"), "guidance_scale must be finite.*'2'"),
         (dict(labels=[0], guidance_interval=(0.7, 0.2)), r"\(low, high\)"),
         (dict(labels=[0], seed=-1), "seed must be an int >= 0"),
+        (dict(labels=[0], first=-1), "first must be an int >= 0. Received: -1"),
+        (dict(labels=[0], first=1.0), r"first must be an int >= 0. Received: 1\.0"),
+        (dict(labels=[0], first="1"), "first must be an int >= 0. Received: '1'"),
+        (dict(labels=[0], first=None), "first must be an int >= 0. Received: None"),
         (dict(labels=[0], batch_size=0), "batch_size must be at least 1"),
     ],
 )
