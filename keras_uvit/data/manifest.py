@@ -3,8 +3,8 @@
     plan.json               what is being made, written first; a second process must agree with it
     00000-moments.npy       samples of shard 0, `(count, *shape)`; or 00000-image.npy
     00000-label.npy         their labels, int32, where there are any
-    00000.json              written last: count and SHA-256 of the shard's files; a shard without
-                            it does not exist
+    00000.json              written last: count and SHA-256 of the shard's files, and the plan's
+                            digest; a shard without it does not exist
     manifest.json           the plan and all shards' records, written when none is missing
 
 Each file is written beside its name, synchronized, and renamed: none is ever half there.
@@ -20,6 +20,24 @@ import numpy as np
 FORMAT = "keras_uvit cache"
 VERSION = 1
 PLAN, MANIFEST = "plan.json", "manifest.json"
+KEYS = [
+    "version",
+    "keras_uvit",
+    "source",
+    "source_length",
+    "field",
+    "shape",
+    "dtype",
+    "image_size",
+    "autoencoder",
+    "num_classes",
+    "class_names",
+    "flip",
+    "shard_size",
+    "num_shards",
+    "count",
+    "shards",
+]
 AGAIN = "Run the same `write_latents` or `keras-uvit encode` again: it makes just that shard anew."
 
 
@@ -65,9 +83,23 @@ def read_json(path):
     return content
 
 
+def write_array(file, array):
+    """An `.npy` file. (`np.save` can lose the end of an array on a full disk without an error.)"""
+    array = np.ascontiguousarray(array)
+    header = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(array.view("uint8").reshape(-1).data if array.size else b"")
+
+
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(plan):
+    """16 hexadecimal digits that tell plans apart, whatever version made them."""
+    content = {key: value for key, value in plan.items() if key != "keras_uvit"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_shard(folder, index, arrays, **more):
@@ -75,7 +107,7 @@ def write_shard(folder, index, arrays, **more):
     files = {}
     for field, array in arrays.items():
         path = folder / f"{shard_name(index)}-{field}.npy"
-        write_file(path, lambda file, a=array: np.save(file, a, allow_pickle=False))
+        write_file(path, lambda file, a=array: write_array(file, a))
         files[field] = {"file": path.name, "sha256": sha256(path)}
     record = {"count": len(next(iter(arrays.values()))), "files": files, **more}
     write_json(folder / f"{shard_name(index)}.json", record)
@@ -104,9 +136,11 @@ def open_shard(folder, record, field, shape, dtype):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise CacheError(f"{path} is missing. {AGAIN}") from None
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # what a damaged header raises depends on where it is damaged
         raise CacheError(f"{path} is truncated or damaged ({error}). {AGAIN}") from None
     expected = (record["count"], *shape)
+    if path.stat().st_size != array.offset + array.nbytes:
+        raise CacheError(f"{path} is not of the size that its header says. {AGAIN}")
     if array.shape != expected or array.dtype != dtype:
         raise CacheError(
             f"{path} holds {array.dtype} {array.shape}; the manifest says {dtype} {expected}. "
@@ -139,6 +173,11 @@ def read_manifest(folder):
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CacheError(f"{folder / MANIFEST} is no manifest of a {FORMAT}.")
+    missing = [key for key in KEYS if key not in manifest]
+    if missing:
+        raise CacheError(
+            f"{folder / MANIFEST} is damaged: it lacks {missing}. Delete it and run the same again."
+        )
     if manifest["version"] > VERSION:
         raise CacheError(
             f"The cache in {folder} has version {manifest['version']}, made by keras_uvit "

@@ -1,11 +1,23 @@
 """The published program's latents: one pickled `.npy` file a sample."""
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 
 from keras_uvit.data.sources import Source
+
+
+def _plain_dtype(name, *_):
+    """A dtype of numbers or objects as NumPy has it: the file's word on its insides is not taken.
+
+    (A pickled state could declare pointers to be plain bytes; NumPy's own dtypes ignore it.)
+    """
+    if not re.fullmatch(r"[biufO]\d+", name):
+        raise pickle.UnpicklingError(f"it asks for the dtype {name!r}")
+    return np.dtype(name)
+
 
 # All that NumPy's own pickles of arrays and scalars name, in its versions 1 and 2. Nothing here
 # can run code or open files.
@@ -16,7 +28,7 @@ ALLOWED = {
         for name in ("_reconstruct", "scalar")
     },
     ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _plain_dtype,
     ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),  # bytes, in protocol 2
 }
 
@@ -58,13 +70,21 @@ def published_pickles(path, num_classes=1000):
         gap = next(i for i, n in enumerate(numbers) if i != n)
         raise ValueError(f"{path / f'{gap}.npy'} is missing, though there are later ones.")
 
+    shape = _read(path / "0.npy", num_classes)["moments"].shape
+
     def read(i):
-        return _read(path / f"{i}.npy", num_classes)
+        sample = _read(path / f"{i}.npy", num_classes)
+        if sample["moments"].shape != shape:
+            raise ValueError(
+                f"{path / f'{i}.npy'} has moments of shape {sample['moments'].shape}, 0.npy of "
+                f'{shape}. Remove it, or pass corrupt="skip".'
+            )
+        return sample
 
     return Source(
         f"published:{path.name}",
         len(numbers),
-        read(0)["moments"].shape,
+        shape,
         read,
         num_classes=num_classes,
         field="moments",

@@ -98,6 +98,8 @@ def arrays(data, name="arrays"):
             f"Labels are {len(images)} integers, one an image. Received: shape {labels.shape}, "
             f"dtype {labels.dtype}."
         )
+    if labels.min() < 0:
+        raise ValueError(f"Labels count from 0. Received: {labels.min()}.")
     return Source(
         name,
         len(images),
@@ -125,10 +127,7 @@ def folder(path, image_size, *, channels=3, labels="auto", crop=None):
         ValueError: for images both beside and inside sub-folders, or bad arguments.
     """
     size = checked_size(image_size)
-    if labels not in ("auto", None):
-        raise ValueError(f'labels must be "auto" or None. Received: {labels!r}.')
-    if channels not in (1, 3):
-        raise ValueError(f"channels must be 1 or 3. Received: {channels}.")
+    check_options(labels, channels)
     pillow()
     path = Path(path)
     files, classes = _files(path, labels)
@@ -155,6 +154,13 @@ def pillow():
     except ImportError as error:
         raise ImportError('Reading images needs Pillow: pip install "keras-uvit[data]".') from error
     return Image, ImageOps
+
+
+def check_options(labels, channels):
+    if labels not in ("auto", None):
+        raise ValueError(f'labels must be "auto" or None. Received: {labels!r}.')
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3. Received: {channels}.")
 
 
 def checked_size(image_size):
@@ -212,11 +218,16 @@ def fitted(image, size, channels=3, crop=None):
         size: (height, width) in pixels, or None to leave the size.
         channels: 3 or 1.
         crop: (top, left, height, width) to cut out first, in pixels, or None.
+
+    Raises:
+        ValueError: if the crop is not in the image.
     """
     Image, _ = pillow()
     image = image.convert("RGB" if channels == 3 else "L")
     if crop is not None:
         top, left, height, width = crop
+        if min(top, left) < 0 or top + height > image.height or left + width > image.width:
+            raise ValueError(f"crop={crop} is not in the image, {image.height} x {image.width}")
         image = image.crop((left, top, left + width, top + height))
     if size is not None:
         image = _centre_crop(Image, image, size)

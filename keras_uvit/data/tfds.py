@@ -32,8 +32,10 @@ def tfds_source(
 
     Raises:
         ImportError: without tensorflow-datasets; `pip install "keras-uvit[tfds]"`.
-        ValueError: for an unknown set or split, a set without images, or sizes that differ.
+        ValueError: for an unknown set or split, a set without images, sizes that differ, or files
+            that must be downloaded by hand first.
     """
+    sources.check_options(labels, channels)
     builder = _builder(name, data_dir)
     split_names = sorted(builder.info.splits)
     try:
@@ -82,7 +84,10 @@ def _builder(name, data_dir):
         raise ValueError(
             f"tensorflow-datasets has no {name!r}. All: tensorflow_datasets.list_builders()."
         ) from error
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except AssertionError as error:  # how it says which files to download by hand, and where to
+        raise ValueError(f"{name} is not prepared: {error}") from error
     return builder
 
 

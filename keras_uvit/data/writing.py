@@ -3,6 +3,7 @@
 import errno
 import importlib.metadata
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from keras_uvit.data import manifest, sources
 from keras_uvit.data.manifest import CacheError
 
 FLOAT16_MAX = 65504.0
+LEFT_OVER = re.compile(r"tmp-\d+-(\d{5}(-\w+)?|plan|manifest)\.(npy|json)")
 
 
 def write_latents(
@@ -148,16 +150,22 @@ def _write(source, folder, plan, encode, batch_size, process, corrupt, verbose):
         raise ValueError(f'corrupt must be "raise" or "skip". Received: {corrupt!r}.')
     folder.mkdir(parents=True, exist_ok=True)
     _agree(folder, plan)
-    own = range(index, plan["num_shards"], count)
-    missing = [i for i in own if not _is_whole(folder, i)]
-    _check_space(folder, plan, len(missing), len(own), verbose)
     size = plan["shard_size"]
-    rows = {i: np.arange(i * size, min((i + 1) * size, len(source))) for i in missing}
+    own = range(index, plan["num_shards"], count)
+    rows = {i: np.arange(i * size, min((i + 1) * size, len(source))) for i in own}
+    missing = [i for i in own if not _is_whole(folder, i, plan, len(rows[i]))]
+    for i in missing:  # what remains of a damaged one
+        (folder / f"{manifest.shard_name(i)}.json").unlink(missing_ok=True)
+        (folder / manifest.MANIFEST).unlink(missing_ok=True)
+    rows = {i: rows[i] for i in missing}
+    _check_space(
+        folder, plan, sum(map(len, rows.values())), len(own) - len(missing), len(own), verbose
+    )
     bar = keras.utils.Progbar(sum(map(len, rows.values())), verbose=verbose, unit_name="image")
     for i in missing:
         arrays, skipped = _encode_shard(source, rows[i], plan, encode, batch_size, corrupt, bar)
         try:
-            manifest.write_shard(folder, i, arrays, skipped=skipped)
+            manifest.write_shard(folder, i, arrays, skipped=skipped, plan=manifest.digest(plan))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -173,8 +181,7 @@ def _agree(folder, plan):
     """Writes the plan, or raises CacheError where the folder has another one."""
     path = folder / manifest.PLAN
     if not path.is_file():
-        if any(folder.glob("*.npy")):
-            raise CacheError(f"{folder} holds .npy files of something else. Choose an empty one.")
+        _check_nothing_else(folder, plan)
         manifest.write_json(path, plan)
     there = manifest.read_json(path)
     other = [key for key in plan if key != "keras_uvit" and there.get(key) != plan[key]]
@@ -186,27 +193,52 @@ def _agree(folder, plan):
         )
 
 
-def _is_whole(folder, index):
-    """Whether a shard is there, by its checksums; what remains of a damaged one is removed."""
-    path = folder / f"{manifest.shard_name(index)}.json"
+def _check_nothing_else(folder, plan):
+    """Raises where a folder without a plan has files that are not of this plan's shards."""
+    records = list(folder.glob("[0-9]*.json"))
+    ours = {file.stem for file in records if _record(file).get("plan") == manifest.digest(plan)}
+    files = [*records, *folder.glob("*.npy"), *folder.glob(manifest.MANIFEST)]
+    if any(file.name[:5] not in ours for file in files if file.name != manifest.MANIFEST) or (
+        (folder / manifest.MANIFEST).is_file() and not ours
+    ):
+        raise CacheError(
+            f"{folder} holds .npy files of something else, or .json files. Choose an empty one."
+        )
+
+
+def _record(path):
+    """A shard's record; an empty dict for one that is damaged or missing."""
     try:
-        if path.is_file() and manifest.damage(folder, manifest.read_json(path)) is None:
-            return True
-    except (CacheError, KeyError):
-        pass
-    path.unlink(missing_ok=True)
-    (folder / manifest.MANIFEST).unlink(missing_ok=True)
-    return False
+        return manifest.read_json(path)
+    except (CacheError, OSError):
+        return {}
 
 
-def _check_space(folder, plan, missing, own, verbose):
+def _is_whole(folder, index, plan, images):
+    """Whether a shard is there, made by this plan, by its checksums."""
+    record = _record(folder / f"{manifest.shard_name(index)}.json")
+    try:
+        return (
+            record["plan"] == manifest.digest(plan)
+            and record["count"] == (images - len(record["skipped"])) * _copies(plan)
+            and {*record["files"]} == {plan["field"], *_labels(plan)}
+            and manifest.damage(folder, record) is None
+        )
+    except (KeyError, TypeError, AttributeError):  # a damaged record
+        return False
+
+
+def _labels(plan):
+    return [] if plan["num_classes"] is None else ["label"]
+
+
+def _check_space(folder, plan, images, done, own, verbose):
     sample = math.prod(plan["shape"]) * np.dtype(plan["dtype"]).itemsize
-    samples = min(missing * plan["shard_size"], plan["source_length"]) * _copies(plan)
-    needed, free = samples * sample, shutil.disk_usage(folder).free
+    needed, free = images * _copies(plan) * sample, shutil.disk_usage(folder).free
     if verbose:
         print(  # noqa: T201
             f"{plan['source_length']} images of {plan['source']} -> {folder}: "
-            f"{own - missing} of {own} shards are there, the others take "
+            f"{done} of {own} shards are there, the others take "
             f"{needed / 1e9:.3g} GB ({plan['dtype']} {plan['field']}); {free / 1e9:.3g} GB are free"
         )
     if needed > free:
@@ -226,14 +258,14 @@ def _encode_shard(source, rows, plan, encode, batch_size, corrupt, bar):
         if good:
             indices, samples = zip(*good)
             encoded.append(_stored(encode(samples), plan, indices))
-            if plan["num_classes"] is not None:
+            if _labels(plan):
                 ids = np.array([sample["label"] for sample in samples], "int32")
                 labels.append(np.repeat(ids, _copies(plan)))
         bar.add(len(group))
     arrays = {
         plan["field"]: np.concatenate([np.empty((0, *plan["shape"]), plan["dtype"]), *encoded])
     }
-    if plan["num_classes"] is not None:
+    if _labels(plan):
         arrays["label"] = np.concatenate([np.empty((0,), "int32"), *labels])
     return arrays, skipped
 
@@ -263,7 +295,12 @@ def _finish(folder, plan):
     if not count:
         raise CacheError(f"Not one image of {plan['source']} could be read.")
     content = {**manifest.read_json(folder / manifest.PLAN), "count": count, "shards": shards}
-    manifest.write_json(folder / manifest.MANIFEST, content)
+    try:
+        manifest.write_json(folder / manifest.MANIFEST, content)
+    except FileNotFoundError:  # another process finished, and cleared ours away
+        if not (folder / manifest.MANIFEST).is_file():
+            raise
     for left in folder.glob("tmp-*"):  # of killed processes
-        left.unlink(missing_ok=True)
+        if LEFT_OVER.fullmatch(left.name):
+            left.unlink(missing_ok=True)
     return content

@@ -6,7 +6,7 @@ from pathlib import Path
 import keras
 
 from keras_uvit.evaluation.files import image_grid, write_png
-from keras_uvit.evaluation.protocol import evaluate
+from keras_uvit.evaluation.protocol import OPTIONS, check, evaluate
 
 
 class _Periodic(keras.callbacks.Callback):
@@ -14,6 +14,8 @@ class _Periodic(keras.callbacks.Callback):
 
     def __init__(self, every, log_dir):
         super().__init__()
+        if every < 1:
+            raise ValueError(f"every must be at least 1 epoch. Received: {every}.")
         self.every, self.writer = every, _writer(log_dir)
         self.waiting = None  # the last epoch, where it was not acted upon
 
@@ -27,6 +29,9 @@ class _Periodic(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self.waiting is not None:
             self.act(self.waiting, None)
+            self.waiting = None
+        if self.writer:
+            self.writer.close()  # flushing alone does not wait for its thread
 
 
 class SampleGridCallback(_Periodic):
@@ -78,6 +83,21 @@ class FIDCallback(_Periodic):
         self.reference, self.inception, self.path = reference, inception, Path(path)
         self.num_images = num_images
         self.options = {"usual": 0, "verbose": 0, **options}
+
+    def on_train_begin(self, logs=None):
+        # Not after hours of training.
+        asked = {"labels": "random", "allow_few": False, **self.options}
+        draws = {k: v for k, v in asked.items() if k in OPTIONS}
+        check(
+            self.model,
+            self.reference,
+            self.inception,
+            self.num_images,
+            asked["labels"],
+            asked["allow_few"],
+            asked["usual"],
+            draws,
+        )
 
     def act(self, epoch, logs):
         record = evaluate(

@@ -1,5 +1,6 @@
 """Samples on disk: the ADM suite's `.npz`, PNG files, grids to look at."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,13 @@ import numpy as np
 def atomic_npz(path, content):
     """Writes arrays as an `.npz`, whole or not at all."""
     _atomically(path, lambda beside: np.savez(beside, **content), ".npz")
+
+
+def atomic_json(path, content):
+    """Writes JSON, whole or not at all; nothing where the file says so already."""
+    text = json.dumps(content, indent=2) + "\n"
+    if not (Path(path).is_file() and Path(path).read_text() == text):
+        _atomically(path, lambda beside: beside.write_text(text), ".json")
 
 
 def read_npz(path, what, skip=()):

@@ -183,13 +183,17 @@ def reference_statistics(images, inception, *, total=None, keep_features=10_000,
         pool.append(features["pool"])
         spatial.append(features["spatial"])
         bar.add(len(batch))
+    if not pool:
+        raise ValueError("There are no images to make reference statistics of.")
     if len(sizes) != 1:
         raise ValueError(f"Reference images are of one size. Received: {sorted(sizes)}.")
     pool, spatial = np.concatenate(pool), np.concatenate(spatial)
+    # At random: the first would be of a few classes, where images are sorted by class.
+    order = np.random.default_rng(0).permutation(len(pool))
     return Reference(
         gaussian(pool),
         gaussian(spatial),
-        features=pool[:keep_features],
+        features=pool[np.sort(order[:keep_features])],
         count=len(pool),
         image_size=sizes.pop(),
         resize=inception.resize,

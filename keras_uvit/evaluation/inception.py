@@ -290,6 +290,5 @@ class InceptionFeatures:
                 "Images are uint8 in [0, 255]: FID is of quantized images. "
                 f"Received: dtype {images.dtype}."
             )
-        return self._run(
-            images, batch_size or self.batch_size, lambda x: x.astype("float32"), verbose
-        )
+        batch_size = self.batch_size if batch_size is None else batch_size
+        return self._run(images, batch_size, lambda x: x.astype("float32"), verbose)

@@ -1,5 +1,6 @@
 """The papers' protocol: draw images, compare them with the reference, record all that matters."""
 
+import hashlib
 import importlib.metadata
 import json
 import warnings
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_uvit import backend
-from keras_uvit.evaluation.files import atomic_npz, read_npz
+from keras_uvit.evaluation.files import atomic_json, atomic_npz, read_npz
 from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, frechet_distance, gaussian
 from keras_uvit.evaluation.metrics import inception_score, precision_recall
 from keras_uvit.inference import fingerprint
@@ -17,6 +18,8 @@ from keras_uvit.process import samplers
 
 CHUNK = 1024  # images drawn, measured and written at a time
 NEIGHBOURS = 3  # of precision and recall
+# Arguments of `generate` that `evaluate` hands on.
+OPTIONS = ["sampler", "num_steps", "guidance_scale", "guidance_interval", "batch_size", "use_ema"]
 
 
 def fid(images, reference, inception, *, allow_few=False, verbose=1):
@@ -36,9 +39,11 @@ def fid(images, reference, inception, *, allow_few=False, verbose=1):
     Raises:
         ValueError: for too few images, or another size, resize or network than the reference's.
     """
-    return scores(
-        [images], len(images), reference, inception, allow_few=allow_few, verbose=verbose
-    )["fid"]
+    check_count(len(images), allow_few)
+    found = scores(
+        [images], len(images), reference, inception, allow_few=True, usual=0, verbose=verbose
+    )
+    return found["fid"]
 
 
 def scores(batches, num_images, reference, inception, *, allow_few=False, usual=USUAL, verbose=1):
@@ -80,7 +85,7 @@ def scores(batches, num_images, reference, inception, *, allow_few=False, usual=
     }
 
 
-def check_count(num_images, allow_few, usual=USUAL):
+def check_count(num_images, allow_few, usual=USUAL, stacklevel=3):
     """Raises for fewer images than FID is defined on, warns for fewer than usual."""
     if num_images < MIN_IMAGES and not allow_few:
         raise ValueError(
@@ -92,7 +97,7 @@ def check_count(num_images, allow_few, usual=USUAL):
         warnings.warn(
             f"FID of {num_images} images is larger than of {usual}, which published numbers are "
             "of; do not compare them.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -157,16 +162,7 @@ def evaluate(
     Raises:
         ValueError: if anything does not fit, before images are drawn.
     """
-    check_count(num_images, allow_few, usual)
-    check_inception(reference, inception)
-    if model.latent_scale is not None and model.autoencoder is None:
-        raise ValueError("FID is of pixels: set `model.autoencoder` to decode the latents.")
-    if model.latent_scale is None and model.network.image_shape[-1] != 3:
-        raise ValueError(
-            "FID is of colour images, 3 channels; this model makes images of "
-            f"{model.network.image_shape[-1]}."
-        )
-    check_size(reference, _image_size(model))
+    check(model, reference, inception, num_images, labels, allow_few, usual, options)
     record = describe(model, num_images, labels, seed, options)
     condition = _condition(model, num_images, labels, seed)
     batches = _drawn(model, num_images, condition, record, folder, options | {"seed": seed})
@@ -188,9 +184,32 @@ def evaluate(
         "inception": inception.fingerprint,
     }
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(record, indent=2) + "\n")
+        atomic_json(path, record)
     return record
+
+
+def check(model, reference, inception, num_images, labels, allow_few, usual, options):
+    """Raises what `evaluate` would, without drawing an image."""
+    check_count(num_images, allow_few, usual, stacklevel=4)
+    check_inception(reference, inception)
+    unknown = sorted({*options} - {*OPTIONS})
+    if unknown:
+        raise TypeError(f"evaluate takes of `generate` {[*OPTIONS]}. Received: {unknown}.")
+    if labels not in ("random", "balanced"):
+        raise ValueError(f'labels must be "random" or "balanced". Received: {labels!r}.')
+    if model.network.context_shape is not None:
+        raise ValueError(
+            "evaluate draws by labels, not by prompts. Draw the images with `generate` and measure "
+            "them with `scores`."
+        )
+    if model.latent_scale is not None and model.autoencoder is None:
+        raise ValueError("FID is of pixels: set `model.autoencoder` to decode the latents.")
+    if model.latent_scale is None and model.network.image_shape[-1] != 3:
+        raise ValueError(
+            "FID is of colour images, 3 channels; this model makes images of "
+            f"{model.network.image_shape[-1]}."
+        )
+    check_size(reference, _image_size(model))
 
 
 def describe(model, num_images, labels, seed, options):
@@ -199,7 +218,9 @@ def describe(model, num_images, labels, seed, options):
     sampler = options.get("sampler") or model.sampler
     num_steps = options.get("num_steps") or model.num_steps
     if isinstance(sampler, samplers.Steps):
-        steps, sampler, num_steps = sampler, "given as Steps", None
+        table = np.ascontiguousarray(sampler.packed())
+        steps, num_steps = sampler, None
+        sampler = f"Steps {hashlib.sha256(table).hexdigest()[:8]}"
     else:
         steps = samplers.named(sampler, model.schedule, num_steps)
     guidance = options.get("guidance_scale")
@@ -235,8 +256,6 @@ def _image_size(model):
 
 def _condition(model, num_images, labels, seed):
     """(name, values) of the argument of `generate` that says what to draw."""
-    if labels not in ("random", "balanced"):
-        raise ValueError(f'labels must be "random" or "balanced". Received: {labels!r}.')
     classes = model.network.num_classes
     if classes is None:
         return "num_images", None
@@ -263,8 +282,7 @@ def _drawn(model, num_images, condition, record, folder, options):
         images = model.generate(**{name: what}, first=first, verbose=0, **options)
         if folder:
             labels = {} if values is None else {"arr_1": values[first:last]}
-            about.parent.mkdir(parents=True, exist_ok=True)
-            about.write_text(json.dumps(record, indent=2) + "\n")
+            atomic_json(about, record)
             atomic_npz(file, {"arr_0": images, **labels})
         yield images
 
@@ -272,6 +290,10 @@ def _drawn(model, num_images, condition, record, folder, options):
 def _check_same(path, record):
     """Raises where the samples of a folder are of something else."""
     if not path.is_file():
+        if any(path.parent.glob("*.npz")):
+            raise ValueError(
+                f"{path.parent} holds .npz files and no {path.name}. Choose another folder."
+            )
         return
     try:
         there = json.loads(path.read_text())

@@ -61,7 +61,8 @@ class SpaceToDepth:
         f = self.factor
         if depth % f**2:
             raise ValueError(
-                f"latents must have shape (n, h, w, c), c a multiple of {f**2}. Received: c={depth}."
+                f"latents must have shape (n, h, w, c), c a multiple of {f**2}. "
+                f"Received: c={depth}."
             )
         blocks = (np.asarray(latents) / self.scale).reshape(n, height, width, f, f, -1)
         images = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height * f, width * f, -1)

@@ -247,6 +247,8 @@ class DiffusionModel(keras.Model):
         if not kwargs.get("_use_cached_eval_dataset"):
             x = batches.check_source(self, x, y)
         self.test_step_count.assign(0)
+        if getattr(x, "shuffles_itself", False):
+            x.epoch = x.epoch  # begins it anew: each evaluation reads the same
         return super().evaluate(x, y, batch_size, **kwargs)
 
     def train_step(self, *args):

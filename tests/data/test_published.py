@@ -178,7 +178,6 @@ class _Dtype:
         return np.dtype, (self.name, False, True), self.state
 
 
-@pytest.mark.xfail(strict=True, reason="A dtype may say that its pointers are plain bytes")
 @pytest.mark.parametrize(
     "dtype",
     [
@@ -190,7 +189,7 @@ class _Dtype:
 def test_a_dtype_that_turns_bytes_into_pointers_is_refused(features, dtype):
     # Here it is only named. A scalar of it, made from eight bytes of the file, crashes Python.
     _save(features / "0.npy", (dtype, 3), protocol=2)
-    with pytest.raises(ValueError, match="UnpicklingError"):
+    with pytest.raises(ValueError, match="not a pickled pair"):
         published_pickles(features, 7)
 
 
@@ -247,7 +246,6 @@ def test_a_text_file_is_named(features):
         published_pickles(features, 7)
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy's error: all input arrays must have the same shape")
 def test_a_file_of_another_shape_is_named(features, tmp_path):
     np.save(features / "5.npy", _pair(np.zeros((8, 4, 4), "float32"), 3))
     with pytest.raises(ValueError, match=r"5"):

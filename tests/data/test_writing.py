@@ -207,7 +207,6 @@ def test_one_process_goes_on_where_several_left_off(tmp_path, whole):
     assert _content(tmp_path) == whole
 
 
-@pytest.mark.xfail(strict=True, reason="Who finishes first removes the other's tmp- manifest")
 def test_processes_that_finish_at_the_same_time_do_not_disturb_each_other(
     tmp_path, whole, monkeypatch
 ):
@@ -415,7 +414,6 @@ def test_a_shard_whose_record_is_damaged_is_made_again(tmp_path, whole, content)
     assert _content(tmp_path) == whole
 
 
-@pytest.mark.xfail(strict=True, reason="Only the checksums of a record are looked at")
 @pytest.mark.parametrize(
     "changes", [{"count": 5}, {"files": {}}, {"files": []}, {"files": {"moments": 3}}]
 )
@@ -446,7 +444,6 @@ def test_a_damaged_plan_is_named(tmp_path, content):
         _write(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="Without a plan, the shards are taken for something else's")
 def test_a_damaged_plan_can_be_deleted_as_the_error_says(tmp_path, whole):
     _write(tmp_path, process=(0, 2))
     (tmp_path / "plan.json").unlink()
@@ -517,7 +514,6 @@ def test_arrays_of_something_else_are_not_overwritten(tmp_path, name):
     assert _content(tmp_path) == before
 
 
-@pytest.mark.xfail(strict=True, reason="Only .npy files are taken for something else's")
 @pytest.mark.parametrize("name", ["manifest.json", "00001.json", "tmp-notes"])
 def test_other_files_of_something_else_are_not_overwritten_or_removed(tmp_path, name):
     (tmp_path / name).write_text("mine")
@@ -560,7 +556,6 @@ def test_only_what_is_missing_must_fit_the_disk(tmp_path, monkeypatch):
     assert _write(tmp_path)["count"] == 10
 
 
-@pytest.mark.xfail(strict=True, reason="The last shard is counted as a full one")
 def test_a_short_last_shard_needs_less(tmp_path, monkeypatch):
     _write(tmp_path, process=(0, 3))
     _write(tmp_path, process=(1, 3))
@@ -637,7 +632,6 @@ def test_an_array_that_does_not_fit_leaves_nothing_but_whole_shards(tmp_path, li
     assert _content(tmp_path / "cache") == _content(tmp_path / "whole")
 
 
-@pytest.mark.xfail(strict=True, reason="'6144 requested and 1436 written', without an errno")
 @pytest.mark.parametrize("limit", [3000, 12_000])
 def test_an_array_that_does_not_fit_is_named(tmp_path, limit):
     with _files_of_at_most(limit), pytest.raises(OSError, match="disk of .* is full") as error:
@@ -645,7 +639,6 @@ def test_an_array_that_does_not_fit_is_named(tmp_path, limit):
     assert error.value.errno in (errno.ENOSPC, errno.EFBIG)
 
 
-@pytest.mark.xfail(strict=True, reason="np.save loses the end of a file without an error")
 @pytest.mark.parametrize("limit", [600, 1279])
 def test_an_array_whose_end_does_not_fit_is_not_taken_for_whole(tmp_path, whole, limit):
     _write(tmp_path, process=(1, 2))

@@ -19,9 +19,14 @@ PHOTO = MADE["random_images"](32, 32)
 
 
 @pytest.fixture(scope="module")
-def tensors():
+def network():
+    """Of random weights, which no test changes."""
+    return InceptionFeatures()
+
+
+@pytest.fixture(scope="module")
+def tensors(network):
     """Random weights by their published names, from the seed that made the golden answers."""
-    network = InceptionFeatures()
     shapes = {
         name: layout.to_torch(np.zeros(variable.shape, "float32")).shape
         for name, variable, layout in inception.entries(network)
@@ -39,6 +44,11 @@ def file(tensors, tmp_path_factory):
 @pytest.fixture(scope="module", params=PACKAGES)
 def features(request, file):
     return InceptionFeatures(file, resize=request.param)
+
+
+@pytest.fixture(scope="module")
+def found(features):
+    return features(PHOTO, verbose=0)
 
 
 @pytest.mark.parametrize("size", MADE["SIZES"])
@@ -60,30 +70,29 @@ def test_the_two_resizes_differ_by_more_than_their_errors():
     assert np.abs(a - b).max() > 1e-2
 
 
-def test_shapes_and_types(features):
-    found = features(PHOTO, verbose=0)
+def test_shapes_and_types(found):
     widths = {"pool": 2048, "spatial": 17 * 17 * 7, "logits": 1008, "logits_unbiased": 1008}
     assert {key: a.shape for key, a in found.items()} == {k: (2, n) for k, n in widths.items()}
     assert all(a.dtype == np.float32 for a in found.values())
 
 
-def test_the_bias_is_the_difference_of_the_logits(features, tensors):
-    found = features(PHOTO, verbose=0)
-    bias = found["logits"] - found["logits_unbiased"]
-    np.testing.assert_allclose(bias, np.stack([tensors["fc.bias"]] * 2), atol=1e-5)  # rounding
+def test_logits_are_a_linear_layer_of_pool_with_its_bias_and_without(found, tensors):
+    unbiased = found["pool"].astype("float64") @ tensors["fc.weight"].T.astype("float64")
+    # Rounding of float32 sums of 2,048 terms.
+    np.testing.assert_allclose(found["logits_unbiased"], unbiased, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["logits"], unbiased + tensors["fc.bias"], rtol=0, atol=1e-5)
 
 
 def test_the_batch_size_does_not_matter(features):
-    images = np.concatenate([PHOTO, 255 - PHOTO, PHOTO[:1]])
-    whole = features(images, batch_size=5, verbose=0)
+    images = np.concatenate([PHOTO, 255 - PHOTO[:1]])
+    whole = features(images, batch_size=3, verbose=0)
     parts = features(images, batch_size=2, verbose=0)  # the last batch has one image
     for key, a in whole.items():
         # Rounding: another batch is summed in another order.
-        np.testing.assert_allclose(parts[key], a, atol=1e-5 * np.abs(a).max())
+        np.testing.assert_allclose(parts[key], a, rtol=0, atol=1e-5 * np.abs(a).max())
 
 
-def test_470_arrays_of_21_820_000_numbers_and_a_classifier():
-    network = InceptionFeatures()
+def test_470_arrays_of_21_820_000_numbers_and_a_classifier(network):
     names = [name for name, _, _ in inception.entries(network)]
     assert len(names) == len({*names}) == len(network.weights) == 470 + 2
     assert count_parameters(network) == 21_820_000 + 2048 * 1008 + 1008
@@ -112,11 +121,10 @@ def test_counters_of_batches_are_left_out(tensors, tmp_path):
         (lambda t: t.update({"fc.bias": np.zeros(1000)}), r"fc.bias is \(1000,\).*\(1008,\)"),
     ],
 )
-def test_a_file_that_does_not_fit_changes_nothing(tensors, tmp_path, change, message):
+def test_a_file_that_does_not_fit_changes_nothing(network, tensors, tmp_path, change, message):
     content = dict(tensors)
     change(content)
     save_file(content, tmp_path / "w.safetensors")
-    network = InceptionFeatures()
     before = network.fingerprint
     with pytest.raises(ValueError, match=message):
         load_torch_weights(network, tmp_path / "w.safetensors")
@@ -151,9 +159,14 @@ def test_weights_come_back_exactly(file, tensors, tmp_path):
         (PHOTO[:0], ValueError, "n at least 1"),
     ],
 )
-def test_images_that_do_not_fit_are_refused(images, error, message):
+def test_images_that_do_not_fit_are_refused(network, images, error, message):
     with pytest.raises(error, match=message):
-        InceptionFeatures()(images)
+        network(images)
+
+
+def test_a_batch_of_no_images_is_refused(network):
+    with pytest.raises(ValueError, match="batch_size must be at least 1.*0"):
+        network(PHOTO, batch_size=0)
 
 
 def test_an_unknown_resize_is_refused():

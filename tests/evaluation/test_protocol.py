@@ -406,7 +406,6 @@ def test_a_folder_of_other_weights_is_refused(inception, undrawn, tmp_path):
     assert undrawn == [(0, 4)]
 
 
-@pytest.mark.xfail(strict=True, reason="all Steps are recorded alike")
 def test_a_folder_of_another_sampler_made_by_hand_is_refused(
     of_nothing, inception, undrawn, tmp_path
 ):

@@ -4,9 +4,9 @@
     pip install --no-deps torchvision==0.28.0 torch-fidelity==0.4.0 pytorch-fid==0.3.0
     python tests/golden/make_inception.py
 
-(torch was the build 2.13.0+cpu of download.pytorch.org, torchvision that of PyPI.) Weights (87 MB) and images are not stored: they are functions of a seed, and the test makes them
-again with `random_weights` and `random_images`. Stored are the answers, a key each of
-`<package>_<height>x<width>_<feature>`.
+Made with torch 2.13.0+cpu. Weights (87 MB) and images are not stored: they are functions of a seed,
+and the test makes them again with `random_weights` and `random_images`. Stored are the answers, a
+key each of `<package>_<height>x<width>_<feature>`.
 """
 
 import tempfile
@@ -53,7 +53,7 @@ def main():
 
     # torchvision's operators load only beside the torch build they were compiled for, and the
     # import fails without them. Both packages import it; neither uses an operator here.
-    with mock.patch.object(torch.library, "register_fake", lambda *a, **k: lambda f: f):
+    with mock.patch.object(torch.library, "register_fake", return_value=lambda f: f):
         import torchvision  # noqa: F401
     from pytorch_fid import inception as pytorch_fid
     from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity
