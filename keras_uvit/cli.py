@@ -4,16 +4,15 @@ import json
 from pathlib import Path
 
 import click
-import keras
 import numpy as np
 
 import keras_uvit
 from keras_uvit import convert, data, evaluation, presets
-from keras_uvit.data import sources
-from keras_uvit.data.manifest import MANIFEST, read_manifest
 from keras_uvit.evaluation import InceptionFeatures, Reference
+from keras_uvit.inference import load_keras_weights
 from keras_uvit.latent import AutoencoderKL, SpaceToDepth
 from keras_uvit.networks import UViT
+from keras_uvit.specs import numbers, open_dataset, open_model, open_source, sampling
 from keras_uvit.training import train as train_in_folder
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
@@ -81,61 +80,13 @@ SAMPLING_OPTIONS = options(
 )
 
 
-def open_source(spec, image_size, split, channels, crop, data_dir):
-    """A `Source` from what was typed."""
-    if spec == "digits":
-        return sources.arrays(data.digits(), "digits")
-    channels = int(channels)
-    if spec.startswith("tfds:"):
-        return data.tfds_source(
-            spec[5:], split, image_size, channels=channels, crop=crop, data_dir=data_dir
-        )
-    if spec.endswith(".npz"):
-        with np.load(spec, allow_pickle=False) as file:
-            return sources.arrays(dict(file), Path(spec).name)
-    if image_size is None and Path(spec).is_dir():
-        raise click.UsageError("A folder of images needs --image-size.")
-    return sources.folder(spec, image_size or 1, channels=channels, crop=crop)
-
-
-def open_model(name, weights, autoencoder):
-    """A `DiffusionModel` of a preset's name or a saved `.keras` file."""
-    if not name.endswith(".keras"):
-        return presets.load(name, weights, autoencoder=autoencoder)
-    if weights is not None:
-        raise click.UsageError("--weights go with a preset; a .keras file has its own.")
-    model = keras.saving.load_model(name, compile=False)
-    if autoencoder is not None:
-        model.autoencoder = AutoencoderKL.from_file(autoencoder, scale=model.latent_scale or 1.0)
-    return model
-
-
-def open_dataset(spec, image_shape, labels, batch_size, seed):
-    """What `train` reads: a cache, or what `open_source` takes, in memory."""
-    height, width, channels = image_shape
-    shared = {"batch_size": batch_size, "seed": seed, "labels": labels}
-    if (Path(spec) / MANIFEST).is_file():
-        is_latent = read_manifest(spec)["field"] == "moments"
-        return (data.LatentDataset if is_latent else data.image_shards)(spec, **shared)
-    if spec.startswith("tfds:"):
-        return data.tfds_images(spec[5:], (height, width), channels=channels, **shared)
-    if spec == "digits":
-        return data.images.in_memory(open_source(spec, *[None] * 5), batch_size, flip=False)
-    return data.image_folder(spec, (height, width), channels=channels, **shared)
-
-
-def sampling(sampler, num_steps, guidance_scale, seed, batch_size, raw):
-    """The arguments of `generate` that were given."""
-    given = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
-    given = {key: value for key, value in given.items() if value is not None}
-    return {**given, "seed": seed, "batch_size": batch_size, "use_ema": not raw}
-
-
 @main.command("presets")
 def show_presets():
     """Lists the published recipes.
 
-    Example: keras-uvit presets
+    \b
+    Example:
+      keras-uvit presets
     """
     click.echo(f"{'name':26}{'parameters':>12}{'GMACs':>8}{'FID':>7}  paper")
     for name, row in presets.PRESETS.items():
@@ -175,6 +126,8 @@ def encode(source, cache, autoencoder, scale, pixels, published_pickles, **more)
     index, _, count = more["process"].partition("/")
     if not (index.isdigit() and count.isdigit()):
         raise click.UsageError(f"--process is K/N, such as 0/4. Received: {more['process']}.")
+    if pixels and (autoencoder or more["flip"]):
+        raise click.UsageError("--pixels are kept as they are: no --autoencoder, no --flip.")
     shared = {
         "process": (int(index), int(count)),
         "corrupt": "skip" if more["skip_corrupt"] else "raise",
@@ -227,7 +180,7 @@ def convert_weights(kind, source, target):
     makers = {"autoencoder": AutoencoderKL, "inception": InceptionFeatures}
     network = makers[kind]() if kind in makers else UViT(**presets.get(kind).network)
     if source.endswith(".weights.h5"):
-        network.load_weights(source)
+        load_keras_weights(getattr(network, "network", network), source)
     else:
         convert.load_torch_weights(network, source)
     if target.endswith(".weights.h5"):
@@ -280,7 +233,7 @@ def train(preset, dataset, folder, weights, autoencoder, iterations, batch_size,
 @click.argument("model")
 @click.argument("target", type=click.Path())
 @MODEL_OPTIONS
-@click.option("--labels", help="Comma-separated class numbers, one an image.")
+@click.option("--labels", callback=numbers, help="Comma-separated class numbers, one an image.")
 @click.option("--num-images", type=int, help="For models without labels.")
 @SAMPLING_OPTIONS
 @click.option("--zoom", type=int, default=1, show_default=True, help="Of a grid.")
@@ -296,12 +249,11 @@ def generate(model, target, weights, autoencoder, labels, num_images, zoom, **ho
           --labels 0,1,2,3,4,5,6,7,8,9 --zoom 8
     """
     network = open_model(model, weights, autoencoder)
-    ids = [int(k) for k in labels.split(",")] if labels else None
-    images = network.generate(num_images=num_images, labels=ids, **sampling(**how))
+    images = network.generate(num_images=num_images, labels=labels, **sampling(**how))
     if target.endswith(".png"):
         evaluation.write_png(target, evaluation.image_grid(images, zoom=zoom))
     elif target.endswith(".npz"):
-        evaluation.write_npz(target, images, ids)
+        evaluation.write_npz(target, images, labels)
     else:
         evaluation.write_pngs(target, images)
     click.echo(f"{len(images)} images: {target}")
@@ -373,7 +325,7 @@ def evaluate(model, reference, inception, resize, weights, autoencoder, **more):
           --inception pt_inception-2015-12-05-6726825d.pth --out fid.json
     """
     features, known = InceptionFeatures(inception, resize=resize), Reference.load(reference)
-    if model in presets.names() or model.endswith(".keras"):
+    if not (model.endswith(".npz") or Path(model).is_dir()):
         keys = ("sampler", "num_steps", "guidance_scale", "seed", "batch_size", "raw")
         record = evaluation.evaluate(
             open_model(model, weights, autoencoder),

@@ -102,7 +102,8 @@ def load_keras_weights(network, path, name=None):
             )
     except DAMAGE as error:
         # Without the values of the weights, which Keras quotes.
-        reason = str(error).partition("Target variable")[0].partition("List of objects")[0].strip()
+        reason = str(error).partition("Target variable")[0].partition("List of objects")[0]
+        reason = " ".join(reason.split())
         raise ValueError(
             f"{Path(path).name} is damaged or does not fit {name or network.name!r}: {reason}"
         ) from error

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import keras
 
-MODEL = "model.keras"
+from keras_uvit.training.checkpoints import atomically
+
+MODEL, AVERAGE = "model.keras", "ema.weights.h5"
 
 
 def train(model, dataset, folder, iterations, *, callbacks=(), verbose="auto"):
@@ -38,9 +40,12 @@ def train(model, dataset, folder, iterations, *, callbacks=(), verbose="auto"):
     done = int(keras.ops.convert_to_numpy(model.step))
     first, epochs = done // len(dataset), math.ceil(iterations / len(dataset))
     if first >= epochs:
+        if not (folder / AVERAGE).is_file():
+            _keep_average(model, folder)
         return model
     dataset.epoch = first
-    keeping = [keras.callbacks.CSVLogger(folder / "log.csv", append=True), _Keep(folder)]
+    # Kept before it is logged: what a kill in between repeats is not logged twice.
+    keeping = [_Keep(folder), keras.callbacks.CSVLogger(folder / "log.csv", append=True)]
     model.fit(
         dataset,
         initial_epoch=first,
@@ -53,9 +58,9 @@ def train(model, dataset, folder, iterations, *, callbacks=(), verbose="auto"):
 
 def _saved(path, model):
     saved = keras.saving.load_model(path)
-    same = ("network", "schedule", "prediction", "latent_scale")
     there, here = saved.get_config(), model.get_config()
-    other = [key for key in same if there[key] != here[key]]
+    free = ("latent_encoder", "name")
+    other = [key for key in here if key not in free and there[key] != here[key]]
     if other:
         raise ValueError(
             f"{path} is another model: it differs in {other}. Choose another folder, or delete it."
@@ -72,5 +77,9 @@ class _Keep(keras.callbacks.Callback):
         self.folder = folder
 
     def on_epoch_end(self, epoch, logs=None):
-        self.model.save(self.folder / MODEL)
-        self.model.ema_network.save_weights(self.folder / "ema.weights.h5", overwrite=True)
+        _keep_average(self.model, self.folder)
+        self.model.save(self.folder / MODEL)  # last: with it the epoch counts as done
+
+
+def _keep_average(model, folder):
+    atomically(model.ema_network.save_weights, folder / AVERAGE, overwrite=True)
