@@ -28,8 +28,8 @@ def main(doc, names, out, load, **defaults):
     options = recipe.parse(doc, names[0], names, out=(out, "folder to write into"), **defaults)
     row = presets.get(options.preset)
     if not options.quick:
-        model = recipe.preset_model(options)
         dataset = load(options, options.batch_size or row.batch_size)
+        model = recipe.preset_model(options)
         recipe.run(options, model, dataset, options.iterations or row.iterations)
         return
     shape, classes = row.network["image_shape"], row.network.get("num_classes")

@@ -45,10 +45,10 @@ def main(doc=__doc__, names=PRESETS, size=256):
     )
     row = presets.get(options.preset)
     if not options.quick and Path(options.latents).is_dir():
-        model = recipe.preset_model(options, autoencoder=options.autoencoder)
         dataset = data.LatentDataset(
             options.latents, options.batch_size or row.batch_size, seed=options.seed
         )
+        model = recipe.preset_model(options, autoencoder=options.autoencoder)
         recipe.run(options, model, dataset, options.iterations or row.iterations)
         return
     if not options.quick:

@@ -55,7 +55,7 @@ def check_source(model, x, y=None):
     elif x is None or isinstance(x, dict) or _is_array(x):
         first = (x, y)
     elif isinstance(x, keras.utils.PyDataset):
-        if hasattr(x, "fingerprint"):  # a latent cache
+        if _is_cache(x):
             latent_space.check_cache(model, x)
         first = x[0]
     else:
@@ -69,7 +69,13 @@ def check_source(model, x, y=None):
     if first is None or (isinstance(first, tuple) and first[0] is None):
         raise ValueError("The data set is empty: it gave no batch.")
     check_batch(model, as_dict(first))
+    if _is_cache(x):  # last: what is refused for another reason must not fix the encoder
+        latent_space.agree(model, x, "The cache")
     return x
+
+
+def _is_cache(x):
+    return hasattr(x, "fingerprint")
 
 
 def as_tuple(batch):

@@ -22,11 +22,7 @@ def agree(model, other, what):
         ValueError: if scale or encoder differ.
     """
     name = getattr(other, "id", None) or getattr(other, "autoencoder_id", None)
-    if model.latent_scale is None:
-        raise ValueError(
-            f"This model works on pixels (latent_scale=None), but {what} is of latents. Build it "
-            f"with latent_scale={other.scale}."
-        )
+    check_latent(model, other, what)
     if other.scale is not None and not np.isclose(other.scale, model.latent_scale, rtol=1e-5):
         raise ValueError(
             f"{what} ({name}) has scale {other.scale}, the model latent_scale="
@@ -45,8 +41,19 @@ def agree(model, other, what):
         model.latent_encoder = other.fingerprint
 
 
+def check_latent(model, other, what):
+    """Raises for a model of pixels."""
+    if model.latent_scale is None:
+        value = "the autoencoder's scale" if other.scale is None else other.scale
+        raise ValueError(
+            f"This model works on pixels (latent_scale=None), but {what} is of latents. Build it "
+            f"with latent_scale={value}."
+        )
+
+
 def check_cache(model, cache):
     """Raises unless `model` can be trained on a `data.LatentDataset`."""
+    check_latent(model, cache, "The cache")
     height, width, channels = model.network.image_shape
     if tuple(cache.sample_shape) != (height, width, 2 * channels):
         size = cache.image_size and f", of {' x '.join(map(str, cache.image_size))} pixels"
@@ -59,9 +66,9 @@ def check_cache(model, cache):
     known = model.network.num_classes
     if known is not None and cache.num_classes is not None and cache.num_classes > known:
         raise ValueError(
-            f"The cache has {cache.num_classes} classes, the network num_classes={known}."
+            f"The cache has {cache.num_classes} classes, the network num_classes={known}. Build "
+            f"it with num_classes={cache.num_classes}."
         )
-    agree(model, cache, "The cache")
 
 
 def check_std(model, key, value):
@@ -80,5 +87,5 @@ def check_std(model, key, value):
         raise ValueError(
             f"The first batch of {key!r}{times} has standard deviation {std:.3g}; diffusion "
             "expects about 1. Latents that were not scaled, or scaled twice, look like this: the "
-            f"latent_scale that fits is {model.latent_scale / std:.4g}."
+            f"latent_scale that fits is {(1 if key == 'latent' else model.latent_scale) / std:.4g}."
         )

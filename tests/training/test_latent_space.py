@@ -69,11 +69,6 @@ def accepted(model, *data, **options):
     return True
 
 
-def known_fault(reason):
-    """A test that fails today; it says so when it no longer does."""
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
-
-
 # Caches -------------------------------------------------------------------------------------------
 
 
@@ -120,7 +115,6 @@ def test_a_cache_of_more_classes_is_refused_and_one_of_fewer_taken(tmp_path):
     assert accepted(make(dict(num_classes=7)), dataset)
 
 
-@known_fault("the message has no remedy")
 @pytest.mark.usefixtures("nothing_is_compiled")
 def test_a_cache_of_more_classes_is_refused_with_a_remedy(tmp_path):
     assert "num_classes=5" in refusal(make(dict(num_classes=3)), cache(tmp_path, classes=5))
@@ -146,14 +140,12 @@ def test_a_latent_cache_for_a_model_of_pixels_is_refused(tmp_path):
     assert "latent_scale=1.7" in text
 
 
-@known_fault("the shape is complained of, and images of another size are called for")
 @pytest.mark.usefixtures("nothing_is_compiled")
 def test_a_latent_cache_of_another_shape_for_a_model_of_pixels_is_told_so(tmp_path):
     text = refusal(make(dict(image_shape=(16, 16, 1)), latent_scale=None), cache(tmp_path))
     assert "works on pixels" in text
 
 
-@known_fault("the message advises latent_scale=None, which the model has")
 @pytest.mark.usefixtures("nothing_is_compiled")
 def test_a_cache_of_unknown_scale_for_a_model_of_pixels_gets_no_empty_advice(tmp_path):
     dataset = cache(tmp_path)
@@ -203,7 +195,6 @@ def test_without_a_known_encoder_the_next_cache_fixes_it_anew(tmp_path):
     assert model.latent_encoder == "another"
 
 
-@known_fault("its encoder is kept, and the right cache is refused from then on")
 @pytest.mark.usefixtures("nothing_is_compiled")
 def test_a_refused_cache_does_not_fix_the_encoder(tmp_path):
     grey = np.full_like(PICTURES, 128)  # refused for its standard deviation
@@ -267,7 +258,6 @@ def test_moments_are_judged_times_the_scale(latent_scale):
     assert fits == pytest.approx(latent_scale / 5, rel=0.05)  # of 4,096 numbers
 
 
-@known_fault("0.033 is recommended where 0.182 is right: 'latent' is not times latent_scale again")
 @pytest.mark.usefixtures("nothing_is_compiled")
 def test_latents_that_were_not_scaled_are_told_the_models_scale():
     text = refusal(make(latent_scale=0.18215), of_std("latent", 5.49))

@@ -1,0 +1,70 @@
+"""Every example of the paper's recipes runs to its end, small, and says what it reproduces."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = ["imagenet256", "imagenet512", "imagenet64", "cifar10", "celeba64"]
+# They share their code: each backend runs those of latents and one of pixels.
+PIXELS = {"jax": "cifar10", "tensorflow": "imagenet64", "torch": "celeba64"}
+FILES = ["model.keras", "ema.weights.h5", "log.csv", "loss.png", "samples.png", "metrics.json"]
+
+
+def run(name, *arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
+        env={**os.environ, "KERAS_BACKEND": keras.config.backend()},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=cwd,
+    )
+
+
+def finished(result, out):
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [name for name in FILES if not (out / name).stat().st_size] == []
+    assert list((out / "grids").glob("epoch-*.png"))
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["imagenet512", PIXELS[keras.config.backend()]])
+def test_it_runs_to_its_end(tmp_path, name):
+    metrics = finished(run(name, "--quick", "--quiet", "--out", tmp_path), tmp_path)
+    assert ("class_agreement" in metrics) == (name == "imagenet512")
+
+
+def test_without_latents_it_says_how_to_make_them_runs_and_goes_on(tmp_path):
+    words = ["--quiet", "--iterations", 1, "--out", tmp_path / "run"]
+    first = run("imagenet256", *words, cwd=tmp_path)
+    metrics = finished(first, tmp_path / "run")
+    line = next(line for line in first.stdout.splitlines() if "No latents" in line)
+    assert "data/imagenet256" in line
+    assert "keras-uvit encode tfds:imagenet2012 data/imagenet256 --image-size 256 --flip" in line
+    assert {"class_agreement", "frechet_distance", "train_seconds"} <= metrics.keys()
+    again = run("imagenet256", *words, cwd=tmp_path)  # finished: only drawn and measured again
+    assert finished(again, tmp_path / "run")["class_agreement"] == metrics["class_agreement"]
+    assert (tmp_path / "run" / "log.csv").read_text().count("\n") == 2  # the head, one epoch
+
+
+def test_an_unfinished_cache_is_an_error_and_no_reason_for_a_stand_in(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "plan.json").write_text('{"num_shards": 3}')
+    # Batches and networks of the recipe are never made: the cache is looked at first.
+    result = run("imagenet256", "--latents", tmp_path / "cache", "--out", tmp_path / "run")
+    assert result.returncode != 0
+    assert "unfinished: 0 of 3 shards" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_teaches(name):
+    text = (EXAMPLES / f"{name}.py").read_text().split('"""')[1]
+    for word in ("Reproduces", "Expect", "Hardware", "Commands", "--quick", "keras-uvit"):
+        assert word in text
