@@ -173,14 +173,14 @@ def read_manifest(folder):
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CacheError(f"{folder / MANIFEST} is no manifest of a {FORMAT}.")
+    if manifest.get("version", 0) > VERSION:
+        raise CacheError(
+            f"The cache in {folder} has version {manifest['version']}, made by keras_uvit "
+            f"{manifest.get('keras_uvit')}; this one reads up to {VERSION}. Upgrade keras_uvit."
+        )
     missing = [key for key in KEYS if key not in manifest]
     if missing:
         raise CacheError(
             f"{folder / MANIFEST} is damaged: it lacks {missing}. Delete it and run the same again."
-        )
-    if manifest["version"] > VERSION:
-        raise CacheError(
-            f"The cache in {folder} has version {manifest['version']}, made by keras_uvit "
-            f"{manifest['keras_uvit']}; this one reads up to {VERSION}. Upgrade keras_uvit."
         )
     return manifest

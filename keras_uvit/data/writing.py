@@ -13,7 +13,7 @@ import numpy as np
 from keras_uvit.data import manifest, sources
 from keras_uvit.data.manifest import CacheError
 
-FLOAT16_MAX = 65504.0
+OWN_FILE = re.compile(r"\d{5}-\w+\.npy|manifest\.json")
 LEFT_OVER = re.compile(r"tmp-\d+-(\d{5}(-\w+)?|plan|manifest)\.(npy|json)")
 
 
@@ -197,10 +197,14 @@ def _check_nothing_else(folder, plan):
     """Raises where a folder without a plan has files that are not of this plan's shards."""
     records = list(folder.glob("[0-9]*.json"))
     ours = {file.stem for file in records if _record(file).get("plan") == manifest.digest(plan)}
-    files = [*records, *folder.glob("*.npy"), *folder.glob(manifest.MANIFEST)]
-    if any(file.name[:5] not in ours for file in files if file.name != manifest.MANIFEST) or (
-        (folder / manifest.MANIFEST).is_file() and not ours
-    ):
+    foreign = [
+        file
+        for file in [*records, *folder.glob("*.npy"), *folder.glob(manifest.MANIFEST)]
+        if file.stem not in ours
+        and not LEFT_OVER.fullmatch(file.name)
+        and not (ours and OWN_FILE.fullmatch(file.name))  # of a shard that was not finished
+    ]
+    if foreign:
         raise CacheError(
             f"{folder} holds .npy files of something else, or .json files. Choose an empty one."
         )
@@ -274,8 +278,8 @@ def _stored(values, plan, indices):
     """`values` in the plan's dtype, or ValueError where it cannot hold them."""
     if plan["dtype"] == "uint8":
         return values
-    limit = FLOAT16_MAX if plan["dtype"] == "float16" else np.inf
-    good = np.abs(values).reshape(len(values), -1).max(axis=1) < limit  # false for NaN
+    limit = np.finfo(plan["dtype"]).max
+    good = np.abs(values).reshape(len(values), -1).max(axis=1) <= limit  # false for NaN
     if not good.all():
         index = indices[int(np.argmin(good)) // _copies(plan)]
         raise ValueError(

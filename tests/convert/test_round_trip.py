@@ -293,23 +293,10 @@ def test_arrays_of_any_memory_order_are_written_in_theirs(tmp_path):
         np.testing.assert_array_equal(read["b"], a[:, ::-1, ::2])
 
 
-# Not yet as promised ------------------------------------------------------------------------------
+# The file and the network are apart ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            "w.pth",
-            marks=pytest.mark.xfail(
-                keras.config.backend() == "jax",
-                strict=True,
-                reason="JAX keeps the memory-mapped arrays, and with them the file",
-            ),
-        ),
-        "w.safetensors",
-    ],
-)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_file_that_changes_after_loading_does_not_change_the_network(tmp_path, name):
     path, network = tmp_path / name, _uvit(image_shape=(4, 4, 3))
     save_torch_weights(network, path)

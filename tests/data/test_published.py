@@ -82,7 +82,6 @@ def test_every_protocol_that_numpy_has_saved_with_is_read(features, protocol, la
     assert type(sample["label"]) is int
 
 
-@pytest.mark.xfail(strict=True, reason="The byte order is part of the state that is not taken")
 def test_moments_of_the_other_byte_order_are_read_as_they_are_or_refused(features):
     np.save(features / "3.npy", _pair(MOMENTS[3].astype(">f4"), 1))
     source = published_pickles(features, 7)
@@ -90,7 +89,6 @@ def test_moments_of_the_other_byte_order_are_read_as_they_are_or_refused(feature
         np.testing.assert_array_equal(source.read(3)["moments"], MOMENTS[3].transpose(1, 2, 0))
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy's header reader calls ast.literal_eval")
 def test_threads_do_not_share_pythons_parser(features, monkeypatch):
     # Before Python 3.11.8 and 3.12.2, ast in several threads raises SystemError once in a while
     # (python/cpython issue 106905), and whole files are then taken for damaged ones.
@@ -216,7 +214,8 @@ def test_no_dtype_can_turn_bytes_into_pointers(features, dtype):
     with pytest.raises(ValueError, match="not a pickled pair"):
         published_pickles(features, 7)
     with contextlib.suppress(pickle.UnpicklingError):
-        assert published._ArraysOnly(io.BytesIO(pickle.dumps(dtype, 2))).load().hasobject
+        named = published._ArraysOnly(io.BytesIO(pickle.dumps(dtype, 2))).load()
+        assert not isinstance(named, np.dtype)  # NumPy is never given the file's word
 
 
 # Damage -------------------------------------------------------------------------------------------
@@ -256,7 +255,7 @@ def test_a_file_truncated_anywhere_is_named(features):
         (_pair(MOMENTS[0], -1), r"label -1, outside \[0, 7\)"),
         (_pair(MOMENTS[0], None), "TypeError"),
         (np.array([MOMENTS[0], 3, 4], dtype=object), "too many values"),
-        (np.array({"moments": 1, "label": 2}), "0-d array"),
+        (np.array({"moments": 1, "label": 2}), "not enough values"),
         (_pair("moments", 3), "could not convert"),
     ],
 )

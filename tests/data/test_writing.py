@@ -451,7 +451,6 @@ def test_a_damaged_plan_can_be_deleted_as_the_error_says(tmp_path, whole):
     assert _content(tmp_path) == whole
 
 
-@pytest.mark.xfail(strict=True, reason="Arrays without a record are taken for something else's")
 @pytest.mark.parametrize("left", ["00001-moments.npy", "tmp-123-00001-moments.npy"])
 def test_a_damaged_plan_can_be_deleted_after_a_kill_too(tmp_path, whole, left):
     _write(tmp_path, process=(0, 2))
