@@ -300,6 +300,8 @@ def load(name, weights=None, *, autoencoder=None, seed=0, **network):
     """
     row = get(name)
     path = _weight_file(name, row, weights)
+    if isinstance(autoencoder, str | Path) and not Path(autoencoder).exists():
+        raise FileNotFoundError(f"No autoencoder weights at {autoencoder}.")
     net = UViT(**{**row.network, **network})
     has_none = net.null_label is not None or net.context_shape is not None
     model = DiffusionModel(

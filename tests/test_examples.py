@@ -40,7 +40,7 @@ def test_it_runs_to_its_end(tmp_path, name):
     assert ("class_agreement" in metrics) == (name == "imagenet512")
 
 
-def test_without_latents_it_says_how_to_make_them_runs_and_goes_on(tmp_path):
+def test_without_latents_it_says_how_to_make_them_and_runs_on_digits(tmp_path):
     words = ["--quiet", "--iterations", 1, "--out", tmp_path / "run"]
     first = run("imagenet256", *words, cwd=tmp_path)
     metrics = finished(first, tmp_path / "run")
@@ -48,9 +48,6 @@ def test_without_latents_it_says_how_to_make_them_runs_and_goes_on(tmp_path):
     assert "data/imagenet256" in line
     assert "keras-uvit encode tfds:imagenet2012 data/imagenet256 --image-size 256 --flip" in line
     assert {"class_agreement", "frechet_distance", "train_seconds"} <= metrics.keys()
-    again = run("imagenet256", *words, cwd=tmp_path)  # finished: only drawn and measured again
-    assert finished(again, tmp_path / "run")["class_agreement"] == metrics["class_agreement"]
-    assert (tmp_path / "run" / "log.csv").read_text().count("\n") == 2  # the head, one epoch
 
 
 def test_an_unfinished_cache_is_an_error_and_no_reason_for_a_stand_in(tmp_path):

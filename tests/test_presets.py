@@ -376,7 +376,6 @@ def test_an_unknown_extension_is_refused_before_building(tmp_path, name):
         presets.load("uvit_huge_imagenet256", tmp_path / name)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="the network is built first")
 @pytest.mark.usefixtures("nothing_is_built")
 def test_a_missing_autoencoder_is_named_before_building(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"kl\.pth"):

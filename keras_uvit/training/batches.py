@@ -75,7 +75,7 @@ def check_source(model, x, y=None):
 
 
 def _is_cache(x):
-    return hasattr(x, "fingerprint")
+    return hasattr(x, "sample_shape")  # tf.data has a `fingerprint` too
 
 
 def as_tuple(batch):
