@@ -8,11 +8,18 @@ import numpy as np
 
 import keras_uvit
 from keras_uvit import convert, data, evaluation, presets
-from keras_uvit.evaluation import InceptionFeatures, Reference
+from keras_uvit.evaluation import CLIPScore, InceptionFeatures, Reference
 from keras_uvit.inference import load_keras_weights
-from keras_uvit.latent import AutoencoderKL, SpaceToDepth
+from keras_uvit.latent import AutoencoderKL, CLIPText, SpaceToDepth
 from keras_uvit.networks import UViT
-from keras_uvit.specs import numbers, open_dataset, open_model, open_source, sampling
+from keras_uvit.specs import (
+    numbers,
+    open_dataset,
+    open_model,
+    open_prompts,
+    open_source,
+    sampling,
+)
 from keras_uvit.training import train as train_in_folder
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
@@ -69,7 +76,9 @@ SOURCE_OPTIONS = options(
 MODEL_OPTIONS = options(
     click.option("--weights", help='File of weights, or "pretrained" for a preset that has them.'),
     click.option("--autoencoder", type=click.Path(), help="Weights, for models of latents."),
+    click.option("--text", help="CLIP for models of text: a folder, or a preset of keras-hub."),
 )
+PROMPT = click.option("--prompt", multiple=True, help="What to draw; once for each image.")
 SAMPLING_OPTIONS = options(
     click.option("--sampler", help="Name; the model's."),
     click.option("--num-steps", type=int, help="The model's."),
@@ -100,26 +109,31 @@ def show_presets():
 @click.argument("cache", type=click.Path())
 @click.option("--autoencoder", type=click.Path(), help="Its weights, or space-to-depth.")
 @click.option("--scale", type=float, default=0.18215, show_default=True, help="COCO: 0.23010.")
+@click.option("--text", help="CLIP, for captions: a folder, or clip_vit_large_patch14.")
 @click.option("--pixels", is_flag=True, help="Keep pixels, not latents.")
 @click.option("--published-pickles", is_flag=True, help="SOURCE is the published program's.")
 @SOURCE_OPTIONS
 @click.option("--flip", is_flag=True, help="Store each image's mirror image too.")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16")
 @click.option("--batch-size", type=int, default=16, show_default=True)
-@click.option("--shard-size", type=int, default=8192, show_default=True, help="Images a shard.")
+@click.option("--shard-size", type=int, help="Images a shard; 8192, with captions 1024.")
 @click.option("--process", default="0/1", show_default=True, help="K/N: every N-th shard from K.")
 @click.option("--skip-corrupt", is_flag=True, help="Leave damaged images out.")
-def encode(source, cache, autoencoder, scale, pixels, published_pickles, **more):
+def encode(source, cache, autoencoder, scale, text, pixels, published_pickles, **more):
     """Makes a cache of SOURCE's latents, to train on.
 
-    SOURCE is a folder of images (class sub-folders or not), tfds:NAME (a TensorFlow data set), an
-    .npz file with "image" and maybe "label", or digits (bundled). An interrupted run goes on when
-    the same is typed again; several processes divide the shards (--process 0/4, 1/4, ...).
+    SOURCE is a folder of images (class sub-folders, or a captions.jsonl, or neither), coco:FOLDER
+    (with COCO's zips unpacked in it), tfds:NAME (a TensorFlow data set), an .npz file with "image"
+    and maybe "label", or what is bundled: digits, shapes:20000 (captioned). Of captions the
+    contexts are kept, which --text makes. An interrupted run goes on when the same is typed again;
+    several processes divide the shards (--process 0/4, 1/4, ...).
 
     \b
     Examples:
       keras-uvit encode tfds:imagenet2012 imagenet256 --image-size 256 --flip \\
           --autoencoder autoencoder_kl.pth
+      keras-uvit encode coco:data/coco coco-train --split train2014 --scale 0.23010 \\
+          --autoencoder autoencoder_kl.pth --text clip_vit_large_patch14
       keras-uvit encode tfds:imagenet_resized/64x64 imagenet64 --pixels
       keras-uvit encode imagenet_features cache --published-pickles --autoencoder autoencoder_kl.pth
     """
@@ -132,6 +146,7 @@ def encode(source, cache, autoencoder, scale, pixels, published_pickles, **more)
         "process": (int(index), int(count)),
         "corrupt": "skip" if more["skip_corrupt"] else "raise",
         "shard_size": more["shard_size"],
+        "text_encoder": text and CLIPText.from_preset(text),
     }
     if published_pickles:
         images = data.published_pickles(source)
@@ -199,10 +214,12 @@ def convert_weights(kind, source, target):
 @click.option("--batch-size", type=int, help="The preset's.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--grid-every", type=int, default=10, show_default=True, help="Epochs; 0 is never.")
-def train(preset, dataset, folder, weights, autoencoder, iterations, batch_size, seed, grid_every):
+@PROMPT
+def train(preset, dataset, folder, iterations, batch_size, seed, grid_every, prompt, **parts):
     """Trains PRESET on DATASET into FOLDER; typed again, it goes on where it was.
 
-    DATASET is a cache that `encode` made, a folder of images, tfds:NAME, or digits.
+    DATASET is a cache that `encode` made, a folder of images, tfds:NAME, or digits. Models of text
+    are trained on a cache; they draw grids of each --prompt.
 
     \b
     Example:
@@ -210,19 +227,27 @@ def train(preset, dataset, folder, weights, autoencoder, iterations, batch_size,
     """
     row = presets.get(preset)
     known = row.network.get("num_classes")
+    reads_text = row.network.get("context_shape") and "auto"
+    size = batch_size or row.batch_size
     samples = open_dataset(
-        dataset, row.network["image_shape"], known and "auto", batch_size or row.batch_size, seed
+        dataset, row.network["image_shape"], known and "auto", reads_text, size, seed
     )
     own = {}
     if known and samples.num_classes and samples.num_classes != known:
         click.echo(f"{samples.num_classes} classes in the data, {known} in {preset}: taking those.")
         own["num_classes"] = samples.num_classes
-    model = presets.load(preset, weights, autoencoder=autoencoder, seed=seed, **own)
+    weights, autoencoder, text = (parts[key] for key in ("weights", "autoencoder", "text"))
+    model = presets.load(
+        preset, weights, autoencoder=autoencoder, text_encoder=text, seed=seed, **own
+    )
     callbacks = []
-    if grid_every and (row.latent_scale is None or autoencoder):
+    can_draw = row.latent_scale is None or autoencoder
+    if grid_every and can_draw and (prompt or not reads_text):
         what = {"num_images": 16}
         if model.network.num_classes is not None:
             what = {"labels": np.arange(16) % model.network.num_classes}
+        if prompt:
+            what = {"prompts": list(prompt)}
         grids = Path(folder) / "grids"
         callbacks.append(evaluation.SampleGridCallback(grids, every=grid_every, **what))
     train_in_folder(model, samples, folder, iterations or row.iterations, callbacks=callbacks)
@@ -235,21 +260,36 @@ def train(preset, dataset, folder, weights, autoencoder, iterations, batch_size,
 @MODEL_OPTIONS
 @click.option("--labels", callback=numbers, help="Comma-separated class numbers, one an image.")
 @click.option("--num-images", type=int, help="For models without labels.")
+@PROMPT
+@click.option("--prompts", type=click.Path(), help="Text file of them, one a line.")
+@click.option("--negative-prompt", help="What guidance leads away from.")
 @SAMPLING_OPTIONS
 @click.option("--zoom", type=int, default=1, show_default=True, help="Of a grid.")
-def generate(model, target, weights, autoencoder, labels, num_images, zoom, **how):
+def generate(model, target, weights, autoencoder, text, zoom, **how):
     """Draws images from MODEL (a preset or a .keras file) into TARGET.
 
     TARGET ending in .png gets a grid, in .npz the arrays (`arr_0`, labels `arr_1`); otherwise it
     is a folder of PNG files.
 
     \b
-    Example:
+    Examples:
       keras-uvit generate uvit_tiny_digits grid.png --weights pretrained \\
           --labels 0,1,2,3,4,5,6,7,8,9 --zoom 8
+      keras-uvit generate uvit_tiny_shapes grid.png --weights pretrained --zoom 8 \\
+          --prompt "a small red circle left of a large blue square"
     """
-    network = open_model(model, weights, autoencoder)
-    images = network.generate(num_images=num_images, labels=labels, **sampling(**how))
+    what = {key: how.pop(key) for key in ("num_images", "labels", "negative_prompt")}
+    prompts, file = list(how.pop("prompt")), how.pop("prompts")
+    if file is not None:
+        prompts += open_prompts(file, None, None, None)
+    what = {key: value for key, value in what.items() if value is not None}
+    if "negative_prompt" in what:
+        what["negative_prompts"] = what.pop("negative_prompt")
+    if prompts:
+        what["prompts"] = prompts
+    labels = what.get("labels")
+    network = open_model(model, weights, autoencoder, text)
+    images = network.generate(**what, **sampling(**how))
     if target.endswith(".png"):
         evaluation.write_png(target, evaluation.image_grid(images, zoom=zoom))
     elif target.endswith(".npz"):
@@ -308,14 +348,17 @@ def statistics(source, target, inception, resize, **more):
 @INCEPTION
 @RESIZE
 @MODEL_OPTIONS
-@click.option("--num-images", type=int, default=50_000, show_default=True)
+@click.option("--num-images", type=int, help="50,000; of prompts, 30,000 or as many as there are.")
 @click.option("--labels", type=click.Choice(["random", "balanced"]), default="random")
+@click.option("--prompts", help="File of prompts, or what has captions, such as coco:FOLDER.")
+@click.option("--split", default="val2014", show_default=True, help="Of the captions.")
+@click.option("--clip", help="CLIP with both towers, for the CLIP score: a folder, or a preset.")
 @SAMPLING_OPTIONS
 @click.option("--folder", type=click.Path(), help="Keeps the images; an interrupted run goes on.")
 @click.option("--out", type=click.Path(), help="JSON file for the record.")
 @click.option("--allow-few", is_flag=True, help="Fewer than 2,049 images, to try the path.")
-def evaluate(model, reference, inception, resize, weights, autoencoder, **more):
-    """FID, sFID, Inception Score, precision and recall of MODEL.
+def evaluate(model, reference, inception, resize, weights, autoencoder, text, **more):
+    """FID, sFID, Inception Score, precision, recall and CLIP score of MODEL.
 
     MODEL is a preset or a .keras file; or images, drawn before: an .npz or a folder of PNG files.
 
@@ -323,16 +366,25 @@ def evaluate(model, reference, inception, resize, weights, autoencoder, **more):
     Example:
       keras-uvit evaluate runs/a/model.keras --reference cifar10.npz --num-images 10000 \\
           --inception pt_inception-2015-12-05-6726825d.pth --out fid.json
+      keras-uvit evaluate runs/coco/model.keras --reference fid_stats_mscoco256_val.npz \\
+          --prompts coco:data/coco --autoencoder autoencoder_kl.pth --text clip_vit_large_patch14 \\
+          --clip clip_vit_large_patch14 --inception pt_inception-2015-12-05-6726825d.pth
     """
+    prompts, count = None, more["num_images"]
+    if more["prompts"]:
+        prompts = open_prompts(more["prompts"], more["split"], count or 30_000, more["seed"])
+        count = len(prompts)
     features, known = InceptionFeatures(inception, resize=resize), Reference.load(reference)
     if not (model.endswith(".npz") or Path(model).is_dir()):
         keys = ("sampler", "num_steps", "guidance_scale", "seed", "batch_size", "raw")
         record = evaluation.evaluate(
-            open_model(model, weights, autoencoder),
+            open_model(model, weights, autoencoder, text),
             known,
             features,
-            more["num_images"],
+            count,
             labels=more["labels"],
+            prompts=prompts,
+            clip=more["clip"] and CLIPScore.from_preset(more["clip"]),
             folder=more["folder"],
             path=more["out"],
             allow_few=more["allow_few"],

@@ -39,7 +39,8 @@ class Frozen:
         Args:
             inputs: `(n, ...)` array.
             batch_size: int. A ragged last batch is filled up, not compiled anew.
-            prepare: function of a batch, such as a change of range; `None` leaves it.
+            prepare: function of a batch to what the network takes, such as a change of range;
+                `None` leaves it.
             verbose: 0 or 1. Progress bar.
             unit_name: what the bar counts.
 
@@ -57,7 +58,7 @@ class Frozen:
         for first in range(0, total, size):
             rows = np.minimum(np.arange(first, first + size), total - 1)
             x = inputs[first : first + size] if rows[-1] == first + size - 1 else inputs[rows]
-            x = ops.convert_to_tensor(prepare(x) if prepare else x)
+            x = keras.tree.map_structure(ops.convert_to_tensor, prepare(x) if prepare else x)
             out = self._program(weights, x)
             kept = min(size, total - first)
             parts.append(

@@ -17,7 +17,7 @@ import keras
 from keras_uvit.convert import load_torch_weights
 from keras_uvit.convert.files import TORCH
 from keras_uvit.inference import DAMAGE, load_keras_weights
-from keras_uvit.latent import AutoencoderKL
+from keras_uvit.latent import AutoencoderKL, CLIPText
 from keras_uvit.networks import UViT
 from keras_uvit.process.schedules import VPCosine, VPDiscrete, VPLinear
 from keras_uvit.training import DiffusionModel
@@ -45,6 +45,7 @@ class Preset:
     guidance_scale: float = 1.0
     latent_scale: float | None = None
     autoencoder: str | None = None  # file name of the published autoencoder
+    text_encoder: str | None = None  # preset of keras-hub, or folder in keras_uvit/weights
     ema_decay: float = 0.9999
     reported_fid: float | None = None
     our_fid: float | None = None
@@ -97,6 +98,7 @@ COCO = dict(
     guidance_scale=2.0,
     latent_scale=0.23010,
     autoencoder="autoencoder_kl.pth",
+    text_encoder="clip_vit_large_patch14",
 )
 COCO_SHAPES = dict(image_shape=(32, 32, 4), context_shape=(77, 768))
 
@@ -270,7 +272,7 @@ def get(name):
     return PRESETS[name]
 
 
-def load(name, weights=None, *, autoencoder=None, seed=0, **network):
+def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **network):
     """A `DiffusionModel` of a preset.
 
     Args:
@@ -282,6 +284,9 @@ def load(name, weights=None, *, autoencoder=None, seed=0, **network):
         autoencoder: for presets of latents, `latent.AutoencoderKL` or the path of its weights, see
             `AutoencoderKL.from_file`; the row's `autoencoder` says which file its FID is of.
             `generate` needs it to make pixels of latents.
+        text_encoder: for text-to-image presets, `latent.CLIPText`, or a folder or preset of CLIP,
+            see `CLIPText.from_preset`. `generate` needs it for prompts that are strings. With
+            "pretrained" weights the one that ships with them is taken.
         seed: int, of training.
         **network: arguments of `UViT` to change, such as `num_classes=` or `image_shape=` for
             your own data.
@@ -292,6 +297,7 @@ def load(name, weights=None, *, autoencoder=None, seed=0, **network):
     Raises:
         ValueError: for an unknown name, a row without shipped weights, or weights that do not fit.
         FileNotFoundError: if the path does not exist.
+        ImportError: for a text encoder without `pip install "keras-uvit[text]"`.
 
     Example:
         >>> model = load("uvit_tiny_digits", weights="pretrained")
@@ -324,6 +330,11 @@ def load(name, weights=None, *, autoencoder=None, seed=0, **network):
     if isinstance(autoencoder, str | Path):
         autoencoder = AutoencoderKL.from_file(autoencoder, scale=row.latent_scale or 1.0)
     model.autoencoder = autoencoder
+    if text_encoder is None and weights == "pretrained" and row.text_encoder is not None:
+        text_encoder = SHIPPED / row.text_encoder
+    if isinstance(text_encoder, str | Path):
+        text_encoder = CLIPText.from_preset(text_encoder)
+    model.text_encoder = text_encoder
     return model
 
 
@@ -358,8 +369,16 @@ def _load_weights(model, path):
         try:
             saved = keras.saving.load_model(path, compile=False)
             model.network.set_weights(saved.ema_network.get_weights())
+            _take_encoders(model, saved)
         except (*DAMAGE, BadZipFile) as error:
             raise ValueError(
                 f"{path.name} is damaged or does not fit preset {model.name!r}: {error}"
             ) from error
     model.copy_weights_to_ema()
+
+
+def _take_encoders(model, saved):
+    """Whose latents and contexts the weights have learned, and their "no prompt"."""
+    model.latent_encoder, model.context_encoder = saved.latent_encoder, saved.context_encoder
+    if model.network.context_shape is not None:
+        model.null_context.assign(saved.null_context)

@@ -6,10 +6,10 @@ import click
 import keras
 
 from keras_uvit import data, presets
-from keras_uvit.data import sources
+from keras_uvit.data import captioned, sources
 from keras_uvit.data.manifest import MANIFEST, read_manifest
 from keras_uvit.evaluation.files import read_npz
-from keras_uvit.latent import AutoencoderKL
+from keras_uvit.latent import AutoencoderKL, CLIPText
 from keras_uvit.training import DiffusionModel
 
 
@@ -25,15 +25,44 @@ def open_source(spec, image_size, split, channels, crop, data_dir):
         return data.tfds_source(
             spec[5:], split, image_size, channels=channels, crop=crop, data_dir=data_dir
         )
+    if spec.startswith("shapes:"):
+        return data.shapes.source(_count(spec), split)
+    if spec.startswith("coco:"):
+        if crop or channels != 3:
+            raise click.UsageError("COCO is cut at the centre, in colour: no --crop, --channels.")
+        return captioned.coco(spec[5:], split, image_size or 256)
     if image_size is None and Path(spec).is_dir():
         raise click.UsageError("A folder of images needs --image-size.")
+    if (Path(spec) / captioned.CAPTIONS).is_file():
+        return captioned.captioned_folder(spec, image_size, channels=channels)
     return sources.folder(spec, image_size or 1, channels=channels, crop=crop)
 
 
-def open_model(name, weights, autoencoder):
+def _count(spec):
+    count = spec.partition(":")[2]
+    if not count.isdigit() or not int(count):
+        raise click.UsageError(f"Expected a number of pictures, shapes:20000. Received: {spec}.")
+    return int(count)
+
+
+def open_prompts(spec, split, count, seed):
+    """Prompts of a text file, one a line, or one random caption each of a source's pictures."""
+    if Path(spec).is_file():
+        lines = Path(spec).read_text(encoding="utf-8").split("\n")
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"{spec} holds no prompt: expected one a line.")
+        return prompts
+    source = open_source(spec, 256, split, 3, None, None)
+    if source.captions is None:
+        raise ValueError(f"{spec} has no captions.")
+    return captioned.random_prompts(source.captions, count or len(source), seed)
+
+
+def open_model(name, weights, autoencoder, text):
     """A `DiffusionModel` of a preset's name or a saved `.keras` file."""
     if not name.endswith(".keras"):
-        return presets.load(name, weights, autoencoder=autoencoder)
+        return presets.load(name, weights, autoencoder=autoencoder, text_encoder=text)
     if weights is not None:
         raise click.UsageError("--weights go with a preset; a .keras file has its own.")
     model = keras.saving.load_model(name, compile=False)
@@ -41,16 +70,19 @@ def open_model(name, weights, autoencoder):
         raise ValueError(f"{name} holds a {type(model).__name__}, not a DiffusionModel.")
     if autoencoder is not None:
         model.autoencoder = AutoencoderKL.from_file(autoencoder, scale=model.latent_scale or 1.0)
+    if text is not None:
+        model.text_encoder = CLIPText.from_preset(text)
     return model
 
 
-def open_dataset(spec, image_shape, labels, batch_size, seed):
+def open_dataset(spec, image_shape, labels, captions, batch_size, seed):
     """What `train` reads: a cache, or what `open_source` takes, in memory."""
     height, width, channels = image_shape
     shared = {"batch_size": batch_size, "seed": seed, "labels": labels}
     if (Path(spec) / MANIFEST).is_file():
         is_latent = read_manifest(spec)["field"] == "moments"
-        return (data.LatentDataset if is_latent else data.image_shards)(spec, **shared)
+        reader = data.LatentDataset if is_latent else data.image_shards
+        return reader(spec, captions=captions, **shared)
     if spec.startswith("tfds:"):
         return data.tfds_images(spec[5:], (height, width), channels=channels, **shared)
     if spec == "digits":

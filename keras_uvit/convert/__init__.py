@@ -5,12 +5,18 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_uvit.convert import autoencoder, inception, uvit
+from keras_uvit.convert import autoencoder, clip, inception, uvit
 from keras_uvit.convert.files import read_tensors, write_tensors
 
 # A module a class of network: `entries(network)` lists (published name, Keras variable, layout),
-# `normalized(tensors)` brings the names of the files in circulation to those.
-FAMILIES = {"UViT": uvit, "AutoencoderKL": autoencoder, "InceptionFeatures": inception}
+# `normalized(tensors, network)` brings the names of the files in circulation to those.
+FAMILIES = {
+    "UViT": uvit,
+    "AutoencoderKL": autoencoder,
+    "InceptionFeatures": inception,
+    "CLIPTextEncoder": clip,
+    "CLIPBackbone": clip,
+}
 
 
 def load_torch_weights(network, path):
@@ -26,7 +32,8 @@ def load_torch_weights(network, path):
               conditions as the checkpoint has them), or a `DiffusionModel`, whose moving average
               is set too;
             * `latent.AutoencoderKL`, from the published program's file or diffusers' layout;
-            * `evaluation.InceptionFeatures`, from pytorch-fid's or torch-fidelity's file.
+            * `evaluation.InceptionFeatures`, from pytorch-fid's or torch-fidelity's file;
+            * keras-hub's `CLIPTextEncoder` or `CLIPBackbone`, from Hugging Face's file.
         path: the file.
 
     Raises:
@@ -36,7 +43,7 @@ def load_torch_weights(network, path):
             message lists missing, extra and wrong-shaped keys.
     """
     target, family = _family(network)
-    tensors = family.normalized(read_tensors(path))
+    tensors = family.normalized(read_tensors(path), target)
     entries = list(family.entries(target))
     new = _matched(entries, tensors, Path(path).name)
     for variable, value in new:

@@ -66,7 +66,7 @@ def _block(name, block):
         yield from conv(f"{name}.nin_shortcut", block.shortcut)
 
 
-def normalized(tensors):
+def normalized(tensors, network):
     """diffusers' names to the published program's; others stay.
 
     Raises:

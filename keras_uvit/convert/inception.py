@@ -18,6 +18,6 @@ def entries(inception):
     yield "fc.bias", classifier.bias, SAME
 
 
-def normalized(tensors):
+def normalized(tensors, network):
     """Without the 94 counters of training batches, which inference does not need."""
     return {k: a for k, a in tensors.items() if not k.endswith(".num_batches_tracked")}

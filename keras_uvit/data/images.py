@@ -22,8 +22,9 @@ class ImageDataset(ShuffledDataset):
         skipped: list of (index, reason) left out with `corrupt="skip"`; the reason names the file.
     """
 
-    def __init__(self, arrays, batch_size, *, flip=True, seed=0, process=(0, 1), **about):
-        super().__init__(arrays, batch_size, seed, process)
+    def __init__(self, arrays, batch_size, *, flip=True, contexts=None, **about):
+        order = {key: about.pop(key) for key in ("seed", "process") if key in about}
+        super().__init__(arrays, batch_size, contexts=contexts, **order)
         self.images, self.labels = arrays["image"], arrays.get("label")
         self.flip = flip
         self._mirrored = functools.lru_cache(maxsize=2)(self._mirror)
@@ -99,6 +100,11 @@ def in_memory(source, batch_size, *, flip=True, corrupt="raise", seed=0, verbose
         raise ValueError(
             f"batch_size must be between 1 and the number of images, {len(source)}. "
             f"Received: {batch_size}."
+        )
+    if source.captions is not None:
+        raise ValueError(
+            "The source has captions, which need a text encoder: write them once with "
+            "`data.write_images(source, folder, text_encoder=...)`, and read `data.image_shards`."
         )
     needed = len(source) * int(np.prod(source.shape))
     if needed > MAX_BYTES:

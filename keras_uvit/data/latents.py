@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_uvit.data import manifest
+from keras_uvit.data.contexts import Contexts
 from keras_uvit.data.images import ImageDataset
 from keras_uvit.data.manifest import CacheError
 from keras_uvit.data.shuffled import ShuffledDataset
@@ -59,7 +60,7 @@ class LatentDataset(ShuffledDataset):
     Args:
         path: folder that `write_latents` or `keras-uvit encode` made.
         batch_size: int, of all processes together; a multiple of their number.
-        labels: "auto" reads them where there are any; None leaves them out.
+        labels, captions: "auto" reads them where there are any; None leaves them out.
         seed: int.
         process: (index, count): this process gets every `count`-th sample of each batch.
         verify: bool. Compare all checksums now, reading every file once; otherwise only sizes.
@@ -73,8 +74,10 @@ class LatentDataset(ShuffledDataset):
         num_classes: int, or None without labels.
         num_samples: int, mirror images included.
 
-    Yields dicts "moments" `(B, h, w, 2 C)` float16 or float32 and, with classes, "label" `(B,)`
-    int32.
+        contexts: `Contexts`, or None without captions.
+
+    Yields dicts "moments" `(B, h, w, 2 C)` float16 or float32; with classes, "label" `(B,)` int32;
+    with captions, "context" `(B, length, width)` of one of the image's captions, at random.
 
     Raises:
         FileNotFoundError: if there is no cache.
@@ -87,14 +90,17 @@ class LatentDataset(ShuffledDataset):
         batch_size=64,
         *,
         labels="auto",
+        captions="auto",
         seed=0,
         process=(0, 1),
         verify=True,
         verbose=1,
     ):
         self.path = Path(path)
-        self.manifest, arrays = open_cache(self.path, "moments", labels, verify, verbose)
-        super().__init__(arrays, batch_size, seed, process)
+        self.manifest, arrays, contexts = open_cache(
+            self.path, "moments", labels, captions, verify, verbose
+        )
+        super().__init__(arrays, batch_size, seed, process, contexts)
         about = self.manifest["autoencoder"] or {}
         self.scale = about.get("scale")
         self.autoencoder_id = about.get("id")
@@ -109,7 +115,8 @@ def image_shards(
     batch_size=64,
     *,
     labels="auto",
-    flip=True,
+    captions="auto",
+    flip=None,
     seed=0,
     process=(0, 1),
     verify=True,
@@ -118,13 +125,14 @@ def image_shards(
     """`ImageDataset` of a folder that `write_images` made, read from mapped files.
 
     Arguments and errors are those of `LatentDataset`; `flip` mirrors each image with probability
-    1/2, anew each epoch.
+    1/2, anew each epoch. `None` does so unless there are captions, which say left and right.
     """
-    content, arrays = open_cache(Path(path), "image", labels, verify, verbose)
+    content, arrays, contexts = open_cache(Path(path), "image", labels, captions, verify, verbose)
     return ImageDataset(
         arrays,
         batch_size,
-        flip=flip,
+        flip=contexts is None if flip is None else flip,
+        contexts=contexts,
         seed=seed,
         process=process,
         num_classes=content["num_classes"] if "label" in arrays else None,
@@ -132,33 +140,47 @@ def image_shards(
     )
 
 
-def open_cache(folder, field, labels="auto", verify=True, verbose=1):
-    """The manifest of a cache and its arrays by name.
+def open_cache(folder, field, labels="auto", captions="auto", verify=True, verbose=1):
+    """The manifest of a cache, its arrays by name, and its `Contexts` or None.
 
     Raises:
         FileNotFoundError, CacheError: see `LatentDataset`.
     """
-    if labels not in ("auto", None):
-        raise ValueError(f'labels must be "auto" or None. Received: {labels!r}.')
+    for name, value in [("labels", labels), ("captions", captions)]:
+        if value not in ("auto", None):
+            raise ValueError(f'{name} must be "auto" or None. Received: {value!r}.')
     content = manifest.read_manifest(folder)
     if content["field"] != field:
         reader = {"moments": "LatentDataset", "image": "image_shards"}[content["field"]]
         raise CacheError(f"{folder} holds {content['field']}: read it with `data.{reader}`.")
     if verify:
         _verify(folder, content["shards"], verbose)
-    arrays = {}
-    fields = {field: (content["shape"], content["dtype"])}
+    arrays = {field: ShardedArray(_parts(folder, content, field, content["shape"]))}
     if labels and content["num_classes"] is not None:
-        fields["label"] = ((), "int32")
-    for name, (shape, dtype) in fields.items():
-        parts = [
-            manifest.open_shard(folder, record, name, shape, np.dtype(dtype))
-            for record in content["shards"]
-        ]
-        arrays[name] = ShardedArray(parts)
-    if "label" in arrays:
-        arrays["label"] = arrays["label"][:]  # small: into memory
-    return content, arrays
+        # Small: into memory.
+        arrays["label"] = np.concatenate(_parts(folder, content, "label", (), "int32"))
+    has_text = captions and content.get("text") is not None
+    return content, arrays, _contexts(folder, content) if has_text else None
+
+
+def _parts(folder, content, name, shape, dtype=None):
+    """One array of every shard."""
+    dtype = np.dtype(dtype or content["dtype"])
+    return [manifest.open_shard(folder, record, name, shape, dtype) for record in content["shards"]]
+
+
+def _contexts(folder, content):
+    text = content["text"]
+    parts = _parts(folder, content, "context", text["shape"], text["dtype"])
+    rows = [np.array(part) for part in _parts(folder, content, "captions", (2,), "int32")]
+    first = 0
+    for own, part in zip(rows, parts):
+        if len(own) and not (own.min() >= 1 and own.sum(axis=1).max() <= len(part)):
+            raise CacheError(f"{folder} is damaged: a caption is beyond its shard.")
+        own[:, 0] += first
+        first += len(part)
+    array = ShardedArray(parts)
+    return Contexts(array, np.concatenate(rows), np.array(array[0]), text)
 
 
 def _verify(folder, shards, verbose):

@@ -3,6 +3,8 @@
     plan.json               what is being made, written first; a second process must agree with it
     00000-moments.npy       samples of shard 0, `(count, *shape)`; or 00000-image.npy
     00000-label.npy         their labels, int32, where there are any
+    00000-context.npy       with captions, `(1 + captions, length, width)`: first the empty prompt's
+    00000-captions.npy      and `(count, 2)` int32, each sample's first row in it and its captions
     00000.json              written last: count and SHA-256 of the shard's files, and the plan's
                             digest; a shard without it does not exist
     manifest.json           the plan and all shards' records, written when none is missing
@@ -108,7 +110,7 @@ def write_shard(folder, index, arrays, **more):
     for field, array in arrays.items():
         path = folder / f"{shard_name(index)}-{field}.npy"
         write_file(path, lambda file, a=array: write_array(file, a))
-        files[field] = {"file": path.name, "sha256": sha256(path)}
+        files[field] = {"file": path.name, "sha256": sha256(path), "count": len(array)}
     record = {"count": len(next(iter(arrays.values()))), "files": files, **more}
     write_json(folder / f"{shard_name(index)}.json", record)
     return record
@@ -138,7 +140,7 @@ def open_shard(folder, record, field, shape, dtype):
         raise CacheError(f"{path} is missing. {AGAIN}") from None
     except Exception as error:  # what a damaged header raises depends on where it is damaged
         raise CacheError(f"{path} is truncated or damaged ({error}). {AGAIN}") from None
-    expected = (record["count"], *shape)
+    expected = (record["files"][field].get("count", record["count"]), *shape)
     if path.stat().st_size != array.offset + array.nbytes:
         raise CacheError(f"{path} is not of the size that its header says. {AGAIN}")
     if array.shape != expected or array.dtype != dtype:

@@ -16,6 +16,8 @@ class ShuffledDataset(keras.utils.PyDataset):
         batch_size: int, of all processes together.
         seed: int.
         process: (index, count): this process gets every `count`-th sample of each batch.
+        contexts: `Contexts` of the samples' captions, or None. Batches then have the "context" of
+            one caption at random, `(B, length, width)`.
 
     Attributes:
         epoch: int, the epoch that is read; Keras moves it on, a resumed run may set it.
@@ -23,7 +25,7 @@ class ShuffledDataset(keras.utils.PyDataset):
 
     shuffles_itself = True  # `DiffusionModel.fit` keeps Keras from shuffling once more
 
-    def __init__(self, arrays, batch_size, seed=0, process=(0, 1)):
+    def __init__(self, arrays, batch_size, seed=0, process=(0, 1), contexts=None):
         super().__init__()
         total = len(next(iter(arrays.values())))
         index, count = process
@@ -45,9 +47,14 @@ class ShuffledDataset(keras.utils.PyDataset):
         self.batch_size = batch_size
         self.seed = seed
         self.process = process
+        self.contexts = contexts
         self.epoch = 0
         # Two: Keras may still read the old epoch's last batches while the new one begins.
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
+        if contexts is not None:
+            self._captions = functools.lru_cache(maxsize=2)(
+                functools.partial(contexts.chosen, seed)
+            )
 
     @property
     def epoch(self):
@@ -75,7 +82,10 @@ class ShuffledDataset(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         rows = self.rows(self.epoch, index)
-        return {key: array[rows] for key, array in self.arrays.items()}
+        batch = {key: array[rows] for key, array in self.arrays.items()}
+        if self.contexts is not None:
+            batch["context"] = self.contexts.array[self._captions(self.epoch)[rows]]
+        return batch
 
     def on_epoch_begin(self):
         # Keras ends epochs more often than it begins them.

@@ -25,6 +25,7 @@ class Source:
         num_classes: int, or None without labels.
         class_names: list of str, or None.
         field: "image" or "moments".
+        captions: list of lists of str, those of each sample; or None.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Source:
     num_classes: int | None = None
     class_names: list | None = None
     field: str = "image"
+    captions: list | None = None
 
     def __len__(self):
         return self.length
@@ -76,23 +78,30 @@ def arrays(data, name="arrays"):
     """A source of images in memory.
 
     Args:
-        data: "image" `(n, H, W, C)` uint8 and maybe "label" `(n,)` in a dict, or the images alone.
+        data: "image" `(n, H, W, C)` uint8 and maybe "label" `(n,)` or "captions" (a str or a list
+            of them, each) in a dict, or the images alone.
         name: see `Source`.
 
     Raises:
         ValueError, TypeError: if the arrays do not fit.
     """
     data = data if isinstance(data, dict) else {"image": data}
-    if "image" not in data or not {*data} <= {"image", "label"}:
-        raise ValueError(f'Expected the keys "image" and maybe "label". Received: {[*data]}.')
-    data = {key: np.asarray(value) for key, value in data.items()}
+    if "image" not in data or not {*data} <= {"image", "label", "captions"}:
+        raise ValueError(
+            f'Expected the keys "image" and maybe "label", "captions". Received: {[*data]}.'
+        )
+    texts = data.get("captions")
+    data = {key: np.asarray(value) for key, value in data.items() if key != "captions"}
     images, labels = data["image"], data.get("label")
     if images.ndim != 4 or not len(images):
         raise ValueError(f"Images have shape (n, H, W, C), n >= 1. Received: {images.shape}.")
     if images.dtype != np.uint8:
         raise TypeError(f"Images are uint8 in [0, 255]. Received: dtype {images.dtype}.")
+    if texts is not None:
+        texts = checked_captions(texts, [f"Image {k}" for k in range(len(images))])
     if labels is None:
-        return Source(name, len(images), images.shape[1:], lambda i: {"image": images[i]})
+        read = lambda i: {"image": images[i]}  # noqa: E731
+        return Source(name, len(images), images.shape[1:], read, captions=texts)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"Labels are {len(images)} integers, one an image. Received: shape {labels.shape}, "
@@ -106,7 +115,29 @@ def arrays(data, name="arrays"):
         images.shape[1:],
         lambda i: {"image": images[i], "label": int(labels[i])},
         num_classes=int(labels.max()) + 1,
+        captions=texts,
     )
+
+
+def checked_captions(texts, names):
+    """Captions as a list of lists of str; `names` say whose, in errors.
+
+    Raises:
+        ValueError: if there are not as many as images, or an image has none, or an empty one.
+        TypeError: if one is no text.
+    """
+    if len(texts) != len(names):
+        raise ValueError(f"{len(names)} images need as many captions. Received: {len(texts)}.")
+    texts = [[own] if isinstance(own, str) else own for own in texts]
+    for own, name in zip(texts, names):
+        if not isinstance(own, list | tuple) or not all(isinstance(text, str) for text in own):
+            raise TypeError(f"{name}: captions are a str or a list of them. Received: {own!r}.")
+        if not own or not all(text.strip() for text in own):
+            raise ValueError(
+                f"{name} has no caption, or an empty one. (Training leaves captions out by itself, "
+                "by condition_dropout.)"
+            )
+    return [list(own) for own in texts]
 
 
 def folder(path, image_size, *, channels=3, labels="auto", crop=None):
@@ -135,7 +166,7 @@ def folder(path, image_size, *, channels=3, labels="auto", crop=None):
     ids = classes and [names.index(c) for c in classes]
 
     def read(i):
-        sample = {"image": _read_file(files[i], size, channels, crop)}
+        sample = {"image": read_file(files[i], size, channels, crop)}
         return {**sample, "label": ids[i]} if ids else sample
 
     return Source(
@@ -192,14 +223,15 @@ def _files(path, labels):
     return found, classes
 
 
-def _read_file(file, size, channels, crop):
+def read_file(file, size, channels, crop=None, method="adm"):
+    """`fitted` of an image file, upright by its EXIF tag; ValueError if it cannot be read."""
     Image, ImageOps = pillow()
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # Pillow would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
-            return fitted(image, size, channels, crop)
+            return fitted(image, size, channels, crop, method)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{file} cannot be read ({type(error).__name__}: {error}). Mend or remove it, or pass "
@@ -207,17 +239,17 @@ def _read_file(file, size, channels, crop):
         ) from error
 
 
-def fitted(image, size, channels=3, crop=None):
-    """`(H, W, C)` uint8 of a PIL image: shrunk until it just covers `size`, cut at the centre.
-
-    Halved by box filter as long as it stays larger, then bicubic: the ADM crop (Dhariwal and
-    Nichol 2021, arXiv 2105.05233).
+def fitted(image, size, channels=3, crop=None, method="adm"):
+    """`(H, W, C)` uint8 of a PIL image that covers `size`, cut at the centre.
 
     Args:
         image: PIL image.
         size: (height, width) in pixels, or None to leave the size.
         channels: 3 or 1.
         crop: (top, left, height, width) to cut out first, in pixels, or None.
+        method: "adm", halved by box filter as long as it stays larger, then bicubic (Dhariwal and
+            Nichol 2021, arXiv 2105.05233); or "lanczos", cut first, then resized at once (the
+            published program's for COCO).
 
     Raises:
         ValueError: if the crop is not in the image.
@@ -230,11 +262,11 @@ def fitted(image, size, channels=3, crop=None):
             raise ValueError(f"crop={crop} is not in the image, {image.height} x {image.width}")
         image = image.crop((left, top, left + width, top + height))
     if size is not None:
-        image = _centre_crop(Image, image, size)
+        image = FITS[method](Image, image, size)
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def _centre_crop(Image, image, size):
+def _adm(Image, image, size):
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -243,3 +275,14 @@ def _centre_crop(Image, image, size):
     image = image.resize(covered, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def _lanczos(Image, image, size):
+    height, width = size
+    scale = min(image.height / height, image.width / width)
+    top, left = (image.height - scale * height) / 2, (image.width - scale * width) / 2
+    cut = (left, top, left + scale * width, top + scale * height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=tuple(map(int, cut)))
+
+
+FITS = {"adm": _adm, "lanczos": _lanczos}

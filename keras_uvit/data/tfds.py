@@ -8,7 +8,15 @@ from keras_uvit.data.images import in_memory
 
 
 def tfds_source(
-    name, split="train", image_size=None, *, channels=3, labels="auto", crop=None, data_dir=None
+    name,
+    split="train",
+    image_size=None,
+    *,
+    channels=3,
+    labels="auto",
+    captions="auto",
+    crop=None,
+    data_dir=None,
 ):
     """A source of one split of a TensorFlow data set, prepared at the first use.
 
@@ -17,12 +25,15 @@ def tfds_source(
     without TensorFlow (array_record files).
 
     Args:
-        name: such as "cifar10", "celeb_a", "imagenet2012", "imagenet_resized/64x64".
+        name: such as "cifar10", "celeb_a", "imagenet2012", "imagenet_resized/64x64",
+            "coco_captions" (whose "restval+val+test" is COCO's val2014).
         split: such as "train", "train[:1000]", "validation".
         image_size: int or (height, width) in pixels, fitted as `sources.fitted` says; `None` for
             sets whose images are all of one size.
         channels: 3 (RGB) or 1 (grey).
         labels: "auto" takes the set's classes where it has a "label"; None gives no labels.
+        captions: "auto" takes the set's "captions" where it has them, and then fits images as
+            `captioned.coco` does; None leaves them.
         crop: (top, left, height, width) to cut out of each image first, in pixels, or None. The
             paper's CelebA is `crop=(57, 25, 128, 128)`, `image_size=64`.
         data_dir: where data sets are kept; `None` is ~/tensorflow_datasets.
@@ -40,6 +51,7 @@ def tfds_source(
     split_names = sorted(builder.info.splits)
     try:
         data = builder.as_data_source(split)
+        texts = _captions(builder, split) if captions else None
     except (ValueError, KeyError) as error:
         raise ValueError(f"{name} has the splits {split_names}. Received: {split!r}.") from error
     features = builder.info.features
@@ -51,13 +63,14 @@ def tfds_source(
         raise ValueError(f"The images of {name} differ in size: say which image_size you want.")
     has_labels = labels is not None and "label" in features
     classes = getattr(features["label"], "num_classes", None) if has_labels else None
+    method = "adm" if texts is None else "lanczos"
     Image, _ = sources.pillow()
 
     def read(i):
         record = data[i]
         pixels = np.asarray(record["image"])
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        sample = {"image": sources.fitted(image, size, channels, crop)}
+        sample = {"image": sources.fitted(image, size, channels, crop, method)}
         return {**sample, "label": int(record["label"])} if classes else sample
 
     return sources.Source(
@@ -67,7 +80,24 @@ def tfds_source(
         read,
         num_classes=classes,
         class_names=list(features["label"].names) if classes else None,
+        captions=texts,
     )
+
+
+def _captions(builder, split):
+    """The captions of all records, read without decoding a picture; None where there are none."""
+    if "captions" not in builder.info.features:
+        return None
+    import tensorflow_datasets as tfds
+
+    data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    names = [f"{builder.info.name} {k}" for k in range(len(data))]
+    return sources.checked_captions([_texts(data[k]["captions"]) for k in range(len(data))], names)
+
+
+def _texts(captions):
+    texts = captions["text"] if isinstance(captions, dict) else [c["text"] for c in captions]
+    return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
 
 
 def _builder(name, data_dir):
@@ -123,6 +153,13 @@ def tfds_images(
             `write_images` is for.
     """
     source = tfds_source(
-        name, split, image_size, channels=channels, labels=labels, crop=crop, data_dir=data_dir
+        name,
+        split,
+        image_size,
+        channels=channels,
+        labels=labels,
+        captions=None,
+        crop=crop,
+        data_dir=data_dir,
     )
     return in_memory(source, batch_size, flip=flip, seed=seed, verbose=verbose)

@@ -22,9 +22,10 @@ def write_latents(
     path,
     autoencoder,
     *,
+    text_encoder=None,
     flip=False,
     dtype="float16",
-    shard_size=8192,
+    shard_size=None,
     batch_size=16,
     process=(0, 1),
     corrupt="raise",
@@ -44,10 +45,14 @@ def write_latents(
         autoencoder: `latent.AutoencoderKL`, or what has its `encode`, `moments_shape`, `factor`,
             `scale`, `id` and `fingerprint`. With a source of moments (`data.published_pickles`) it
             is the one that made them, or `None`: then `fit` cannot check that it is the model's.
+        text_encoder: `latent.CLIPText`, for a source with captions: the contexts of all of them
+            are kept, and the empty prompt's.
         flip: bool. Store each image's mirror image right after it, as the paper does on ImageNet.
-            (To mirror latents is not the same as to encode a mirrored image.)
-        dtype: "float16" or "float32", of the stored moments.
-        shard_size: int, images a shard. One shard is in memory, and at most one is lost by a kill.
+            (To mirror latents is not the same as to encode a mirrored image. Captions that say
+            left and right become false.)
+        dtype: "float16" or "float32", of the stored moments and contexts.
+        shard_size: int, images a shard; `None` is 8192, with captions 1024. One shard is in memory,
+            and at most one is lost by a kill.
         batch_size: int, images encoded at a time.
         process: (index, count): makes every `count`-th shard, beginning with `index`.
         corrupt: "raise" stops at a damaged image; "skip" leaves it out and lists it in the
@@ -59,7 +64,7 @@ def write_latents(
 
     Raises:
         CacheError: if the folder holds a cache made in another way.
-        ValueError, TypeError: if the source and the autoencoder do not fit.
+        ValueError, TypeError: if the source and the encoders do not fit.
         OSError: if the disk is too small, before anything is encoded, or is full.
     """
     source = source if isinstance(source, sources.Source) else sources.arrays(source)
@@ -78,10 +83,11 @@ def write_latents(
             return values
         return autoencoder.encode(values, batch_size=batch_size, verbose=0)
 
-    plan = _plan(source, "moments", dtype, shard_size, flip)
+    plan = _plan(source, "moments", dtype, shard_size, flip, text_encoder)
     if autoencoder is not None:
         plan |= _about(source, autoencoder)
-    return _write(source, Path(path), plan, encode, batch_size, process, corrupt, verbose)
+    encoders = encode, text_encoder
+    return _write(source, Path(path), plan, encoders, batch_size, process, corrupt, verbose)
 
 
 def _about(source, autoencoder):
@@ -97,28 +103,47 @@ def _about(source, autoencoder):
     }
 
 
-def write_images(source, path, *, shard_size=8192, process=(0, 1), corrupt="raise", verbose=1):
+def write_images(
+    source,
+    path,
+    *,
+    text_encoder=None,
+    shard_size=None,
+    process=(0, 1),
+    corrupt="raise",
+    verbose=1,
+):
     """Decodes and resizes images once, to train on pixels that do not fit in memory.
 
-    Arguments, result and errors are those of `write_latents`. The images are stored as uint8;
-    `image_shards` reads them and mirrors them as they are read.
+    Arguments, result and errors are those of `write_latents`. The images are stored as uint8,
+    contexts as float16; `image_shards` reads them, and mirrors images as they are read.
     """
     source = source if isinstance(source, sources.Source) else sources.arrays(source)
     if source.field != "image":
         raise ValueError("write_images takes images. Use write_latents for moments.")
-    plan = _plan(source, "image", "uint8", shard_size, flip=False)
+    plan = _plan(source, "image", "uint8", shard_size, False, text_encoder)
     plan["image_size"] = list(source.shape[:2])
 
     def stack(samples):
         return np.stack([sample["image"] for sample in samples])
 
-    return _write(source, Path(path), plan, stack, 256, process, corrupt, verbose)
+    encoders = stack, text_encoder
+    return _write(source, Path(path), plan, encoders, 256, process, corrupt, verbose)
 
 
-def _plan(source, field, dtype, shard_size, flip):
+def _plan(source, field, dtype, shard_size, flip, text_encoder):
+    if (source.captions is None) != (text_encoder is None):
+        raise ValueError(
+            "text_encoder goes with captions, and this source has none."
+            if source.captions is None
+            else "The source has captions: pass text_encoder, such as latent.CLIPText, or leave "
+            "them out: dataclasses.replace(source, captions=None)."
+        )
+    if shard_size is None:
+        shard_size = 8192 if text_encoder is None else 1024
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1. Received: {shard_size}.")
-    return {
+    plan = {
         "format": manifest.FORMAT,
         "version": manifest.VERSION,
         "keras_uvit": importlib.metadata.version("keras-uvit"),
@@ -135,6 +160,14 @@ def _plan(source, field, dtype, shard_size, flip):
         "shard_size": shard_size,
         "num_shards": math.ceil(len(source) / shard_size),
     }
+    if text_encoder is not None:
+        plan["text"] = {
+            "id": text_encoder.id,
+            "fingerprint": text_encoder.fingerprint,
+            "shape": list(text_encoder.context_shape),
+            "dtype": "float16" if field == "image" else dtype,
+        }
+    return plan
 
 
 def _copies(plan):
@@ -142,7 +175,7 @@ def _copies(plan):
     return 2 if plan["flip"] == "stored" else 1
 
 
-def _write(source, folder, plan, encode, batch_size, process, corrupt, verbose):
+def _write(source, folder, plan, encoders, batch_size, process, corrupt, verbose):
     index, count = process
     if not 0 <= index < count:
         raise ValueError(f"process is (index, count), index < count. Received: {process}.")
@@ -158,12 +191,10 @@ def _write(source, folder, plan, encode, batch_size, process, corrupt, verbose):
         (folder / f"{manifest.shard_name(i)}.json").unlink(missing_ok=True)
         (folder / manifest.MANIFEST).unlink(missing_ok=True)
     rows = {i: rows[i] for i in missing}
-    _check_space(
-        folder, plan, sum(map(len, rows.values())), len(own) - len(missing), len(own), verbose
-    )
+    _check_space(source, folder, plan, rows, len(own), verbose)
     bar = keras.utils.Progbar(sum(map(len, rows.values())), verbose=verbose, unit_name="image")
     for i in missing:
-        arrays, skipped = _encode_shard(source, rows[i], plan, encode, batch_size, corrupt, bar)
+        arrays, skipped = _encode_shard(source, rows[i], plan, encoders, batch_size, corrupt, bar)
         try:
             manifest.write_shard(folder, i, arrays, skipped=skipped, plan=manifest.digest(plan))
         except OSError as error:
@@ -225,7 +256,7 @@ def _is_whole(folder, index, plan, images):
         return (
             record["plan"] == manifest.digest(plan)
             and record["count"] == (images - len(record["skipped"])) * _copies(plan)
-            and {*record["files"]} == {plan["field"], *_labels(plan)}
+            and {*record["files"]} == {plan["field"], *_labels(plan), *_captions(plan)}
             and manifest.damage(folder, record) is None
         )
     except (KeyError, TypeError, AttributeError):  # a damaged record
@@ -236,14 +267,24 @@ def _labels(plan):
     return [] if plan["num_classes"] is None else ["label"]
 
 
-def _check_space(folder, plan, images, done, own, verbose):
-    sample = math.prod(plan["shape"]) * np.dtype(plan["dtype"]).itemsize
-    needed, free = images * _copies(plan) * sample, shutil.disk_usage(folder).free
+def _captions(plan):
+    return ["context", "captions"] if "text" in plan else []
+
+
+def _check_space(source, folder, plan, rows, own, verbose):
+    """Says how much disk the missing shards' rows take, and raises where there is not as much."""
+    images = sum(map(len, rows.values()))
+    parts = {f"{plan['dtype']} {plan['field']}": images * _copies(plan) * _size(plan)}
+    if _captions(plan):
+        captions = sum(len(source.captions[k]) for own_rows in rows.values() for k in own_rows)
+        name = f"{plan['text']['dtype']} contexts of {captions} captions"
+        parts[name] = (captions + len(rows)) * _size(plan["text"])
+    needed, free = sum(parts.values()), shutil.disk_usage(folder).free
     if verbose:
+        shares = " + ".join(f"{size / 1e9:.3g} GB {name}" for name, size in parts.items())
         print(  # noqa: T201
-            f"{plan['source_length']} images of {plan['source']} -> {folder}: "
-            f"{done} of {own} shards are there, the others take "
-            f"{needed / 1e9:.3g} GB ({plan['dtype']} {plan['field']}); {free / 1e9:.3g} GB are free"
+            f"{plan['source_length']} images of {plan['source']} -> {folder}: {own - len(rows)} of "
+            f"{own} shards are there, the others take {shares}; {free / 1e9:.3g} GB are free"
         )
     if needed > free:
         raise OSError(
@@ -253,40 +294,55 @@ def _check_space(folder, plan, images, done, own, verbose):
         )
 
 
-def _encode_shard(source, rows, plan, encode, batch_size, corrupt, bar):
+def _size(about):
+    """Bytes of one array of a plan."""
+    return math.prod(about["shape"]) * np.dtype(about["dtype"]).itemsize
+
+
+def _encode_shard(source, rows, plan, encoders, batch_size, corrupt, bar):
     """The shard's arrays, and its damaged images as [index, reason]."""
-    encoded, labels, skipped = [], [], []
+    encode, text_encoder = encoders
+    encoded, labels, kept, skipped = [], [], [], []
+    contexts = [] if text_encoder is None else [text_encoder.null_context[None]]
     for group in source.batches(rows, batch_size, corrupt):
         skipped += [[index, sample] for index, sample in group if isinstance(sample, str)]
         good = [(index, sample) for index, sample in group if not isinstance(sample, str)]
         if good:
             indices, samples = zip(*good)
-            encoded.append(_stored(encode(samples), plan, indices))
-            if _labels(plan):
-                ids = np.array([sample["label"] for sample in samples], "int32")
-                labels.append(np.repeat(ids, _copies(plan)))
+            names = np.repeat(indices, _copies(plan))
+            encoded.append(_stored(encode(samples), plan["dtype"], source, names))
+            labels += [sample["label"] for sample in samples] if _labels(plan) else []
+            kept += indices
+            if text_encoder is not None:
+                texts = [(k, text) for k in indices for text in source.captions[k]]
+                names, texts = zip(*texts)
+                values = text_encoder(list(texts), batch_size=batch_size)
+                contexts.append(_stored(values, plan["text"]["dtype"], source, names))
         bar.add(len(group))
-    arrays = {
-        plan["field"]: np.concatenate([np.empty((0, *plan["shape"]), plan["dtype"]), *encoded])
-    }
+    empty = np.empty((0, *plan["shape"]), plan["dtype"])
+    arrays = {plan["field"]: np.concatenate([empty, *encoded])}
     if _labels(plan):
-        arrays["label"] = np.concatenate([np.empty((0,), "int32"), *labels])
+        arrays["label"] = np.repeat(np.array(labels, "int32"), _copies(plan))
+    if text_encoder is not None:
+        counts = np.array([len(source.captions[k]) for k in kept], "int32")
+        first = 1 + np.cumsum(counts) - counts
+        arrays["captions"] = np.repeat(np.stack([first, counts], 1), _copies(plan), 0).astype("i4")
+        arrays["context"] = np.concatenate(contexts).astype(plan["text"]["dtype"])
     return arrays, skipped
 
 
-def _stored(values, plan, indices):
-    """`values` in the plan's dtype, or ValueError where it cannot hold them."""
-    if plan["dtype"] == "uint8":
+def _stored(values, dtype, source, names):
+    """`values` in the dtype of the cache, or ValueError where it cannot hold them."""
+    if dtype == "uint8":
         return values
-    limit = np.finfo(plan["dtype"]).max
+    limit = np.finfo(dtype).max
     good = np.abs(values).reshape(len(values), -1).max(axis=1) <= limit  # false for NaN
     if not good.all():
-        index = indices[int(np.argmin(good)) // _copies(plan)]
         raise ValueError(
-            f"Sample {index} of {plan['source']} has moments that are not finite or beyond "
-            f"{plan['dtype']}. Look at the image and at the autoencoder's weights."
+            f"Sample {names[int(np.argmin(good))]} of {source.name} is encoded to values that are "
+            f"not finite or beyond {dtype}. Look at it and at the encoder's weights."
         )
-    return values.astype(plan["dtype"])
+    return values.astype(dtype)
 
 
 def _finish(folder, plan):

@@ -1,5 +1,6 @@
 from keras_uvit.evaluation.callbacks import FIDCallback as FIDCallback
 from keras_uvit.evaluation.callbacks import SampleGridCallback as SampleGridCallback
+from keras_uvit.evaluation.clip_score import CLIPScore as CLIPScore
 from keras_uvit.evaluation.cost import count_macs as count_macs
 from keras_uvit.evaluation.cost import count_parameters as count_parameters
 from keras_uvit.evaluation.files import image_grid as image_grid

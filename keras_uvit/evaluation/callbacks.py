@@ -6,7 +6,9 @@ from pathlib import Path
 import keras
 
 from keras_uvit.evaluation.files import image_grid, write_png
-from keras_uvit.evaluation.protocol import OPTIONS, check, evaluate
+from keras_uvit.evaluation.protocol import check, evaluate
+
+EVALUATE_ONLY = ("seed", "folder", "path", "verbose")  # arguments that cannot be wrong beforehand
 
 
 class _Periodic(keras.callbacks.Callback):
@@ -72,8 +74,8 @@ class FIDCallback(_Periodic):
         every: int, epochs between measurements; the last epoch is always measured.
         num_images: int.
         log_dir: folder for TensorBoard, or None.
-        **options: of `evaluate`: labels, seed, guidance_scale (the paper watches training at 1.0),
-            num_steps, ...
+        **options: of `evaluate`: labels, prompts, clip, seed, guidance_scale (the paper watches
+            training at 1.0), num_steps, ...
     """
 
     def __init__(
@@ -81,22 +83,19 @@ class FIDCallback(_Periodic):
     ):
         super().__init__(every, log_dir)
         self.reference, self.inception, self.path = reference, inception, Path(path)
-        self.num_images = num_images
+        self.num_images = len(options["prompts"]) if "prompts" in options else num_images
         self.options = {"usual": 0, "verbose": 0, **options}
 
     def on_train_begin(self, logs=None):
         # Not after hours of training.
-        asked = {"labels": "random", "allow_few": False, **self.options}
-        draws = {k: v for k, v in asked.items() if k in OPTIONS}
+        names = ("labels", "prompts", "clip", "allow_few", "usual")
         check(
             self.model,
             self.reference,
             self.inception,
             self.num_images,
-            asked["labels"],
-            asked["allow_few"],
-            asked["usual"],
-            draws,
+            **{k: v for k, v in self.options.items() if k in names},
+            options={k: v for k, v in self.options.items() if k not in (*names, *EVALUATE_ONLY)},
         )
 
     def act(self, epoch, logs):

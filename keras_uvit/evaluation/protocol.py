@@ -17,6 +17,7 @@ from keras_uvit.inference import fingerprint
 from keras_uvit.process import samplers
 
 CHUNK = 1024  # images drawn, measured and written at a time
+USUAL_PROMPTS = 30_000  # of the papers' COCO numbers
 NEIGHBOURS = 3  # of precision and recall
 # Arguments of `generate` that `evaluate` hands on.
 OPTIONS = ["sampler", "num_steps", "guidance_scale", "guidance_interval", "batch_size", "use_ema"]
@@ -128,14 +129,16 @@ def evaluate(
     model,
     reference,
     inception,
-    num_images=USUAL,
+    num_images=None,
     *,
     labels="random",
+    prompts=None,
+    clip=None,
     seed=0,
     folder=None,
     path=None,
     allow_few=False,
-    usual=USUAL,
+    usual=None,
     verbose=1,
     **options,
 ):
@@ -145,27 +148,35 @@ def evaluate(
         model: `DiffusionModel`; one of latents needs its autoencoder.
         reference: `Reference`; the papers' is of the training images.
         inception: `InceptionFeatures`.
-        num_images: int, 50,000 in the papers (COCO: 30,000).
+        num_images: int; `None` is the papers' 50,000, or as many as there are prompts.
         labels: "random" draws each label with equal probability, as the paper does; "balanced"
             takes each equally often.
+        prompts: list of str, one an image, for a text model; COCO's protocol is
+            `data.captioned.random_prompts` of 30,000 validation pictures.
+        clip: `CLIPScore`, to measure how well images show their prompts; or None.
         seed: int, of labels and noise.
         folder: keeps the images there as `.npz` files of 1,024, and goes on with them when it is
             called again.
         path: JSON file for the record.
-        allow_few, usual, verbose: see `scores`.
+        allow_few, verbose: see `scores`.
+        usual: int, fewer images warn; `None` is 50,000, with prompts 30,000.
         **options: of `generate`: sampler, num_steps, guidance_scale, guidance_interval,
             batch_size, use_ema.
 
     Returns:
-        dict: the scores and what they are of.
+        dict: the scores, with `clip` also "clip_score", and what they are of.
 
     Raises:
         ValueError: if anything does not fit, before images are drawn.
     """
-    check(model, reference, inception, num_images, labels, allow_few, usual, options)
-    record = describe(model, num_images, labels, seed, options)
-    condition = _condition(model, num_images, labels, seed)
+    num_images = _count(num_images, prompts)
+    check(model, reference, inception, num_images, labels, prompts, clip, allow_few, usual, options)
+    record = describe(model, num_images, labels, prompts, seed, options)
+    condition = _condition(model, num_images, labels, prompts, seed)
     batches = _drawn(model, num_images, condition, record, folder, options | {"seed": seed})
+    agreement = []
+    if clip is not None:
+        batches = _compared(batches, prompts, clip, agreement)
     found = scores(
         batches,
         num_images,
@@ -175,6 +186,9 @@ def evaluate(
         usual=0,
         verbose=verbose,
     )
+    if clip is not None:
+        found["clip_score"] = float(np.concatenate(agreement).mean())
+        record["clip"] = clip.id
     record = {
         **{k: v if v is None else round(v, 4) for k, v in found.items()},
         **record,
@@ -188,8 +202,40 @@ def evaluate(
     return record
 
 
-def check(model, reference, inception, num_images, labels, allow_few, usual, options):
+def _count(num_images, prompts):
+    if prompts is None:
+        return USUAL if num_images is None else num_images
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError("prompts are a list of strings, one an image.")
+    if num_images not in (None, len(prompts)):
+        raise ValueError(f"There are {len(prompts)} prompts, but num_images={num_images}.")
+    return len(prompts)
+
+
+def _compared(batches, prompts, clip, agreement):
+    """Hands the images on, and keeps how well each shows its prompt."""
+    done = 0
+    for images in batches:
+        agreement.append(clip(images, prompts[done : done + len(images)]))
+        done += len(images)
+        yield images
+
+
+def check(
+    model,
+    reference,
+    inception,
+    num_images,
+    labels="random",
+    prompts=None,
+    clip=None,
+    allow_few=False,
+    usual=None,
+    options=(),
+):
     """Raises what `evaluate` would, without drawing an image."""
+    if usual is None:
+        usual = USUAL if prompts is None else USUAL_PROMPTS
     check_count(num_images, allow_few, usual, stacklevel=4)
     check_inception(reference, inception)
     unknown = sorted({*options} - {*OPTIONS})
@@ -197,11 +243,18 @@ def check(model, reference, inception, num_images, labels, allow_few, usual, opt
         raise TypeError(f"evaluate takes of `generate` {[*OPTIONS]}. Received: {unknown}.")
     if labels not in ("random", "balanced"):
         raise ValueError(f'labels must be "random" or "balanced". Received: {labels!r}.')
-    if model.network.context_shape is not None:
+    reads_text = model.network.context_shape is not None
+    if reads_text != (prompts is not None):
         raise ValueError(
-            "evaluate draws by labels, not by prompts. Draw the images with `generate` and measure "
-            "them with `scores`."
+            "A text model is measured on prompts: pass prompts=, such as those of "
+            "data.captioned.random_prompts."
+            if reads_text
+            else "prompts go with a text model; this one reads none."
         )
+    if reads_text and model.text_encoder is None:
+        raise ValueError("Prompts need a text encoder: set `model.text_encoder`.")
+    if clip is not None and prompts is None:
+        raise ValueError("The CLIP score compares images with prompts; this model has none.")
     if model.latent_scale is not None and model.autoencoder is None:
         raise ValueError("FID is of pixels: set `model.autoencoder` to decode the latents.")
     if model.latent_scale is None and model.network.image_shape[-1] != 3:
@@ -212,7 +265,7 @@ def check(model, reference, inception, num_images, labels, allow_few, usual, opt
     check_size(reference, _image_size(model))
 
 
-def describe(model, num_images, labels, seed, options):
+def describe(model, num_images, labels, prompts, seed, options):
     """What samples depend on, as the record keeps it."""
     use_ema = options.get("use_ema", True)
     sampler = options.get("sampler") or model.sampler
@@ -233,6 +286,8 @@ def describe(model, num_images, labels, seed, options):
         "global_batch": int(keras.ops.convert_to_numpy(model.global_batch)) or None,
         "num_images": num_images,
         "label_protocol": labels if model.network.num_classes is not None else None,
+        "prompts": prompts and hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
+        "text_encoder": model.text_encoder and model.text_encoder.id,
         "sampler": sampler,
         "num_steps": num_steps,
         "nfe": len(steps.t),
@@ -254,8 +309,10 @@ def _image_size(model):
     return [n * factor for n in model.network.image_shape[:2]]
 
 
-def _condition(model, num_images, labels, seed):
+def _condition(model, num_images, labels, prompts, seed):
     """(name, values) of the argument of `generate` that says what to draw."""
+    if prompts is not None:
+        return "prompts", prompts
     classes = model.network.num_classes
     if classes is None:
         return "num_images", None
@@ -281,7 +338,7 @@ def _drawn(model, num_images, condition, record, folder, options):
         what = last - first if values is None else values[first:last]
         images = model.generate(**{name: what}, first=first, verbose=0, **options)
         if folder:
-            labels = {} if values is None else {"arr_1": values[first:last]}
+            labels = {"arr_1": values[first:last]} if name == "labels" else {}
             atomic_json(about, record)
             atomic_npz(file, {"arr_0": images, **labels})
         yield images

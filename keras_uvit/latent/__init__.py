@@ -2,3 +2,4 @@
 
 from keras_uvit.latent.autoencoder import AutoencoderKL as AutoencoderKL
 from keras_uvit.latent.space_to_depth import SpaceToDepth as SpaceToDepth
+from keras_uvit.latent.text import CLIPText as CLIPText

@@ -24,7 +24,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend
-from keras_uvit.training import latent_space
+from keras_uvit.training import latent_space, text_space
 
 DATA = ("image", "latent", "moments")
 
@@ -71,6 +71,8 @@ def check_source(model, x, y=None):
     check_batch(model, as_dict(first))
     if _is_cache(x):  # last: what is refused for another reason must not fix the encoder
         latent_space.agree(model, x, "The cache")
+    if getattr(x, "contexts", None) is not None:
+        text_space.agree(model, x.contexts, "The cache")
     return x
 
 

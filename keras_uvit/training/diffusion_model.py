@@ -9,7 +9,7 @@ from keras import ops
 from keras_uvit import backend
 from keras_uvit.process import predictions
 from keras_uvit.process.schedules import VPLinear
-from keras_uvit.training import batches, generation, latent_space
+from keras_uvit.training import batches, bookkeeping, generation, latent_space, text_space
 from keras_uvit.training.callbacks import StopOnNonFinite
 from keras_uvit.training.checkpoints import atomically
 from keras_uvit.training.optimizers import adamw
@@ -48,6 +48,7 @@ class DiffusionModel(keras.Model):
         latent_encoder: str, fingerprint of the encoder whose latents the model works on. `None`:
             that of the first cache it is fitted on, or of the `autoencoder` set, whichever is
             first. From then on those of another encoder are refused.
+        context_encoder: str, the same of the text encoder whose contexts the model reads.
         ema_decay: float in [0, 1).
         ema_warmup: bool. Decay min(ema_decay, (1 + k) / (10 + k)) at optimizer step k: the
             published constant 0.9999 would leave 82 % of the random start in the average after
@@ -75,6 +76,7 @@ class DiffusionModel(keras.Model):
         condition_dropout=None,
         latent_scale=None,
         latent_encoder=None,
+        context_encoder=None,
         ema_decay=0.9999,
         ema_warmup=True,
         optimizer=None,
@@ -95,7 +97,8 @@ class DiffusionModel(keras.Model):
         self.prediction = prediction
         self.time_scale = time_scale if time_scale is not None else self.schedule.time_scale
         self.condition_dropout = condition_dropout
-        self.latent_scale, self.latent_encoder = latent_scale, latent_encoder
+        self.latent_scale = latent_scale
+        self.latent_encoder, self.context_encoder = latent_encoder, context_encoder
         self.ema_decay = ema_decay
         self.ema_warmup = ema_warmup
         self.recipe = dict(optimizer or {})
@@ -122,7 +125,7 @@ class DiffusionModel(keras.Model):
             self.null_context = self.add_weight(shape=network.context_shape, **null)
         self.random = keras.random.SeedGenerator(seed)
         self.norm_tracker = keras.metrics.Mean(name="grad_norm")
-        # Set by whoever has them: decode(latents) -> uint8 images; (captions) -> context.
+        # Set by whoever has them: such as latent.AutoencoderKL and latent.CLIPText.
         self.autoencoder = self.text_encoder = None
         self._loops = {}
         self.built = True
@@ -148,8 +151,8 @@ class DiffusionModel(keras.Model):
         serialize = keras.saving.serialize_keras_object
         parts = {"network": serialize(self.network), "schedule": serialize(self.schedule)}
         own = (
-            "prediction time_scale condition_dropout latent_scale latent_encoder ema_decay "
-            "ema_warmup sampler num_steps guidance_scale max_skipped_steps seed name"
+            "prediction time_scale condition_dropout latent_scale latent_encoder context_encoder "
+            "ema_decay ema_warmup sampler num_steps guidance_scale max_skipped_steps seed name"
         )
         return {
             **parts,
@@ -172,6 +175,8 @@ class DiffusionModel(keras.Model):
             return super().__setattr__(name, value)
         if name == "autoencoder" and value is not None:
             latent_space.agree(self, value, "The autoencoder")
+        if name == "text_encoder" and value is not None:
+            text_space.agree(self, value, "The text encoder")
         return object.__setattr__(self, name, value)
 
     def __dir__(self):
@@ -334,50 +339,12 @@ class DiffusionModel(keras.Model):
             inputs["context"] = context
         return inputs
 
-    def gradient_norm(self, gradients):
-        """Euclidean norm of all gradients, float32, without the loss scale."""
-        squares = [ops.sum(ops.square(ops.cast(g, "float32"))) for g in gradients if g is not None]
-        norm = ops.sqrt(sum(squares))
-        scale = getattr(self.optimizer, "dynamic_scale", None)
-        return norm if scale is None else norm / ops.convert_to_tensor(scale)
-
-    def after_step(self, ok, before):
-        """Counters, and the moving average if the optimizer made a step (`before`: its count)."""
-        skipped = ops.cast(ops.logical_not(ok), "int32")
-        self.step.assign_add(1)
-        self.skipped_steps.assign_add(skipped)
-        self.skipped_in_row.assign((self.skipped_in_row + skipped) * skipped)
-        stepped = ops.convert_to_tensor(self.optimizer.iterations) > before
-        decay = ops.where(stepped, self.current_ema_decay(), 1.0)  # 1.0: leave it as it is
-        self.ema_step.assign_add(ops.cast(stepped, "int32"))
-        for average, weight in zip(self.ema_network.weights, self.network.weights):
-            average.assign(decay * average.value + (1.0 - decay) * weight.value)
-
-    def current_ema_decay(self):
-        k = ops.cast(self.ema_step, "float32")
-        ramp = (1.0 + k) / (10.0 + k) if self.ema_warmup else 1.0
-        return ops.minimum(self.ema_decay, ramp)
-
-    def report(self, loss, norm):
-        """Logs of a training step; skipped steps do not enter the means."""
-        ok = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
-        for tracker, value in ((self._loss_tracker, loss), (self.norm_tracker, norm)):
-            tracker.update_state(ops.where(ok, value, 0.0), ops.cast(ok, "float32"))
-        return {
-            "loss": self._mean(self._loss_tracker),
-            "grad_norm": self._mean(self.norm_tracker),
-            "ema_decay": self.current_ema_decay(),
-            # Cast, so that JAX makes new arrays: the counters' own are donated to the next step.
-            "skipped_steps": ops.cast(self.skipped_steps, "float32"),
-            "skipped_in_row": ops.cast(self.skipped_in_row, "float32"),
-        }
-
-    def _mean(self, tracker):
-        return ops.where(tracker.count > 0, tracker.result(), float("nan"))
-
-    def test_report(self, batch, loss):
-        self._loss_tracker.update_state(loss, ops.shape(next(iter(batch.values())))[0])
-        return {"loss": self._loss_tracker.result()}
+    # What `backend.train_step` does around the gradient.
+    gradient_norm = bookkeeping.gradient_norm
+    current_ema_decay = bookkeeping.current_ema_decay
+    after_step = bookkeeping.after_step
+    report = bookkeeping.report
+    test_report = bookkeeping.test_report
 
     # Sampling and files ---------------------------------------------------------------------------
 

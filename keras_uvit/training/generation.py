@@ -7,6 +7,7 @@ from keras import ops
 from keras_uvit import backend
 from keras_uvit.pixels import from_unit_range
 from keras_uvit.process import predictions, samplers
+from keras_uvit.training import text_space
 
 
 def generate(
@@ -15,6 +16,7 @@ def generate(
     labels=None,
     prompts=None,
     *,
+    negative_prompts=None,
     num_steps=None,
     sampler=None,
     guidance_scale=None,
@@ -35,7 +37,10 @@ def generate(
     Args:
         num_images: int, for an unconditional model.
         labels: ints in [0, num_classes), one per image, for a class-conditional model.
-        prompts: strings, or their text features `(n, length, width)`, for a text model.
+        prompts: for a text model: one string an image, or contexts `(n, length, width)`, as
+            `model.text_encoder` makes them.
+        negative_prompts: what guidance leads away from, in place of the empty prompt: one string
+            for all images, one an image, or their contexts.
         num_steps: int, what the sampler makes of it; `None` is the model's default.
         sampler: a name in `process.samplers.SAMPLERS`, or `Steps`; `None` is the model's default.
         guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off, `None` the model's default.
@@ -55,6 +60,7 @@ def generate(
         ValueError, TypeError: if the arguments do not fit the model, before anything is compiled.
     """
     conditions, total = _conditions(model, num_images, labels, prompts)
+    unconditional = _unconditional(model, negative_prompts, total)
     if decode and model.latent_scale is not None and model.autoencoder is None:
         raise ValueError(
             "This model makes latents and has no autoencoder to decode them. Set "
@@ -68,6 +74,8 @@ def generate(
     steps = _steps(model, sampler, num_steps)
     scale = model.guidance_scale if guidance_scale is None else guidance_scale
     guided = _guided_rows(model, steps, scale, guidance_interval, given=guidance_scale is not None)
+    is_guided = any(on for _, on in guided)
+    _check_guided(model, is_guided, negative_prompts)
     loop = _loop(model, guided)
     weights = [w.value for w in (model.ema_network if use_ema else model.network).variables]
     size = min(batch_size, total)
@@ -77,11 +85,11 @@ def generate(
         chosen = np.arange(start, start + size)
         rows = np.minimum(chosen, total - 1)  # a ragged last batch is filled up, not recompiled
         noise, seeds = _noise(seed, first + chosen, model.network.image_shape)
-        condition = {key: ops.convert_to_tensor(value[rows]) for key, value in conditions.items()}
         x = loop(
             weights,
             ops.convert_to_tensor(noise),
-            condition,
+            _rows(conditions, rows),
+            _rows(unconditional, rows) if is_guided else {},
             ops.convert_to_tensor(steps.packed()),
             ops.convert_to_tensor(scale, "float32"),
             ops.convert_to_tensor(seeds),
@@ -119,27 +127,97 @@ def _conditions(model, num_images, labels, prompts):
         if len(bad):
             raise ValueError(f"labels must be in [0, {network.num_classes}). Received: {bad[0]}.")
         return {"label": labels.astype("int32")}, len(labels)
-    context = _context(model, prompts)
+    context = _contexts(model, prompts, "prompts")
     return {"context": context}, len(context)
 
 
-def _context(model, prompts):
-    if isinstance(prompts, str):
-        prompts = [prompts]
+def _unconditional(model, negative_prompts, total):
+    """What guidance leads away from, one row an image."""
+    network = model.network
+    if negative_prompts is not None and network.context_shape is None:
+        raise ValueError("This model reads no prompts, so it takes no negative_prompts.")
+    unconditional = {}
+    if network.num_classes is not None:
+        unconditional["label"] = np.full(total, network.null_label or 0, "int32")
+    if negative_prompts is not None:
+        context = _contexts(model, negative_prompts, "negative_prompts")
+        if len(context) not in (1, total):
+            raise ValueError(
+                f"negative_prompts are one for all images, or one for each of {total}. "
+                f"Received: {len(context)}."
+            )
+        unconditional["context"] = context if len(context) == total else _Same(context, total)
+    elif network.context_shape is not None:
+        unconditional["context"] = _Same(ops.convert_to_numpy(model.null_context)[None], total)
+    return unconditional
+
+
+class _Same:
+    """One row for all images."""
+
+    def __init__(self, array, total):
+        self.row, self.total = np.asarray(array[np.array([0])]), total
+
+    def __getitem__(self, rows):
+        return np.repeat(self.row, len(rows), axis=0)
+
+
+class _Prompts:
+    """Contexts of prompts, encoded when they are asked for: 30,000 at once would take 7 GB."""
+
+    def __init__(self, encoder, prompts):
+        self.encoder, self.tokens = encoder, encoder.tokenize(prompts)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, rows):
+        return self.encoder.encode(self.tokens[rows])
+
+
+def _contexts(model, prompts, name):
+    """Prompts as something that gives contexts by rows."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    shape = ", ".join(map(str, model.network.context_shape))
+    if not len(prompts):
+        raise ValueError(f"{name} is empty: there is nothing to draw.")
     if all(isinstance(prompt, str) for prompt in prompts):
         if model.text_encoder is None:
             raise ValueError(
-                "Prompts as strings need a text encoder: set `model.text_encoder`, or pass text "
-                f"features of shape (n, {', '.join(map(str, model.network.context_shape))})."
+                "Prompts as strings need a text encoder: set `model.text_encoder` (such as "
+                f"latent.CLIPText), or pass contexts of shape (n, {shape})."
             )
-        prompts = model.text_encoder(prompts)
-    context = np.asarray(ops.convert_to_numpy(prompts), "float32")
-    if context.ndim != 3 or context.shape[1:] != model.network.context_shape or not len(context):
-        raise ValueError(
-            f"Text features must have shape (n, {', '.join(map(str, model.network.context_shape))})"
-            f". Received: {context.shape}."
-        )
+        return _Prompts(model.text_encoder, list(prompts))
+    try:
+        context = np.asarray(ops.convert_to_numpy(prompts), "float32")
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} are strings, or contexts. Received: {prompts!r}.") from error
+    if context.ndim != 3 or context.shape[1:] != model.network.context_shape:
+        raise ValueError(f"Contexts have shape (n, {shape}). Received: {context.shape}.")
+    if not np.isfinite(context).all():
+        raise ValueError(f"The contexts in {name} hold NaN or infinity.")
     return context
+
+
+def _rows(conditions, rows):
+    return {key: ops.convert_to_tensor(value[rows]) for key, value in conditions.items()}
+
+
+def _check_guided(model, is_guided, negative_prompts):
+    if negative_prompts is not None and not is_guided:
+        raise ValueError(
+            "negative_prompts act through guidance, which is off: pass guidance_scale, such as 2.0."
+        )
+    if (
+        is_guided
+        and negative_prompts is None
+        and model.network.context_shape is not None
+        and not text_space.has_null(model)
+    ):
+        raise ValueError(
+            "Guidance needs the empty prompt's context, which this model has not met. Set "
+            "`model.text_encoder`, assign `model.null_context`, or pass guidance_scale=1.0."
+        )
 
 
 def _steps(model, sampler, num_steps):
@@ -188,7 +266,7 @@ def _loop(model, guided):
     return model._loops[guided]
 
 
-def _run(model, guided, weights, noise, condition, table, scale, seeds):
+def _run(model, guided, weights, noise, condition, unconditional, table, scale, seeds):
     network = model.network
 
     def output(x, t, condition):
@@ -202,17 +280,12 @@ def _run(model, guided, weights, noise, condition, table, scale, seeds):
         return output(x, t, condition)
 
     def with_guidance(x, t):
-        both = {key: ops.concatenate([value, null[key]]) for key, value in condition.items()}
+        both = {
+            key: ops.concatenate([value, unconditional[key]]) for key, value in condition.items()
+        }
         d_c, d_u = ops.split(output(ops.concatenate([x, x]), t, both), 2)
         return d_u + scale * (d_c - d_u)
 
-    null = {}
-    if "label" in condition:
-        null["label"] = ops.full_like(condition["label"], network.null_label or 0)
-    if "context" in condition:
-        null["context"] = ops.broadcast_to(
-            ops.convert_to_tensor(model.null_context), condition["context"].shape
-        )
     return samplers.sample(
         [(rows, with_guidance if on else plain) for rows, on in guided],
         noise,

@@ -59,7 +59,7 @@ def train(model, dataset, folder, iterations, *, callbacks=(), verbose="auto"):
 def _saved(path, model):
     saved = keras.saving.load_model(path)
     there, here = saved.get_config(), model.get_config()
-    free = ("latent_encoder", "name")
+    free = ("latent_encoder", "context_encoder", "name")
     other = [key for key in here if key not in free and there[key] != here[key]]
     if other:
         raise ValueError(

@@ -236,7 +236,8 @@ def test_training_stops_with_an_error_after_too_many_and_keeps_the_weights():
     )
     model.bad = list(range(1, 100))
     model.compile()
-    with pytest.raises(FloatingPointError, match="4 steps in a row.*max_skipped_steps"):
+    # Callbacks run beside JAX's steps: the count is read when one gets to it.
+    with pytest.raises(FloatingPointError, match="[4-7] steps in a row.*max_skipped_steps"):
         fit(model, epochs=30)
     assert 5 <= int(model.step) <= 8  # it may take a moment to stop
     assert int(model.optimizer.iterations) == 1

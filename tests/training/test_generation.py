@@ -174,17 +174,9 @@ def test_another_sampler_seed_scale_or_weights_compiles_nothing(model):
     assert traces(model) == ragged
 
 
-def test_unconditional_and_context_models():
+def test_unconditional_models():
     plain = DiffusionModel(UViT(**TINY), num_steps=3)
     assert plain.generate(num_images=2, verbose=0).shape == (2, 4, 4, 1)
-    text = DiffusionModel(UViT(**TINY, context_shape=(2, 3)), num_steps=3, guidance_scale=2.0)
-    features = np.random.default_rng(0).standard_normal((2, 2, 3))
-    images = text.generate(prompts=features, verbose=0, decode=False)
-    text.text_encoder = lambda prompts: features[: len(prompts)]
-    again = text.generate(prompts=["a dog", "a cat"], verbose=0, decode=False)
-    np.testing.assert_array_equal(images, again)
-    swapped = text.generate(prompts=features[::-1], verbose=0, decode=False)
-    assert np.abs(swapped - images).max() > 1e-3
 
 
 def test_latents_are_decoded_by_the_autoencoder():
@@ -237,13 +229,3 @@ def test_guidance_without_a_null_label_is_refused():
     model = DiffusionModel(UViT(**TINY, num_classes=3, null_label=False))
     with pytest.raises(ValueError, match="needs a network that knows 'no label'"):
         model.generate(labels=[0], guidance_scale=1.5)
-
-
-def test_prompts_without_a_text_encoder_or_of_the_wrong_shape():
-    model = DiffusionModel(UViT(**TINY, context_shape=(2, 3)))
-    with pytest.raises(ValueError, match=r"need a text encoder.*\(n, 2, 3\)"):
-        model.generate(prompts=["a dog"])
-    with pytest.raises(ValueError, match=r"shape \(n, 2, 3\). Received: \(1, 3, 2\)"):
-        model.generate(prompts=np.zeros((1, 3, 2)))
-    with pytest.raises(ValueError, match="generates from `prompts`"):
-        model.generate(num_images=1)

@@ -240,7 +240,8 @@ def test_autoencoder_and_text_encoder_are_carried_over(tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionModel, "fit", lambda self, x, **_: None)
     make(latent_scale=0.5).save(tmp_path / runs.MODEL)
     model = make(latent_scale=0.5)
-    model.autoencoder, model.text_encoder = SpaceToDepth(2, scale=0.5), len
+    model.autoencoder = SpaceToDepth(2, scale=0.5)
+    object.__setattr__(model, "text_encoder", len)
     trained = train(model, pictures(), tmp_path, 1, verbose=0)
     assert trained is not model
     assert trained.autoencoder is model.autoencoder

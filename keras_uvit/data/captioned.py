@@ -1,0 +1,176 @@
+"""Pictures with captions: COCO's own files, a folder with captions.jsonl, pairs of your own."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from keras_uvit.data import sources
+
+CAPTIONS = "captions.jsonl"
+
+
+def coco(path, split="train2014", image_size=256):
+    """A source of COCO pictures, each with its five or more captions.
+
+    Cut to the central square and resized by Lanczos, as the paper's program does.
+
+    Args:
+        path: folder in which COCO's zips were unpacked: `annotations/captions_<split>.json` and
+            the pictures in `<split>/`.
+        split: "train2014" (82,783 pictures, the paper's for training), "val2014" (40,504, for
+            FID), or those of 2017.
+        image_size: int or (height, width) in pixels.
+
+    Returns:
+        `Source` with captions, in the order of COCO's image ids.
+
+    Raises:
+        FileNotFoundError: if annotations or pictures are missing; the message says which zip has
+            them.
+        ValueError: if the annotations are damaged.
+    """
+    path = Path(path)
+    file = path / "annotations" / f"captions_{split}.json"
+    year = split[-4:]
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"No {file}. Unpack annotations_trainval{year}.zip and {split}.zip (cocodataset.org) "
+            f"in {path}."
+        )
+    content = _json(file, file.read_text(encoding="utf-8"))
+    try:
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        texts = {key: [] for key in sorted(names)}
+        for annotation in content["annotations"]:
+            texts[annotation["image_id"]].append(annotation["caption"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged or no COCO captions: {type(error).__name__} {error}."
+        ) from error
+    files = [_inside(path / split, names[key], file) for key in texts]
+    _check_files(files, f"Unpack {split}.zip in {path}.")
+    return _source(f"coco/{split}", files, list(texts.values()), image_size, 3, "lanczos")
+
+
+def captioned_folder(path, image_size, *, channels=3):
+    """A source of the pictures in a folder with `captions.jsonl`.
+
+    Each line of that file is an object such as
+    `{"file_name": "dogs/1.jpg", "captions": ["a dog", "a small dog on grass"]}`.
+
+    Args:
+        path: the folder.
+        image_size: int or (height, width) in pixels; see `sources.fitted`.
+        channels: 3 (RGB) or 1 (grey).
+
+    Raises:
+        FileNotFoundError: if the file or a picture is missing.
+        ValueError: if a line is damaged; it is named.
+    """
+    path = Path(path)
+    file = path / CAPTIONS
+    if not file.is_file():
+        raise FileNotFoundError(
+            f'No {file}. Expected a line for each picture, {{"file_name": "1.jpg", "captions": '
+            '["a dog"]}.'
+        )
+    files, texts = [], []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            content = _json(f"Line {number} of {file}", line)
+            if not isinstance(content.get("file_name"), str) or "captions" not in content:
+                raise ValueError(f'Line {number} of {file} lacks "file_name" or "captions".')
+            files.append(_inside(path, content["file_name"], f"line {number} of {file}"))
+            texts.append(content["captions"])
+    _check_files(files, f"{file} names it.")
+    return _source(f"folder:{path.name}", files, texts, image_size, channels)
+
+
+def pairs(content, image_size=None, *, channels=3, name="pairs"):
+    """A source of (picture, captions) pairs.
+
+    Args:
+        content: list of (path or `(H, W, C)` uint8 array, str or list of str).
+        image_size: int or (height, width) in pixels; `None` for arrays of one size, which are
+            taken as they are.
+        channels: 3 (RGB) or 1 (grey), of paths.
+        name: see `Source`.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ValueError, TypeError: if pictures or captions do not fit.
+    """
+    content = list(content)
+    if not content:
+        raise ValueError("There are no pairs.")
+    images, texts = zip(*content)
+    if image_size is None:
+        if any(isinstance(image, str | Path) for image in images):
+            raise ValueError("Pictures in files differ in size: say which image_size you want.")
+        return sources.arrays({"image": np.stack(images), "captions": list(texts)}, name)
+    if not all(isinstance(image, str | Path) for image in images):
+        raise TypeError("With image_size, pictures are paths. Arrays are taken as they are.")
+    files = [Path(image) for image in images]
+    _check_files(files, "Mend the pairs.")
+    return _source(name, files, list(texts), image_size, channels)
+
+
+def random_prompts(captions, count, seed=0):
+    """One random caption of each of `count` different pictures: the paper's COCO prompts.
+
+    Args:
+        captions: list of lists of str, such as `coco(...).captions`.
+        count: int, at most the number of pictures; 30,000 in the paper.
+        seed: int.
+
+    Returns:
+        list of str.
+    """
+    if not 1 <= count <= len(captions):
+        raise ValueError(f"count must be between 1 and {len(captions)}. Received: {count}.")
+    random = np.random.default_rng(seed)
+    chosen = random.permutation(len(captions))[:count]
+    return [captions[k][random.integers(len(captions[k]))] for k in chosen]
+
+
+def _source(name, files, texts, image_size, channels, method="adm"):
+    size = sources.checked_size(image_size)
+    sources.check_options("auto", channels)
+    sources.pillow()
+    return sources.Source(
+        name,
+        len(files),
+        (*size, channels),
+        lambda i: {"image": sources.read_file(files[i], size, channels, method=method)},
+        captions=sources.checked_captions(texts, [str(file) for file in files]),
+    )
+
+
+def _json(what, text):
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{what} is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} is damaged: expected an object.")
+    return content
+
+
+def _inside(folder, name, where):
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{where} names {name}, which is outside of {folder}.")
+    return path
+
+
+def _check_files(files, advice):
+    if not files:
+        raise ValueError(f"There is no picture. {advice}")
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(files)} pictures are missing, the first is {missing[0]}. "
+            f"{advice}"
+        )
