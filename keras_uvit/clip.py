@@ -102,10 +102,10 @@ class Tokenizer:
         for caption in captions:
             if not isinstance(caption, str):
                 raise TypeError(f"Captions are strings. Received: {caption!r}.")
-        if not captions:
-            return np.empty((0, self.length), "int32")
             if any("\ud800" <= sign <= "\udfff" for sign in caption):
                 raise ValueError(f"Half of a surrogate pair is no text: {caption!r}.")
+        if not captions:
+            return np.empty((0, self.length), "int32")
         encodings = self._tokenizer.encode_batch(captions)
         long = [text for text, encoding in zip(captions, encodings) if encoding.overflowing]
         if long:
@@ -283,6 +283,9 @@ def _preset(folder, whole):
 
 def _hugging_face(folder, config, whole):
     """The towers of a Hugging Face folder."""
+    kind = config.get("model_type")
+    if kind not in ("clip", "clip_text_model"):
+        raise ValueError(f"{folder / 'config.json'} is not CLIP's: its model_type is {kind!r}.")
     text = config.get("text_config", config)
     if whole and "vision_config" not in config:
         raise ValueError(f"{folder} holds a text encoder alone; here both towers are needed.")

@@ -280,9 +280,10 @@ def _adm(Image, image, size):
 def _lanczos(Image, image, size):
     height, width = size
     scale = min(image.height / height, image.width / width)
-    top, left = (image.height - scale * height) / 2, (image.width - scale * width) / 2
-    cut = (left, top, left + scale * width, top + scale * height)
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=tuple(map(int, cut)))
+    rows, columns = round(scale * height), round(scale * width)
+    top, left = (image.height - rows) // 2, (image.width - columns) // 2
+    image = image.crop((left, top, left + columns, top + rows))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 FITS = {"adm": _adm, "lanczos": _lanczos}

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from words import Words
 
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.process import samplers
@@ -229,3 +230,119 @@ def test_guidance_without_a_null_label_is_refused():
     model = DiffusionModel(UViT(**TINY, num_classes=3, null_label=False))
     with pytest.raises(ValueError, match="needs a network that knows 'no label'"):
         model.generate(labels=[0], guidance_scale=1.5)
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text():
+    model = DiffusionModel(UViT(**TINY, context_shape=(2, 3)), num_steps=3, guidance_scale=2.0)
+    model.text_encoder = Words()
+    return model
+
+
+def told(model, prompts, **options):
+    return model.generate(prompts=prompts, **{"verbose": 0, "decode": False, **options})
+
+
+def test_strings_in_bytes_out(text):
+    images = told(text, ["a dog", "a cat"], decode=True)
+    assert images.shape == (2, 4, 4, 1)
+    assert images.dtype == np.uint8
+    assert told(text, "a dog", decode=True).shape == (1, 4, 4, 1)
+
+
+def test_same_prompt_and_seed_same_image(text):
+    images = told(text, ["a dog", "a cat", "a dog"], seed=3)
+    np.testing.assert_array_equal(images, told(text, ["a dog", "a cat", "a dog"], seed=3))
+    batched = told(text, ["a dog", "a cat", "a dog"], seed=3, batch_size=2)
+    np.testing.assert_allclose(batched, images, atol=1e-5)  # other shapes, other rounding
+    assert np.abs(images[0] - images[2]).max() > 0.1  # other noise
+    assert np.abs(told(text, ["a dog"], seed=4) - images[:1]).max() > 0.1
+
+
+def test_shuffled_prompts_change_the_images(text):
+    images = told(text, ["a dog", "a cat"])
+    assert np.abs(told(text, ["a cat", "a dog"]) - images).max(axis=(1, 2, 3)).min() > 1e-3
+
+
+def test_contexts_may_be_passed_instead(text):
+    contexts = text.text_encoder(["a dog", "a cat"])
+    np.testing.assert_array_equal(told(text, contexts), told(text, ["a dog", "a cat"]))
+    as_tensor = ops.convert_to_tensor(contexts)
+    np.testing.assert_array_equal(told(text, as_tensor), told(text, contexts))
+
+
+def test_guidance_leads_away_from_the_empty_prompt(text):
+    prompts = ["a dog", "a cat"]
+    plain = told(text, prompts, guidance_scale=1.0)
+    guided = told(text, prompts)
+    assert np.abs(plain - guided).max() > 1e-3
+    np.testing.assert_array_equal(told(text, prompts, negative_prompts=""), guided)
+    # The prompt itself as the negative one leaves nothing to be led away from.
+    same = told(text, prompts, negative_prompts=prompts)
+    np.testing.assert_allclose(same, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("negative", ["a cat", ["a cat", "a cat"], "contexts", "one"])
+def test_negative_prompts(text, negative):
+    encoder = text.text_encoder
+    negative = {"contexts": encoder(["a cat"] * 2), "one": encoder(["a cat"])}.get(
+        negative if isinstance(negative, str) else None, negative
+    )
+    images = told(text, ["a dog", "a bird"], negative_prompts=negative)
+    np.testing.assert_array_equal(
+        images, told(text, ["a dog", "a bird"], negative_prompts=["a cat"] * 2)
+    )
+    assert np.abs(images - told(text, ["a dog", "a bird"])).max() > 1e-3
+
+
+def test_prompts_are_encoded_as_they_are_drawn(text, monkeypatch):
+    sizes = []
+    encode = Words.encode
+    monkeypatch.setattr(
+        Words, "encode", lambda self, tokens, **k: sizes.append(len(tokens)) or encode(self, tokens)
+    )
+    told(text, ["a dog"] * 5, batch_size=2)
+    assert sizes == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_images=1), "generates from `prompts`"),
+        (dict(prompts=[]), "prompts is empty"),
+        (dict(prompts=np.zeros((1, 3, 2))), r"shape \(n, 2, 3\). Received: \(1, 3, 2\)"),
+        (dict(prompts=np.full((1, 2, 3), np.nan)), "NaN or infinity"),
+        (dict(prompts=["a", 3]), "are strings, or contexts"),
+        (dict(prompts=["a", "b", "c"], negative_prompts=["d", "e"]), "each of 3. Received: 2"),
+        (dict(prompts=["a"], negative_prompts="b", guidance_scale=1.0), "act through guidance"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_runs(text, options, message, monkeypatch):
+    monkeypatch.setattr(generation, "_loop", None)
+    with pytest.raises((ValueError, TypeError), match=message):
+        text.generate(**options)
+
+
+def test_strings_need_a_text_encoder():
+    model = DiffusionModel(UViT(**TINY, context_shape=(2, 3)))
+    with pytest.raises(ValueError, match=r"need a text encoder.*\(n, 2, 3\)"):
+        model.generate(prompts=["a dog"])
+
+
+def test_guidance_without_a_known_empty_prompt_is_refused():
+    model = DiffusionModel(UViT(**TINY, context_shape=(2, 3)), num_steps=3)
+    contexts = np.ones((1, 2, 3))
+    with pytest.raises(ValueError, match="empty prompt's context, which this model has not met"):
+        model.generate(prompts=contexts, guidance_scale=2.0)
+    assert told(model, contexts).shape == (1, 4, 4, 1)
+    assert told(model, contexts, guidance_scale=2.0, negative_prompts=contexts).any()
+    model.null_context.assign(np.ones((2, 3)))
+    assert told(model, contexts, guidance_scale=2.0).any()
+
+
+def test_models_without_text_take_no_negative_prompts(model):
+    with pytest.raises(ValueError, match="reads no prompts"):
+        model.generate(labels=[0], negative_prompts="a dog")

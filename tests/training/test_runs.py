@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from words import Words
 
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.data import sources
@@ -236,21 +237,30 @@ def test_an_uncompiled_model_takes_its_recipe_and_a_compiled_one_keeps_its_optim
     assert float(ops.convert_to_numpy(seen[-1].learning_rate)) == 0.25
 
 
-def test_autoencoder_and_text_encoder_are_carried_over(tmp_path, monkeypatch):
+def test_the_autoencoder_is_carried_over(tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionModel, "fit", lambda self, x, **_: None)
     make(latent_scale=0.5).save(tmp_path / runs.MODEL)
     model = make(latent_scale=0.5)
     model.autoencoder = SpaceToDepth(2, scale=0.5)
-    object.__setattr__(model, "text_encoder", len)
     trained = train(model, pictures(), tmp_path, 1, verbose=0)
     assert trained is not model
     assert trained.autoencoder is model.autoencoder
-    assert trained.text_encoder is len
     other = make(latent_scale=0.5)
     other.autoencoder = SpaceToDepth(4, scale=0.5)
     trained.save(tmp_path / runs.MODEL)
     with pytest.raises(ValueError, match="is of encoder space-to-depth-4"):
         train(other, pictures(), tmp_path, 1, verbose=0)
+
+
+def test_the_text_encoder_is_carried_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(DiffusionModel, "fit", lambda self, x, **_: None)
+    network = dict(patch_size=2, hidden_dim=16, num_layers=1, num_heads=2, context_shape=(2, 3))
+    first, second = (DiffusionModel(UViT((4, 4, 1), **network)) for _ in range(2))
+    first.text_encoder = second.text_encoder = words = Words()
+    first.save(tmp_path / runs.MODEL)
+    trained = train(second, pictures(), tmp_path, 1, verbose=0)
+    assert trained is not second
+    assert trained.text_encoder is words
 
 
 # Kills while files are written --------------------------------------------------------------------
