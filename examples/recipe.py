@@ -44,37 +44,36 @@ def parse(doc, preset, choices=(), **defaults):
     return options
 
 
-def run(options, model, dataset, iterations, measure=None):
+def run(options, model, dataset, iterations, measure=None, prompts=None, **protocol):
     """Trains, draws a grid, measures; everything goes to `--out`.
 
     Args:
         model, dataset, iterations: what to train, on what, how long.
         measure: function of the model that returns a dict, or None; with `--reference` and
             `--inception` FID is measured too.
+        prompts: what a text model draws in grids.
+        **protocol: of `evaluation.evaluate`.
     """
     out = Path(options.out)
     epochs = -(-iterations // len(dataset))
     print(f"Training to step {epochs * len(dataset)}, batches of {dataset.batch_size}, in {out}")
     can_draw = model.latent_scale is None or model.autoencoder is not None
-    what = conditions(model, 80)
-    callbacks = [
-        evaluation.SampleGridCallback(
-            out / "grids", every=max(1, epochs // 10), columns=10, zoom=zoom(model), **what
-        )
-    ]
+    what = {"prompts": prompts} if prompts else conditions(model, 80)
+    drawing = evaluation.SampleGridCallback(
+        out / "grids", every=max(1, epochs // 10), columns=columns(model), zoom=zoom(model), **what
+    )
     start = time.time()
     model = training.train(
         model,
         dataset,
         out,
         iterations,
-        callbacks=callbacks if can_draw else [],
+        callbacks=[drawing] if can_draw else [],
         verbose=2 if options.quiet else 1,
     )
     metrics = {"train_seconds": round(time.time() - start, 1)}
     if can_draw:
-        grid = evaluation.image_grid(model.generate(**what, seed=options.seed), 10, zoom(model))
-        evaluation.write_png(out / "samples.png", grid)
+        draw(out / "samples.png", model, what, options.seed)
     else:
         latents = model.generate(**what, seed=options.seed, decode=False)
         np.save(out / "latents.npy", latents)
@@ -86,7 +85,7 @@ def run(options, model, dataset, iterations, measure=None):
             model,
             evaluation.Reference.load(options.reference),
             evaluation.InceptionFeatures(options.inception),
-            options.num_images,
+            **{"num_images": options.num_images, **protocol},
             folder=out / "images",
         )
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -100,9 +99,24 @@ def conditions(model, count):
     return {"num_images": count} if classes is None else {"labels": np.arange(count) % classes}
 
 
+def draw(path, model, what, seed):
+    """A grid of the model's images, with their prompts if they have any."""
+    images = model.generate(**what, seed=seed)
+    if "prompts" in what:
+        grid = evaluation.captioned_grid(images, what["prompts"], columns(model), zoom(model))
+    else:
+        grid = evaluation.image_grid(images, columns(model), zoom(model))
+    evaluation.write_png(path, grid)
+
+
+def columns(model):
+    return 10 if model.network.context_shape is None else 6
+
+
 def zoom(model):
+    pixels = 64 if model.network.context_shape is None else 128
     factor = model.autoencoder.factor if model.autoencoder is not None else 1
-    return max(1, 64 // (model.network.image_shape[0] * factor))
+    return max(1, pixels // (model.network.image_shape[0] * factor))
 
 
 def draw_log(out):
@@ -115,7 +129,7 @@ def draw_log(out):
 # Stand-ins ----------------------------------------------------------------------------------------
 
 
-def reduced(row, image_shape, patch_size, num_classes, quick, **more):
+def reduced(row, image_shape, patch_size, num_classes, quick, context_shape=None, **more):
     """The recipe of a preset with a network that a CPU can train."""
     width = 32 if quick else 96
     network = UViT(
@@ -125,22 +139,15 @@ def reduced(row, image_shape, patch_size, num_classes, quick, **more):
         num_layers=3 if quick else 5,
         num_heads=4,
         num_classes=num_classes,
+        context_shape=context_shape,
         null_label=row.network.get("null_label", True) if num_classes else True,
         output_conv=row.network.get("output_conv", True),
     )
-    return DiffusionModel(
-        network,
-        schedule=row.schedule,
-        prediction=row.prediction,
-        time_scale=row.time_scale,
-        condition_dropout=row.condition_dropout,
-        ema_decay=0.999,
-        optimizer={**row.optimizer, "learning_rate": 1e-3, "warmup_steps": 100},
-        sampler=row.sampler,
-        num_steps=50,
-        guidance_scale=row.guidance_scale,
-        **more,
-    )
+    keys = ("schedule", "prediction", "time_scale", "condition_dropout", "sampler")
+    own = {key: getattr(row, key) for key in (*keys, "guidance_scale")}
+    own |= {"ema_decay": 0.999, "num_steps": 50}
+    own["optimizer"] = {**row.optimizer, "learning_rate": 1e-3, "warmup_steps": 100}
+    return DiffusionModel(network, **own | more)
 
 
 def digits_cache(folder):

@@ -3,6 +3,7 @@ from keras_uvit.evaluation.callbacks import SampleGridCallback as SampleGridCall
 from keras_uvit.evaluation.clip_score import CLIPScore as CLIPScore
 from keras_uvit.evaluation.cost import count_macs as count_macs
 from keras_uvit.evaluation.cost import count_parameters as count_parameters
+from keras_uvit.evaluation.files import captioned_grid as captioned_grid
 from keras_uvit.evaluation.files import image_grid as image_grid
 from keras_uvit.evaluation.files import read_images as read_images
 from keras_uvit.evaluation.files import write_npz as write_npz

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import keras
 
-from keras_uvit.evaluation.files import image_grid, write_png
+from keras_uvit.evaluation.files import captioned_grid, image_grid, write_png
 from keras_uvit.evaluation.protocol import check, evaluate
 
 EVALUATE_ONLY = ("seed", "folder", "path", "verbose")  # arguments that cannot be wrong beforehand
@@ -39,6 +39,8 @@ class _Periodic(keras.callbacks.Callback):
 class SampleGridCallback(_Periodic):
     """Draws the same images after every few epochs: the moving average's, same noise, same labels.
 
+    Prompts that are strings stand below their images.
+
     Args:
         folder: where `epoch-0010.png`, ... go.
         every: int, epochs between pictures; the last epoch is always drawn.
@@ -55,7 +57,11 @@ class SampleGridCallback(_Periodic):
         self.options = {**options, "seed": seed, "verbose": 0}
 
     def act(self, epoch, logs):
-        grid = image_grid(self.model.generate(**self.options), self.columns, self.zoom)
+        images, prompts = self.model.generate(**self.options), self.options.get("prompts")
+        if prompts is not None and all(isinstance(prompt, str) for prompt in prompts):
+            grid = captioned_grid(images, prompts, self.columns, self.zoom)
+        else:
+            grid = image_grid(images, self.columns, self.zoom)
         write_png(self.folder / f"epoch-{epoch:04d}.png", grid)
         if self.writer:
             self.writer.add_image("samples", grid, epoch, dataformats="HWC")

@@ -129,3 +129,48 @@ def image_grid(images, columns=None, zoom=1, gap=2):
         top, left = k // columns * (height + gap), k % columns * (width + gap)
         grid[top : top + height, left : left + width] = image
     return grid
+
+
+FONT_SIZE = 13  # pixels
+
+
+def captioned_grid(images, captions, columns=None, zoom=1):
+    """Images side by side, row by row, each above its caption.
+
+    Args:
+        images: `(n, H, W, C)` uint8.
+        captions: n strings.
+        columns, zoom: see `image_grid`; a picture should be 100 pixels wide or more.
+
+    Returns:
+        `(height, width, 3)` uint8.
+    """
+    if len(images) != len(captions):
+        raise ValueError(f"Expected a caption an image: {len(images)} and {len(captions)}.")
+    from PIL import Image, ImageDraw, ImageFont
+
+    if images.shape[-1] == 1:
+        images = images.repeat(3, axis=-1)
+    images = images.repeat(zoom, 1).repeat(zoom, 2)
+    font, width = ImageFont.load_default(FONT_SIZE), images.shape[2]
+    texts = [_wrapped(caption, font, width) for caption in captions]
+    below = FONT_SIZE // 2 + max(text.count("\n") + 1 for text in texts) * (FONT_SIZE + 4)
+    cells = np.full((len(images), images.shape[1] + below, width, 3), 255, "uint8")
+    cells[:, : images.shape[1]] = images
+    for k, text in enumerate(texts):
+        cell = Image.fromarray(cells[k])
+        ImageDraw.Draw(cell).text((0, images.shape[1] + 2), text, "black", font)
+        cells[k] = np.asarray(cell)
+    return image_grid(cells, columns, gap=10)
+
+
+def _wrapped(text, font, width):
+    """`text` in lines that are at most `width` pixels wide, as far as its words are."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
