@@ -95,7 +95,10 @@ def stand_in(options, row):
     """The recipe at reduced size: 32x32 shapes as 16x16 latents of 12 channels, 64 patches."""
     out = Path(options.out)
     source = shapes.source(256 if options.quick else 5_000, seed=options.seed)
-    text, autoencoder = shapes_example.text_encoder(source.captions, 12, 64), SpaceToDepth(2, scale=3.0)
+    text, autoencoder = (
+        shapes_example.text_encoder(source.captions, 12, 64),
+        SpaceToDepth(2, scale=3.0),
+    )
     cache = out / "shapes-cache"
     data.write_latents(source, cache, autoencoder, text_encoder=text, batch_size=256)
     dataset = data.LatentDataset(cache, options.batch_size or 64, seed=options.seed)

@@ -30,6 +30,7 @@ def open_source(spec, image_size, split, channels, crop, data_dir):
     if spec.startswith("coco:"):
         if crop or channels != 3:
             raise click.UsageError("COCO is cut at the centre, in colour: no --crop, --channels.")
+        split = {"train": "train2014", "val": "val2014"}.get(split, split)
         return captioned.coco(spec[5:], split, image_size or 256)
     if image_size is None and Path(spec).is_dir():
         raise click.UsageError("A folder of images needs --image-size.")

@@ -10,9 +10,13 @@ import keras
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NAMES = ["imagenet256", "imagenet512", "imagenet64", "cifar10", "celeba64"]
-# They share their code: each backend runs those of latents and one of pixels.
-PIXELS = {"jax": "cifar10", "tensorflow": "imagenet64", "torch": "celeba64"}
+NAMES = ["imagenet256", "imagenet512", "imagenet64", "cifar10", "celeba64", "coco", "shapes"]
+# They share their code: each backend runs one of latents, one of pixels, one of text.
+CHOSEN = {
+    "jax": ["imagenet512", "cifar10", "shapes"],
+    "tensorflow": ["imagenet512", "imagenet64", "coco"],
+    "torch": ["imagenet512", "celeba64", "coco", "shapes"],
+}[keras.config.backend()]
 FILES = ["model.keras", "ema.weights.h5", "log.csv", "loss.png", "samples.png", "metrics.json"]
 
 
@@ -34,10 +38,11 @@ def finished(result, out):
     return json.loads((out / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["imagenet512", PIXELS[keras.config.backend()]])
+@pytest.mark.parametrize("name", CHOSEN)
 def test_it_runs_to_its_end(tmp_path, name):
     metrics = finished(run(name, "--quick", "--quiet", "--out", tmp_path), tmp_path)
     assert ("class_agreement" in metrics) == (name == "imagenet512")
+    assert ("shuffled prompts" in metrics) == (name in ("coco", "shapes"))
 
 
 def test_without_latents_it_says_how_to_make_them_and_runs_on_digits(tmp_path):
@@ -63,5 +68,6 @@ def test_an_unfinished_cache_is_an_error_and_no_reason_for_a_stand_in(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_help_teaches(name):
     text = (EXAMPLES / f"{name}.py").read_text().split('"""')[1]
-    for word in ("Reproduces", "Expect", "Hardware", "Commands", "--quick", "keras-uvit"):
+    for word in ("Reproduces", "Expect", "Hardware", "Commands", "--quick"):
         assert word in text
+    assert ("keras-uvit " in text) == (name != "shapes")  # which makes its own data

@@ -134,6 +134,36 @@ def test_readme_latent_lines_run(tmp_path, monkeypatch):
     assert made["images"].shape == (2, 32, 32, 3)
 
 
+def test_readme_text_lines_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_photos(tmp_path / "my_photos")
+    photos = sorted(path.name for path in (tmp_path / "my_photos" / "cats").iterdir())
+    lines = [json.dumps({"file_name": f"cats/{name}", "captions": ["a cat"]}) for name in photos]
+    (tmp_path / "my_photos" / "captions.jsonl").write_text("\n".join(lines))
+    latent = keras_uvit.latent
+    tiny = latent.AutoencoderKL(32, (1, 1, 1, 1), 1, scale=1.0)
+    moments = tiny.encode(np.zeros((1, 16, 16, 3), "uint8"), verbose=0)
+    tiny.scale = float(1 / np.sqrt(np.exp(moments[..., 4:]).mean()))
+    words = latent.CLIPText.random(["a cat", "a dog"], length=8, hidden_dim=16)
+    ship, train = blocks("Text to image")
+    exec(compile(ship, "README", "exec"), {})
+    assert (tmp_path / "shapes.png").is_file()
+    monkeypatch.setattr(latent.AutoencoderKL, "from_file", lambda path: tiny)
+    monkeypatch.setattr(latent.CLIPText, "from_preset", lambda path: words)
+    train = smaller(
+        train,
+        ("image_size=256", "image_size=32"),
+        ("batch_size=32", "batch_size=8"),
+        ("image_shape=(32, 32, 4)", "image_shape=(4, 4, 4)"),
+        ("hidden_dim=512", "hidden_dim=16"),
+        ("num_layers=13", "num_layers=3"),
+    )
+    made = {}
+    exec(compile(train, "README", "exec"), made)
+    assert made["latents"].num_samples == 20
+    assert made["images"].shape == (2, 32, 32, 3)
+
+
 @pytest.mark.parametrize("name", presets.names())
 def test_readme_lists_every_preset_with_its_fid(name):
     row = presets.get(name)

@@ -51,9 +51,9 @@ def tfds_source(
     split_names = sorted(builder.info.splits)
     try:
         data = builder.as_data_source(split)
-        texts = _captions(builder, split) if captions else None
     except (ValueError, KeyError) as error:
         raise ValueError(f"{name} has the splits {split_names}. Received: {split!r}.") from error
+    texts = _captions(builder, split) if captions else None
     features = builder.info.features
     if "image" not in features:
         raise ValueError(f"{name} has no images; its features are {list(features)}.")

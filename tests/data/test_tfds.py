@@ -349,3 +349,60 @@ def test_a_model_trains_a_step_on_a_set_in_memory(imagenet):
     losses = model.fit(images, epochs=1, verbose=0).history["loss"]
     assert np.isfinite(losses).all()
     assert int(keras.ops.convert_to_numpy(model.ema_step)) == 1  # a step of the optimizer
+
+
+# Captions -----------------------------------------------------------------------------------------
+
+
+class TinyCaptions(tfds.core.GeneratorBasedBuilder):
+    """A set with the features of `coco_captions`, really prepared: that one is a download."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                    "image/filename": tfds.features.Text(),
+                    "captions": tfds.features.Sequence({"id": np.int64, "text": np.str_}),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(4), "val": self._generate_examples(3)}
+
+    def _generate_examples(self, count):
+        for k in range(count):
+            captions = [{"id": 10 * k + j, "text": f"café {k} {j}"} for j in range(1 + k)]
+            image = np.full((20 + k, 30, 3), 50 * k, "uint8")
+            yield k, {"image": image, "image/filename": f"{k}.jpg", "captions": captions}
+
+
+def test_captions_are_those_of_the_set(tmp_path):
+    source = tfds_source("tiny_captions", "train+val", 16, data_dir=tmp_path)
+    assert len(source) == 7
+    for k in range(7):
+        own = source.read(k)["image"]
+        assert own.shape == (16, 16, 3)
+        number = own[0, 0, 0] // 50  # records come in an order of their own
+        assert source.captions[k] == [f"café {number} {j}" for j in range(1 + number)]
+    assert source.num_classes is None
+    assert (
+        tfds_source("tiny_captions", "val", 16, captions=None, data_dir=tmp_path).captions is None
+    )
+    images = tfds_images("tiny_captions", 16, "val", data_dir=tmp_path, batch_size=2, verbose=0)
+    assert set(images[0]) == {"image"}
+
+
+def test_captioned_pictures_are_fitted_by_lanczos(tmp_path, monkeypatch):
+    methods = []
+    fitted = data.sources.fitted
+    monkeypatch.setattr(
+        data.sources, "fitted", lambda *given: methods.append(given[-1]) or fitted(*given)
+    )
+    for captions in ("auto", None):
+        tfds_source("tiny_captions", "val", 16, captions=captions, data_dir=tmp_path).read(0)
+    assert methods == ["lanczos", "adm"]
