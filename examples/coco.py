@@ -88,7 +88,7 @@ def published(options, row):
             "clip": evaluation.CLIPScore.from_preset(options.clip),
         }
     iterations = options.iterations or row.iterations
-    recipe.run(options, model, dataset, iterations, prompts=LOOK_AT, **protocol)
+    recipe.run(options, model, dataset, iterations, show=LOOK_AT, **protocol)
 
 
 def stand_in(options, row):
@@ -115,7 +115,7 @@ def stand_in(options, row):
         dataset,
         iterations,
         lambda model: shapes_example.measure(model, prompts),
-        prompts=prompts[:24],
+        show=prompts[:24],
     )
 
 

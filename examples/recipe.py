@@ -44,21 +44,21 @@ def parse(doc, preset, choices=(), **defaults):
     return options
 
 
-def run(options, model, dataset, iterations, measure=None, prompts=None, **protocol):
+def run(options, model, dataset, iterations, measure=None, show=None, **protocol):
     """Trains, draws a grid, measures; everything goes to `--out`.
 
     Args:
         model, dataset, iterations: what to train, on what, how long.
         measure: function of the model that returns a dict, or None; with `--reference` and
             `--inception` FID is measured too.
-        prompts: what a text model draws in grids.
+        show: prompts that a text model draws in grids.
         **protocol: of `evaluation.evaluate`.
     """
     out = Path(options.out)
     epochs = -(-iterations // len(dataset))
     print(f"Training to step {epochs * len(dataset)}, batches of {dataset.batch_size}, in {out}")
     can_draw = model.latent_scale is None or model.autoencoder is not None
-    what = {"prompts": prompts} if prompts else conditions(model, 80)
+    what = {"prompts": show} if show else conditions(model, 80)
     drawing = evaluation.SampleGridCallback(
         out / "grids", every=max(1, epochs // 10), columns=columns(model), zoom=zoom(model), **what
     )

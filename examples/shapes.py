@@ -65,7 +65,7 @@ def main():
         dataset,
         iterations,
         lambda model: measure(model, prompts),
-        prompts=prompts[:24],
+        show=prompts[:24],
     )
 
 

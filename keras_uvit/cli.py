@@ -13,6 +13,12 @@ from keras_uvit.inference import load_keras_weights
 from keras_uvit.latent import AutoencoderKL, CLIPText, SpaceToDepth
 from keras_uvit.networks import UViT
 from keras_uvit.specs import (
+    INCEPTION,
+    MODEL_OPTIONS,
+    PROMPT,
+    RESIZE,
+    SAMPLING_OPTIONS,
+    SOURCE_OPTIONS,
     numbers,
     open_dataset,
     open_model,
@@ -53,40 +59,6 @@ def main(traceback):
       keras-uvit statistics photos reference.npz --image-size 256 --inception ...
       keras-uvit evaluate runs/a/model.keras --reference reference.npz --inception ...
     """
-
-
-def options(*shared):
-    """Applies several options to a command."""
-
-    def apply(command):
-        for option in reversed(shared):
-            command = option(command)
-        return command
-
-    return apply
-
-
-SOURCE_OPTIONS = options(
-    click.option("--image-size", type=int, help="Pixels; images are fitted and cut at the centre."),
-    click.option("--split", default="train", show_default=True, help="Of a TensorFlow data set."),
-    click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True),
-    click.option("--crop", type=int, nargs=4, help="TOP LEFT HEIGHT WIDTH to cut out first."),
-    click.option("--data-dir", type=click.Path(), help="Where TensorFlow data sets are kept."),
-)
-MODEL_OPTIONS = options(
-    click.option("--weights", help='File of weights, or "pretrained" for a preset that has them.'),
-    click.option("--autoencoder", type=click.Path(), help="Weights, for models of latents."),
-    click.option("--text", help="CLIP for models of text: a folder, or a preset of keras-hub."),
-)
-PROMPT = click.option("--prompt", multiple=True, help="What to draw; once for each image.")
-SAMPLING_OPTIONS = options(
-    click.option("--sampler", help="Name; the model's."),
-    click.option("--num-steps", type=int, help="The model's."),
-    click.option("--guidance-scale", type=float, help="1.0 is off; the model's."),
-    click.option("--seed", type=int, default=0, show_default=True),
-    click.option("--batch-size", type=int, default=64, show_default=True),
-    click.option("--raw", is_flag=True, help="The weights themselves, not their moving average."),
-)
 
 
 @main.command("presets")
@@ -297,21 +269,6 @@ def generate(model, target, weights, autoencoder, text, zoom, **how):
     else:
         evaluation.write_pngs(target, images)
     click.echo(f"{len(images)} images: {target}")
-
-
-RESIZE = click.option(
-    "--resize",
-    type=click.Choice(["half_pixel", "tf1"]),
-    default="half_pixel",
-    show_default=True,
-    help="half_pixel as pytorch-fid and the paper, tf1 as torch-fidelity and the ADM suite.",
-)
-INCEPTION = click.option(
-    "--inception",
-    required=True,
-    type=click.Path(),
-    help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or .safetensors of it.",
-)
 
 
 @main.command()

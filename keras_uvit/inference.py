@@ -106,7 +106,7 @@ def load_keras_weights(network, path, name=None):
         reason = str(error).partition("Target variable")[0].partition("List of objects")[0]
         reason = " ".join(reason.split())
         raise ValueError(
-            f"{Path(path).name} is damaged or does not fit {name or network.name!r}: {reason}"
+            f"{Path(path).name} is damaged or does not fit {name or repr(network.name)}: {reason}"
         ) from error
 
 

@@ -13,6 +13,53 @@ from keras_uvit.latent import AutoencoderKL, CLIPText
 from keras_uvit.training import DiffusionModel
 
 
+def options(*shared):
+    """Applies several options to a command."""
+
+    def apply(command):
+        for option in reversed(shared):
+            command = option(command)
+        return command
+
+    return apply
+
+
+SOURCE_OPTIONS = options(
+    click.option("--image-size", type=int, help="Pixels; images are fitted and cut at the centre."),
+    click.option("--split", default="train", show_default=True, help="Of tfds: and coco:."),
+    click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True),
+    click.option("--crop", type=int, nargs=4, help="TOP LEFT HEIGHT WIDTH to cut out first."),
+    click.option("--data-dir", type=click.Path(), help="Where TensorFlow data sets are kept."),
+)
+MODEL_OPTIONS = options(
+    click.option("--weights", help='File of weights, or "pretrained" for a preset that has them.'),
+    click.option("--autoencoder", type=click.Path(), help="Weights, for models of latents."),
+    click.option("--text", help="CLIP for models of text: a folder, or a preset of keras-hub."),
+)
+PROMPT = click.option("--prompt", multiple=True, help="What to draw; once for each image.")
+SAMPLING_OPTIONS = options(
+    click.option("--sampler", help="Name; the model's."),
+    click.option("--num-steps", type=int, help="The model's."),
+    click.option("--guidance-scale", type=float, help="1.0 is off; the model's."),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--batch-size", type=int, default=64, show_default=True),
+    click.option("--raw", is_flag=True, help="The weights themselves, not their moving average."),
+)
+RESIZE = click.option(
+    "--resize",
+    type=click.Choice(["half_pixel", "tf1"]),
+    default="half_pixel",
+    show_default=True,
+    help="half_pixel as pytorch-fid and the paper, tf1 as torch-fidelity and the ADM suite.",
+)
+INCEPTION = click.option(
+    "--inception",
+    required=True,
+    type=click.Path(),
+    help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or .safetensors of it.",
+)
+
+
 def open_source(spec, image_size, split, channels, crop, data_dir):
     """A `Source` from what was typed."""
     channels = int(channels)

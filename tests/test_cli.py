@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -146,7 +147,7 @@ def test_every_commands_help_has_an_example(command):
 def test_the_examples_in_the_help_are_valid_commands(command):
     """Options exist and take what is written; nothing is run."""
     text = cli.main.commands[command].help.replace("\\\n", " ")
-    lines = [line.split()[1:] for line in text.splitlines() if "keras-uvit " in line]
+    lines = [shlex.split(line)[1:] for line in text.splitlines() if "keras-uvit " in line]
     examples = [words for words in lines if words and words[0] == command]
     assert examples
     for words in examples:
@@ -636,7 +637,11 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch, inception, words, missin
         ("encode photos c --pixels", 2, r"folder of images needs --image-size"),
         ("encode photos c --autoencoder space-to-depth --image-size 7", 1, r"multiples of 2"),
         ("encode digits c --autoencoder space-to-depth --dtype int8", 2, r"'int8' is not one of"),
-        ("encode arrays.npz c --pixels", 1, r'the keys "image" and maybe "label". Received: '),
+        (
+            "encode arrays.npz c --pixels",
+            1,
+            r'the keys "image" and maybe "label", "captions". Received: ',
+        ),
         ("train uvit_nano_digits digits run --batch-size 9999", 1, r"batch_size .* 1437"),
         ("train uvit_nano_digits photos run --batch-size 4", 1, r"Received the keys \['image'\]"),
         ("generate uvit_nano_digits a.png", 1, r"generates from `labels`. Received: nothing"),

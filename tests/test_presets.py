@@ -104,7 +104,7 @@ def _output(network, labels=None):
 
 def test_every_published_recipe_is_in_the_table():
     assert presets.names() == list(presets.PRESETS)
-    assert set(presets.names()) == {*PUBLISHED, "uvit_tiny_digits"}
+    assert set(presets.names()) == {*PUBLISHED, "uvit_tiny_digits", "uvit_tiny_shapes"}
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -357,7 +357,9 @@ def nothing_is_built(monkeypatch):
 
 @pytest.mark.usefixtures("nothing_is_built")
 def test_rows_without_shipped_weights_say_so_before_building():
-    with pytest.raises(ValueError, match=r"ships no weights; \['uvit_tiny_digits'\] do"):
+    with pytest.raises(
+        ValueError, match=r"ships no weights; \['uvit_tiny_digits', 'uvit_tiny_shapes'\] do"
+    ):
         presets.load("uvit_huge_imagenet256", "pretrained")
 
 

@@ -100,8 +100,9 @@ def arrays(data, name="arrays"):
     if texts is not None:
         texts = checked_captions(texts, [f"Image {k}" for k in range(len(images))])
     if labels is None:
-        read = lambda i: {"image": images[i]}  # noqa: E731
-        return Source(name, len(images), images.shape[1:], read, captions=texts)
+        return Source(
+            name, len(images), images.shape[1:], lambda i: {"image": images[i]}, captions=texts
+        )
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"Labels are {len(images)} integers, one an image. Received: shape {labels.shape}, "
