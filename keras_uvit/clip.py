@@ -44,7 +44,9 @@ def keras_hub():
     try:
         import keras_hub
     except ImportError as error:
-        raise ImportError('CLIP comes with keras-hub: pip install "keras-uvit[text]".') from error
+        raise ImportError(
+            f'CLIP comes with keras-hub: pip install "keras-uvit[text]". ({error})'
+        ) from error
     return keras_hub
 
 
