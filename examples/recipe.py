@@ -54,7 +54,9 @@ def run(options, model, dataset, iterations, measure=None, show=None, **protocol
         show: prompts that a text model draws in grids.
         **protocol: of `evaluation.evaluate`.
     """
-    out = Path(options.out)
+    out, measured = Path(options.out), None
+    if options.reference and options.inception:
+        measured = _protocol(options, model, protocol)
     epochs = -(-iterations // len(dataset))
     print(f"Training to step {epochs * len(dataset)}, batches of {dataset.batch_size}, in {out}")
     can_draw = model.latent_scale is None or model.autoencoder is not None
@@ -80,17 +82,23 @@ def run(options, model, dataset, iterations, measure=None, show=None, **protocol
         print("No --autoencoder: latents.npy holds latents, not pictures.")
     draw_log(out)
     metrics |= measure(model) if measure else {}
-    if options.reference and options.inception:
-        metrics |= evaluation.evaluate(
-            model,
-            evaluation.Reference.load(options.reference),
-            evaluation.InceptionFeatures(options.inception),
-            **{"num_images": options.num_images, **protocol},
-            folder=out / "images",
-        )
+    if measured:
+        metrics |= evaluation.evaluate(model, **measured, folder=out / "images")
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(json.dumps(metrics, indent=2))
     print(f"Look at {out}")
+
+
+def _protocol(options, model, protocol):
+    """What `evaluate` takes beside the model, checked now: not after days of training."""
+    measured = {
+        "reference": evaluation.Reference.load(options.reference),
+        "inception": evaluation.InceptionFeatures(options.inception),
+        "num_images": options.num_images,
+        **protocol,
+    }
+    evaluation.protocol.check(model, **measured)
+    return measured
 
 
 def conditions(model, count):

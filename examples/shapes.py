@@ -38,6 +38,8 @@ def main():
         weights=(None, '"pretrained" measures the weights that ship, without training'),
         out=("runs/shapes", "folder to write into"),
     )
+    if options.weights not in (None, "pretrained"):
+        raise SystemExit(f'--weights takes "pretrained". Received: {options.weights}.')
     row, out = presets.get(options.preset), Path(options.out)
     count = 24 if options.quick else 500
     prompts = [str(scene) for scene in shapes.scenes(count, "test", options.seed)]

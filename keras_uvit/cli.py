@@ -1,5 +1,6 @@
 """`keras-uvit`: the package from a shell."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from keras_uvit.specs import (
     open_model,
     open_prompts,
     open_source,
+    read_prompts,
     sampling,
 )
 from keras_uvit.training import train as train_in_folder
@@ -82,6 +84,7 @@ def show_presets():
 @click.option("--autoencoder", type=click.Path(), help="Its weights, or space-to-depth.")
 @click.option("--scale", type=float, default=0.18215, show_default=True, help="COCO: 0.23010.")
 @click.option("--text", help="CLIP, for captions: a folder, or clip_vit_large_patch14.")
+@click.option("--no-captions", is_flag=True, help="Leave captions out.")
 @click.option("--pixels", is_flag=True, help="Keep pixels, not latents.")
 @click.option("--published-pickles", is_flag=True, help="SOURCE is the published program's.")
 @SOURCE_OPTIONS
@@ -91,7 +94,7 @@ def show_presets():
 @click.option("--shard-size", type=int, help="Images a shard; 8192, with captions 1024.")
 @click.option("--process", default="0/1", show_default=True, help="K/N: every N-th shard from K.")
 @click.option("--skip-corrupt", is_flag=True, help="Leave damaged images out.")
-def encode(source, cache, autoencoder, scale, text, pixels, published_pickles, **more):
+def encode(source, cache, autoencoder, scale, text, no_captions, pixels, published_pickles, **more):
     """Makes a cache of SOURCE's latents, to train on.
 
     SOURCE is a folder of images (class sub-folders, or a captions.jsonl, or neither), coco:FOLDER
@@ -118,20 +121,31 @@ def encode(source, cache, autoencoder, scale, text, pixels, published_pickles, *
         "process": (int(index), int(count)),
         "corrupt": "skip" if more["skip_corrupt"] else "raise",
         "shard_size": more["shard_size"],
-        "text_encoder": text and CLIPText.from_preset(text),
     }
     if published_pickles:
         images = data.published_pickles(source)
     else:
         keys = ("image_size", "split", "channels", "crop", "data_dir")
         images = open_source(source, *(more[key] for key in keys))
+    if no_captions:
+        images = dataclasses.replace(images, captions=None)
+    if (images.captions is None) != (text is None):
+        raise click.UsageError(
+            f"{source} has no captions for --text."
+            if images.captions is None
+            else f"{source} has captions: pass --text, or --no-captions to leave them out."
+        )
+    if not pixels:
+        autoencoder = _autoencoder(autoencoder, scale, published_pickles)
+    if text is not None:  # last, as it takes longest
+        shared["text_encoder"] = CLIPText.from_preset(text)
     if pixels:
         made = data.write_images(images, cache, **shared)
     else:
         made = data.write_latents(
             images,
             cache,
-            _autoencoder(autoencoder, scale, published_pickles),
+            autoencoder,
             flip=more["flip"],
             dtype=more["dtype"],
             batch_size=more["batch_size"],
@@ -200,6 +214,8 @@ def train(preset, dataset, folder, iterations, batch_size, seed, grid_every, pro
     row = presets.get(preset)
     known = row.network.get("num_classes")
     reads_text = row.network.get("context_shape") and "auto"
+    if prompt and not (reads_text and parts["text"]):
+        raise click.UsageError("--prompt is for models of text, with --text.")
     size = batch_size or row.batch_size
     samples = open_dataset(
         dataset, row.network["image_shape"], known and "auto", reads_text, size, seed
@@ -253,7 +269,7 @@ def generate(model, target, weights, autoencoder, text, zoom, **how):
     what = {key: how.pop(key) for key in ("num_images", "labels", "negative_prompt")}
     prompts, file = list(how.pop("prompt")), how.pop("prompts")
     if file is not None:
-        prompts += open_prompts(file, None, None, None)
+        prompts += read_prompts(file)
     what = {key: value for key, value in what.items() if value is not None}
     if "negative_prompt" in what:
         what["negative_prompts"] = what.pop("negative_prompt")
@@ -329,10 +345,15 @@ def evaluate(model, reference, inception, resize, weights, autoencoder, text, **
     """
     prompts, count = None, more["num_images"]
     if more["prompts"]:
-        prompts = open_prompts(more["prompts"], more["split"], count or 30_000, more["seed"])
+        prompts = open_prompts(more["prompts"], more["split"], count, more["seed"])
         count = len(prompts)
     features, known = InceptionFeatures(inception, resize=resize), Reference.load(reference)
-    if not (model.endswith(".npz") or Path(model).is_dir()):
+    is_images = model.endswith(".npz") or Path(model).is_dir()
+    if is_images and (more["prompts"] or more["clip"] or count):
+        raise click.UsageError(
+            "Images are measured as they are: no --prompts, --clip, --num-images."
+        )
+    if not is_images:
         keys = ("sampler", "num_steps", "guidance_scale", "seed", "batch_size", "raw")
         record = evaluation.evaluate(
             open_model(model, weights, autoencoder, text),

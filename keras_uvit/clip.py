@@ -4,6 +4,8 @@ A folder is either Hugging Face's (config.json, model.safetensors, vocab.json, m
 keras-hub's own preset (config.json, model.weights.h5, assets/tokenizer).
 """
 
+import collections
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -68,6 +70,10 @@ class Tokenizer:
 
     def __init__(self, vocabulary, merges, length=77):
         _check_vocabulary(vocabulary, merges)
+        if length < 2:
+            raise ValueError(
+                f"length counts start and end, so it is at least 2. Received: {length}."
+            )
         self.vocabulary, self.merges = dict(vocabulary), [tuple(pair) for pair in merges]
         self.length = length
         lib = tokenizers()
@@ -100,12 +106,16 @@ class Tokenizer:
 
         Warns once where captions are cut at `length` tokens, and names the first.
         """
+        if not isinstance(captions, str | list | tuple):
+            raise TypeError(f"Captions are strings. Received: {captions!r}.")
         captions = [captions] if isinstance(captions, str) else list(captions)
         for caption in captions:
             if not isinstance(caption, str):
                 raise TypeError(f"Captions are strings. Received: {caption!r}.")
-            if any("\ud800" <= sign <= "\udfff" for sign in caption):
-                raise ValueError(f"Half of a surrogate pair is no text: {caption!r}.")
+            try:
+                caption.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"Half of a surrogate pair is no text: {caption!r}.") from error
         if not captions:
             return np.empty((0, self.length), "int32")
         encodings = self._tokenizer.encode_batch(captions)
@@ -131,22 +141,47 @@ class Tokenizer:
         """
         if size < 514:
             raise ValueError(f"A vocabulary has at least 514 tokens. Received: {size}.")
+        if isinstance(captions, str):
+            raise TypeError("Captions are a list of strings.")
         lib = tokenizers()
         alphabet = sorted(lib.pre_tokenizers.ByteLevel.alphabet())
-        learner = _pipeline(lib.models.BPE(unk_token=END, end_of_word_suffix=WORD_END))
-        learner.train_from_iterator(
-            captions,
-            lib.trainers.BpeTrainer(
-                vocab_size=size - len(alphabet),
-                initial_alphabet=alphabet,
-                end_of_word_suffix=WORD_END,
-                show_progress=False,
-            ),
-        )
-        merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-        tokens = [*alphabet, *(a + WORD_END for a in alphabet), *("".join(m) for m in merges)]
+        pipeline, words = _pipeline(lib.models.BPE(unk_token=END)), collections.Counter()
+        for caption in captions:
+            text = pipeline.normalizer.normalize_str(caption)
+            words.update(word for word, _ in pipeline.pre_tokenizer.pre_tokenize_str(text))
+        merges = _learned_merges(words, size - 2 * len(alphabet) - 2)
+        tokens = [*alphabet, *(sign + WORD_END for sign in alphabet), *map("".join, merges)]
         tokens = list(dict.fromkeys([*tokens, START, END]))
         return cls({token: k for k, token in enumerate(tokens)}, merges, length)
+
+
+def _learned_merges(words, most):
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909): the commonest pair each time.
+
+    Ties are broken by the text, so that equal captions give equal merges. (The library's own
+    trainer breaks them anew in each process.)
+    """
+    parts = {word: (*word[:-1], word[-1] + WORD_END) for word in words}
+    merges = []
+    while len(merges) < most:
+        pairs = collections.Counter()
+        for word, tokens in parts.items():
+            for pair in itertools.pairwise(tokens):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        parts = {word: _merged(tokens, merges[-1]) for word, tokens in parts.items()}
+    return merges
+
+
+def _merged(tokens, pair):
+    merged, k = [], 0
+    while k < len(tokens):
+        width = 2 if tokens[k : k + 2] == pair else 1
+        merged.append("".join(tokens[k : k + width]))
+        k += width
+    return tuple(merged)
 
 
 def _pipeline(model):
@@ -194,6 +229,13 @@ def _check_vocabulary(vocabulary, merges):
     for pair in merges:
         if len(pair) != 2 or any(t not in vocabulary for t in (*pair, "".join(pair))):
             raise ValueError(f"The merge {' '.join(pair)!r} is not of tokens of the vocabulary.")
+    signs = tokenizers().pre_tokenizers.ByteLevel.alphabet()
+    made = {*signs, *(sign + WORD_END for sign in signs), *map("".join, merges), START, END}
+    if missing := sorted({*vocabulary} - made):
+        raise ValueError(
+            f"{len(missing)} tokens of the vocabulary, such as {missing[0]!r}, are made by no "
+            "merge: the merges are cut short, or of another vocabulary."
+        )
 
 
 # Towers -------------------------------------------------------------------------------------------
@@ -298,7 +340,7 @@ def _hugging_face(folder, config, whole):
         model = text_tower(**_converted(text, TEXT_KEYS))
         if whole:
             model = _backbone(model, config)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged or not CLIP's: {error}") from error
     load_torch_weights(model, files[0])
     return model
@@ -343,8 +385,8 @@ def _read_json(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: expected an object.")
@@ -355,7 +397,7 @@ def _read_merges(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
@@ -367,6 +409,10 @@ def save(tower, tokenizer, folder):
     folder.mkdir(parents=True, exist_ok=True)
     config = {there: getattr(tower, here) for there, here, _ in TEXT_KEYS}
     config |= {"model_type": "clip_text_model", "hidden_act": tower.intermediate_activation}
+    config |= {
+        f"{name}_token_id": tokenizer.vocabulary[token]
+        for name, token in (("bos", START), ("eos", END), ("pad", END))
+    }
     (folder / "vocab.json").write_text(
         json.dumps(tokenizer.vocabulary, ensure_ascii=False), encoding="utf-8"
     )
@@ -377,10 +423,10 @@ def save(tower, tokenizer, folder):
 
 
 def random_weights(model, seed):
-    """Weights of CLIP's scale, from NumPy: the same on every backend.
+    """Weights from NumPy, the same on every backend.
 
-    Normal of standard deviation 0.02 for positions and 1 for tokens, so that an untrained encoder
-    tells tokens apart; 1 / sqrt(inputs) for matrices; norms and biases as Keras makes them.
+    Normal of standard deviation 1 for tokens and positions, so that an untrained encoder tells
+    them apart, 1 / sqrt(inputs) for matrices; norms and biases as Keras makes them.
     """
     random = np.random.default_rng(seed)
     for weight in model.weights:

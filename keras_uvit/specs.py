@@ -9,6 +9,7 @@ from keras_uvit import data, presets
 from keras_uvit.data import captioned, sources
 from keras_uvit.data.manifest import MANIFEST, read_manifest
 from keras_uvit.evaluation.files import read_npz
+from keras_uvit.evaluation.protocol import USUAL_PROMPTS
 from keras_uvit.latent import AutoencoderKL, CLIPText
 from keras_uvit.training import DiffusionModel
 
@@ -73,6 +74,8 @@ def open_source(spec, image_size, split, channels, crop, data_dir):
             spec[5:], split, image_size, channels=channels, crop=crop, data_dir=data_dir
         )
     if spec.startswith("shapes:"):
+        if image_size or crop or channels != 3:
+            raise click.UsageError("shapes: are 32x32 in colour: no --image-size, --crop, ...")
         return data.shapes.source(_count(spec), split)
     if spec.startswith("coco:"):
         if crop or channels != 3:
@@ -82,7 +85,7 @@ def open_source(spec, image_size, split, channels, crop, data_dir):
     if image_size is None and Path(spec).is_dir():
         raise click.UsageError("A folder of images needs --image-size.")
     if (Path(spec) / captioned.CAPTIONS).is_file():
-        return captioned.captioned_folder(spec, image_size, channels=channels)
+        return captioned.captioned_folder(spec, image_size, channels=channels, crop=crop)
     return sources.folder(spec, image_size or 1, channels=channels, crop=crop)
 
 
@@ -93,18 +96,33 @@ def _count(spec):
     return int(count)
 
 
+def read_prompts(path):
+    """The prompts of a text file, one a line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No file of prompts at {path}.")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt: expected one a line.")
+    return prompts
+
+
 def open_prompts(spec, split, count, seed):
-    """Prompts of a text file, one a line, or one random caption each of a source's pictures."""
-    if Path(spec).is_file():
-        lines = Path(spec).read_text(encoding="utf-8").split("\n")
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError(f"{spec} holds no prompt: expected one a line.")
-        return prompts
-    source = open_source(spec, 256, split, 3, None, None)
-    if source.captions is None:
+    """Prompts of a text file, or one random caption each of a source's pictures."""
+    is_source = spec.startswith(("coco:", "tfds:", "shapes:")) or Path(spec).is_dir()
+    if not is_source:
+        prompts = read_prompts(spec)
+        if count and count > len(prompts):
+            raise ValueError(f"{spec} holds {len(prompts)} prompts, fewer than {count}.")
+        return prompts[:count]
+    size = None if spec.startswith("shapes:") else 256
+    captions = open_source(spec, size, split, 3, None, None).captions
+    if captions is None:
         raise ValueError(f"{spec} has no captions.")
-    return captioned.random_prompts(source.captions, count or len(source), seed)
+    return captioned.random_prompts(captions, count or min(USUAL_PROMPTS, len(captions)), seed)
 
 
 def open_model(name, weights, autoencoder, text):
@@ -131,6 +149,11 @@ def open_dataset(spec, image_shape, labels, captions, batch_size, seed):
         is_latent = read_manifest(spec)["field"] == "moments"
         reader = data.LatentDataset if is_latent else data.image_shards
         return reader(spec, captions=captions, **shared)
+    if captions:
+        raise ValueError(
+            f"Models of text are trained on a cache: `keras-uvit encode {spec} CACHE --text ...` "
+            "makes one."
+        )
     if spec.startswith("tfds:"):
         return data.tfds_images(spec[5:], (height, width), channels=channels, **shared)
     if spec == "digits":

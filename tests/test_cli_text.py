@@ -70,7 +70,9 @@ def test_encode_coco(coco, clip, tmp_path):
 
 def test_encode_captions_needs_an_encoder(coco, tmp_path):
     words = ("encode", f"coco:{coco}", tmp_path / "cache", "--image-size", 16)
-    assert "has captions: pass text_encoder" in refused(*words, "--autoencoder", "space-to-depth")
+    assert "has captions: pass --text, or --no-captions" in refused(
+        *words, "--autoencoder", "space-to-depth"
+    )
     assert "annotations_trainval2014.zip" in refused(
         "encode", "coco:nowhere", tmp_path / "cache", "--pixels"
     )
@@ -129,12 +131,34 @@ def test_from_shapes_to_pictures(tiny, clip, tmp_path):
     assert "is of text encoder" in refused("generate", model, out, "--prompt", "a", "--text", other)
 
 
+def test_what_does_not_go_together_is_refused(coco, clip, tmp_path, tiny):
+    cache = tmp_path / "cache"
+    assert "no --image-size" in refused("encode", "shapes:4", cache, "--pixels", "--image-size", 64)
+    # The source is looked at before CLIP is loaded, which takes long.
+    assert "No folder at nowhere" in refused("encode", "nowhere", cache, "--image-size", 8)
+    words = ("encode", f"coco:{coco}", cache, "--image-size", 8, "--pixels")
+    assert "6 samples" in run(*words, "--no-captions")
+    assert "has no captions for --text" in refused(*words, "--no-captions", "--text", clip)
+    words = ("train", "uvit_tiny_shapes")
+    assert "keras-uvit encode shapes:8 CACHE" in refused(*words, "shapes:8", tmp_path / "run")
+    assert "for models of text, with --text" in refused(*words, cache, "run", "--prompt", "a")
+    assert "No file of prompts" in refused(
+        "generate", "uvit_tiny_shapes", tmp_path / "a.png", "--prompts", "missing.txt"
+    )
+
+
 def test_prompts_from_a_file_or_from_captions(coco, tmp_path):
     from keras_uvit.specs import open_prompts
 
     file = tmp_path / "p.txt"
     file.write_text(" one \n\ntwo\n")
     assert open_prompts(str(file), None, None, 0) == ["one", "two"]
+    assert open_prompts(str(file), None, 1, 0) == ["one"]
+    with pytest.raises(ValueError, match="holds 2 prompts, fewer than 3"):
+        open_prompts(str(file), None, 3, 0)
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo")  # as Windows writes it
+    assert open_prompts(str(file), None, None, 0) == ["one", "two"]
+    assert len(open_prompts("shapes:5", "test", None, 0)) == 5
     drawn = open_prompts(f"coco:{coco}", "train2014", 4, 0)
     assert len(drawn) == 4
     assert set(drawn) <= set(SCENES)

@@ -1,7 +1,10 @@
 """CLIP from files: token ids and hidden states against transformers, damaged files."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 
 import keras
@@ -169,7 +172,9 @@ def test_long_captions_keep_75_tokens_and_the_end():
         assert (tokenizer("dog " * 75) == ids[0]).all()  # just fits
 
 
-@pytest.mark.parametrize("bad", [[b"dog"], [None], [7], [["dog"]], "\ud83d", ["ok", "x\udc36"]])
+@pytest.mark.parametrize(
+    "bad", [None, 7, [b"dog"], [None], [7], [["dog"]], "\ud83d", ["ok", "x\udc36"]]
+)
 def test_what_is_no_text_is_refused(text, bad):
     with pytest.raises((TypeError, ValueError), match="Captions are strings|surrogate"):
         text.tokenize(bad)
@@ -177,6 +182,52 @@ def test_what_is_no_text_is_refused(text, bad):
 
 def test_no_captions_are_no_contexts(text):
     assert text([]).shape == (0, 77, 64)
+
+
+LEARN = """
+from keras_uvit.clip import Tokenizer
+words = ["a man rides a wave", "the cat sat on a mat", "dogs run in tall grass"]
+print(Tokenizer.learned(words, 600, 8).merges)
+"""
+
+
+def test_equal_captions_give_equal_merges_in_every_process():
+    """Most pairs of these sentences are equally common."""
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", LEARN],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            timeout=300,
+        ).stdout
+        for seed in "12"
+    )
+    assert first == second
+    assert len(first) > 100
+
+
+def test_learned_merges_are_the_commonest_pairs():
+    """ "low low lower": lo is in all three words, then low; at last lower's own."""
+    learned = clip.Tokenizer.learned(["low low lower"], 600, 8)
+    assert learned.merges == [
+        ("l", "o"),
+        ("lo", "w</w>"),
+        ("e", "r</w>"),
+        ("lo", "w"),
+        ("low", "er</w>"),
+    ]
+
+
+def test_what_is_no_list_of_captions_is_not_learned_from():
+    with pytest.raises(TypeError, match="list of strings"):
+        clip.Tokenizer.learned("a dog", 600, 8)
+
+
+@pytest.mark.parametrize("length", [-1, 0, 1])
+def test_a_length_holds_start_and_end(tokenizer, length):
+    with pytest.raises(ValueError, match="at least 2"):
+        clip.Tokenizer(tokenizer.vocabulary, tokenizer.merges, length)
 
 
 def test_a_vocabulary_has_a_least_size():
@@ -268,8 +319,8 @@ def test_saved_and_loaded(text, tmp_path):
 
 def test_other_weights_or_words_have_another_fingerprint(text):
     tower, words = text.tower, text.tokenizer
-    merges = words.merges[:-1]
-    other = CLIPText(tower, clip.Tokenizer(words.vocabulary, merges, 77))
+    (a, b), *rest = words.merges
+    other = CLIPText(tower, clip.Tokenizer(words.vocabulary, [*rest, (a, b)], 77))
     assert other.fingerprint != text.fingerprint
     a, b = (CLIPText.random(CAPTIONS, length=8, hidden_dim=8, seed=seed) for seed in (0, 1))
     assert a.fingerprint != b.fingerprint
@@ -278,7 +329,7 @@ def test_other_weights_or_words_have_another_fingerprint(text):
 def test_random_weights_are_the_same_on_every_backend():
     text = CLIPText.random(CAPTIONS, length=16, hidden_dim=8, num_heads=2, vocabulary_size=560)
     # Computed once on JAX. Weights are float32 of one NumPy stream.
-    assert text.fingerprint == "a404af7b7cab66da"
+    assert text.fingerprint == "b060ba80516acca1"
 
 
 def test_keras_settings_do_not_matter(folder, text):
@@ -361,6 +412,8 @@ def test_scores_need_a_prompt_an_image_and_bytes(whole_folder):
     images = np.zeros((2, 28, 28, 3), "uint8")
     with pytest.raises(ValueError, match="2 images, 1 prompts"):
         score(images, ["a"])
+    with pytest.raises(TypeError, match="list of strings"):
+        score(images, "ab")
     with pytest.raises(ValueError, match="uint8"):
         score(images.astype("float32"), ["a", "b"])
 
@@ -381,12 +434,30 @@ def test_a_missing_file_is_named(copy, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocab.json", "model.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"a": "b"}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"a": "b"}', b"[" * 200_000]
+)
 def test_a_damaged_file_is_named(copy, name, content):
     (copy / name).write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         CLIPText.from_preset(copy)
     assert name in str(error.value) or copy.name in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 0.5, 0.99])
+def test_merges_that_were_cut_short_are_refused(copy, keep):
+    file = copy / "merges.txt"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[: 1 + int(keep * (len(lines) - 1))]))
+    with pytest.raises(ValueError, match="made by no merge"):
+        CLIPText.from_preset(copy)
+
+
+def test_windows_line_ends_and_marks_are_read(copy, text):
+    for name in ("merges.txt", "vocab.json", "config.json"):
+        content = (copy / name).read_text()
+        (copy / name).write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
+    assert CLIPText.from_preset(copy).fingerprint == text.fingerprint
 
 
 @pytest.mark.parametrize("content", [b"a", b"a b c", b"zz qq", b"\xff\xfe"])
@@ -401,6 +472,7 @@ def test_damaged_merges_are_named(copy, content):
     [
         ({"hidden_size": "64"}, "config.json.*hidden_dim"),
         ({"hidden_size": -64}, "positive ints"),
+        ({"hidden_size": 10**12}, "config.json is damaged"),
         ({"hidden_size": 60}, "does not fit"),
         ({"num_hidden_layers": 2}, "does not fit this network. extra: "),
         ({"num_hidden_layers": 4}, "does not fit this network. missing: "),

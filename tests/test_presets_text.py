@@ -87,6 +87,12 @@ def test_its_text_encoder_ships_too(shipped):
     assert (ids[:, -1] == shipped.text_encoder.tokenizer.vocabulary[clip.END]).all()
 
 
+def test_its_weights_refuse_another_text_encoder():
+    other = CLIPText.random(["a dog"], length=12, hidden_dim=64, vocabulary_size=520)
+    with pytest.raises(ValueError, match="is of text encoder"):
+        presets.load("uvit_tiny_shapes", "pretrained", text_encoder=other)
+
+
 def test_it_draws_what_it_is_told(shipped):
     """On pairs of things that no training picture had; 500 prompts score MEASURED, chance 0.43."""
     prompts = [str(scene) for scene in shapes.scenes(60, "test", seed=1)]

@@ -1,6 +1,7 @@
 """Pictures with captions: COCO's own files, a folder with captions.jsonl, pairs of your own."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from keras_uvit.data import sources
 
 CAPTIONS = "captions.jsonl"
+COCO_SPLITS = ("train2014", "val2014", "train2017", "val2017")
 
 
 def coco(path, split="train2014", image_size=256):
@@ -28,32 +30,33 @@ def coco(path, split="train2014", image_size=256):
     Raises:
         FileNotFoundError: if annotations or pictures are missing; the message says which zip has
             them.
-        ValueError: if the annotations are damaged.
+        ValueError: for another split, or damaged annotations.
     """
-    path = Path(path)
+    path, year = Path(path), split[-4:]
+    if split not in COCO_SPLITS:
+        raise ValueError(f"split must be one of {COCO_SPLITS}. Received: {split!r}.")
     file = path / "annotations" / f"captions_{split}.json"
-    year = split[-4:]
     if not file.is_file():
         raise FileNotFoundError(
             f"No {file}. Unpack annotations_trainval{year}.zip and {split}.zip (cocodataset.org) "
             f"in {path}."
         )
-    content = _json(file, file.read_text(encoding="utf-8"))
+    content = _json(file, _text(file))
     try:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         texts = {key: [] for key in sorted(names)}
         for annotation in content["annotations"]:
             texts[annotation["image_id"]].append(annotation["caption"])
+        files = [_inside(path / split, names[key], file) for key in texts]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is damaged or no COCO captions: {type(error).__name__} {error}."
         ) from error
-    files = [_inside(path / split, names[key], file) for key in texts]
     _check_files(files, f"Unpack {split}.zip in {path}.")
     return _source(f"coco/{split}", files, list(texts.values()), image_size, 3, "lanczos")
 
 
-def captioned_folder(path, image_size, *, channels=3):
+def captioned_folder(path, image_size, *, channels=3, crop=None):
     """A source of the pictures in a folder with `captions.jsonl`.
 
     Each line of that file is an object such as
@@ -63,6 +66,7 @@ def captioned_folder(path, image_size, *, channels=3):
         path: the folder.
         image_size: int or (height, width) in pixels; see `sources.fitted`.
         channels: 3 (RGB) or 1 (grey).
+        crop: see `sources.fitted`.
 
     Raises:
         FileNotFoundError: if the file or a picture is missing.
@@ -76,7 +80,7 @@ def captioned_folder(path, image_size, *, channels=3):
             '["a dog"]}.'
         )
     files, texts = [], []
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = _text(file).split("\n")
     for number, line in enumerate(lines, 1):
         if line.strip():
             content = _json(f"Line {number} of {file}", line)
@@ -85,7 +89,7 @@ def captioned_folder(path, image_size, *, channels=3):
             files.append(_inside(path, content["file_name"], f"line {number} of {file}"))
             texts.append(content["captions"])
     _check_files(files, f"{file} names it.")
-    return _source(f"folder:{path.name}", files, texts, image_size, channels)
+    return _source(f"folder:{path.name}", files, texts, image_size, channels, crop=crop)
 
 
 def pairs(content, image_size=None, *, channels=3, name="pairs"):
@@ -105,10 +109,14 @@ def pairs(content, image_size=None, *, channels=3, name="pairs"):
     content = list(content)
     if not content:
         raise ValueError("There are no pairs.")
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in content):
+        raise TypeError("Expected pairs of a picture and its captions.")
     images, texts = zip(*content)
     if image_size is None:
         if any(isinstance(image, str | Path) for image in images):
             raise ValueError("Pictures in files differ in size: say which image_size you want.")
+        if len({np.shape(image) for image in images}) > 1:
+            raise ValueError("Pictures in arrays must be of one shape.")
         return sources.arrays({"image": np.stack(images), "captions": list(texts)}, name)
     if not all(isinstance(image, str | Path) for image in images):
         raise TypeError("With image_size, pictures are paths. Arrays are taken as they are.")
@@ -135,7 +143,7 @@ def random_prompts(captions, count, seed=0):
     return [captions[k][random.integers(len(captions[k]))] for k in chosen]
 
 
-def _source(name, files, texts, image_size, channels, method="adm"):
+def _source(name, files, texts, image_size, channels, method="adm", crop=None):
     size = sources.checked_size(image_size)
     sources.check_options("auto", channels)
     sources.pillow()
@@ -143,15 +151,22 @@ def _source(name, files, texts, image_size, channels, method="adm"):
         name,
         len(files),
         (*size, channels),
-        lambda i: {"image": sources.read_file(files[i], size, channels, method=method)},
+        lambda i: {"image": sources.read_file(files[i], size, channels, crop, method)},
         captions=sources.checked_captions(texts, [str(file) for file in files]),
     )
+
+
+def _text(file):
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{file} is no UTF-8 text: {error}.") from error
 
 
 def _json(what, text):
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is damaged: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{what} is damaged: expected an object.")
@@ -159,10 +174,11 @@ def _json(what, text):
 
 
 def _inside(folder, name, where):
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{where} names {name}, which is outside of {folder}.")
-    return path
+    # By its name: where links lead is the user's affair (downloads are often folders of links).
+    parts = Path(os.path.normpath(name)).parts
+    if os.path.isabs(name) or ".." in parts or "\0" in name:
+        raise ValueError(f"{where} names {name!r}, which is outside of {folder}.")
+    return folder / name
 
 
 def _check_files(files, advice):

@@ -171,7 +171,11 @@ def _parts(folder, content, name, shape, dtype=None):
 
 def _contexts(folder, content):
     text = content["text"]
-    parts = _parts(folder, content, "context", text["shape"], text["dtype"])
+    try:
+        about = {key: text[key] for key in ("id", "fingerprint")}
+        parts = _parts(folder, content, "context", text["shape"], text["dtype"])
+    except (KeyError, TypeError) as error:
+        raise CacheError(f"{folder / manifest.MANIFEST} is damaged: {error!r}.") from error
     rows = [np.array(part) for part in _parts(folder, content, "captions", (2,), "int32")]
     first = 0
     for own, part in zip(rows, parts):
@@ -180,7 +184,7 @@ def _contexts(folder, content):
         own[:, 0] += first
         first += len(part)
     array = ShardedArray(parts)
-    return Contexts(array, np.concatenate(rows), np.array(array[0]), text)
+    return Contexts(array, np.concatenate(rows), np.array(array[0]), about)
 
 
 def _verify(folder, shards, verbose):

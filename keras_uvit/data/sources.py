@@ -37,6 +37,11 @@ class Source:
     field: str = "image"
     captions: list | None = None
 
+    def __post_init__(self):
+        if self.captions is not None:
+            names = [f"Sample {k} of {self.name}" for k in range(self.length)]
+            object.__setattr__(self, "captions", checked_captions(self.captions, names))
+
     def __len__(self):
         return self.length
 
@@ -97,8 +102,6 @@ def arrays(data, name="arrays"):
         raise ValueError(f"Images have shape (n, H, W, C), n >= 1. Received: {images.shape}.")
     if images.dtype != np.uint8:
         raise TypeError(f"Images are uint8 in [0, 255]. Received: dtype {images.dtype}.")
-    if texts is not None:
-        texts = checked_captions(texts, [f"Image {k}" for k in range(len(images))])
     if labels is None:
         return Source(
             name, len(images), images.shape[1:], lambda i: {"image": images[i]}, captions=texts
@@ -133,6 +136,10 @@ def checked_captions(texts, names):
     for own, name in zip(texts, names):
         if not isinstance(own, list | tuple) or not all(isinstance(text, str) for text in own):
             raise TypeError(f"{name}: captions are a str or a list of them. Received: {own!r}.")
+        try:
+            "".join(own).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}: half of a surrogate pair is no text: {own!r}.") from error
         if not own or not all(text.strip() for text in own):
             raise ValueError(
                 f"{name} has no caption, or an empty one. (Training leaves captions out by itself, "

@@ -96,7 +96,10 @@ def _captions(builder, split):
 
 
 def _texts(captions):
-    texts = captions["text"] if isinstance(captions, dict) else [c["text"] for c in captions]
+    """Captions as a list of str, from a sequence of texts, or of dicts with "text"."""
+    texts = captions["text"] if isinstance(captions, dict) else captions
+    texts = [texts] if isinstance(texts, str | bytes) else texts
+    texts = [text["text"] if isinstance(text, dict) else text for text in texts]
     return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
 
 

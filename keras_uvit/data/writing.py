@@ -1,10 +1,13 @@
 """Makes the caches that `LatentDataset` and `image_shards` read."""
 
 import errno
+import hashlib
 import importlib.metadata
+import json
 import math
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import keras
@@ -40,7 +43,7 @@ def write_latents(
 
     Args:
         source: `data.sources.Source`, or uint8 images `(n, H, W, C)`, or a dict of them as "image"
-            and ints as "label".
+            with ints as "label" or texts as "captions".
         path: folder of the cache, made if need be.
         autoencoder: `latent.AutoencoderKL`, or what has its `encode`, `moments_shape`, `factor`,
             `scale`, `id` and `fingerprint`. With a source of moments (`data.published_pickles`) it
@@ -139,6 +142,14 @@ def _plan(source, field, dtype, shard_size, flip, text_encoder):
             else "The source has captions: pass text_encoder, such as latent.CLIPText, or leave "
             "them out: dataclasses.replace(source, captions=None)."
         )
+    if flip and source.captions is not None:
+        warnings.warn(
+            "flip=True stores mirror images under the same captions: what they say of left and "
+            "right becomes false.",
+            stacklevel=3,
+        )
+    if text_encoder is not None and not hasattr(text_encoder, "fingerprint"):
+        raise TypeError(f"text_encoder is such as latent.CLIPText. Received: {text_encoder!r}.")
     if shard_size is None:
         shard_size = 8192 if text_encoder is None else 1024
     if shard_size < 1:
@@ -164,6 +175,7 @@ def _plan(source, field, dtype, shard_size, flip, text_encoder):
         plan["text"] = {
             "id": text_encoder.id,
             "fingerprint": text_encoder.fingerprint,
+            "captions": hashlib.sha256(json.dumps(source.captions).encode()).hexdigest()[:16],
             "shape": list(text_encoder.context_shape),
             "dtype": "float16" if field == "image" else dtype,
         }

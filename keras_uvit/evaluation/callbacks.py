@@ -7,6 +7,7 @@ import keras
 
 from keras_uvit.evaluation.files import captioned_grid, image_grid, write_png
 from keras_uvit.evaluation.protocol import check, evaluate
+from keras_uvit.training import generation
 
 EVALUATE_ONLY = ("seed", "folder", "path", "verbose")  # arguments that cannot be wrong beforehand
 
@@ -54,7 +55,12 @@ class SampleGridCallback(_Periodic):
     def __init__(self, folder, *, every=1, columns=None, zoom=1, log_dir=None, seed=0, **options):
         super().__init__(every, log_dir)
         self.folder, self.columns, self.zoom = Path(folder), columns, zoom
+        if isinstance(options.get("prompts"), str):
+            options["prompts"] = [options["prompts"]]
         self.options = {**options, "seed": seed, "verbose": 0}
+
+    def on_train_begin(self, logs=None):
+        generation.check(self.model, **self.options)  # not after the first epoch
 
     def act(self, epoch, logs):
         images, prompts = self.model.generate(**self.options), self.options.get("prompts")

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from keras_uvit import clip
+from keras_uvit.evaluation.files import pillow
 from keras_uvit.inference import Frozen, own_defaults
 
 # Of the images that CLIP was trained on, per channel, in [0, 1] (Radford et al. 2021).
@@ -26,6 +27,7 @@ class CLIPScore:
     """
 
     def __init__(self, model, tokenizer, id="random"):
+        pillow()  # a missing library is found before images are drawn
         self.model, self.tokenizer, self.id = model, tokenizer, id
         self.image_size = model.vision_encoder.image_shape[0]
         with own_defaults("float32"):
@@ -49,6 +51,8 @@ class CLIPScore:
         return cls(*clip.load(source, whole=True))
 
     def __call__(self, images, prompts, batch_size=32, verbose=0):
+        if isinstance(prompts, str):
+            raise TypeError("prompts are a list of strings, one an image.")
         if len(images) != len(prompts) or not len(prompts):
             raise ValueError(
                 f"Expected a prompt an image. Received: {len(images)} images, {len(prompts)} "
@@ -68,9 +72,7 @@ class CLIPScore:
             raise ValueError(
                 f"Images are (n, H, W, 3) uint8. Received: {images.shape} {images.dtype}."
             )
-        from PIL import Image
-
-        side = self.image_size
+        Image, side = pillow(), self.image_size
         scale = side / min(images.shape[1:3])
         height, width = (max(side, int(n * scale)) for n in images.shape[1:3])
         top, left = (height - side) // 2, (width - side) // 2

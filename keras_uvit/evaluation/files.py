@@ -75,12 +75,16 @@ def write_pngs(folder, images, first=0):
 
 def write_png(path, image):
     """One uint8 image `(H, W, 1 or 3)` as PNG."""
+    picture = pillow().fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    _atomically(path, lambda beside: picture.save(beside, format="PNG"), ".png")
+
+
+def pillow():
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError('Pictures need Pillow: pip install "keras-uvit[eval]".') from error
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    _atomically(path, lambda beside: picture.save(beside, format="PNG"), ".png")
+    return Image
 
 
 def read_images(path):
@@ -92,8 +96,7 @@ def read_images(path):
     """
     path = Path(path)
     if path.is_dir():
-        from PIL import Image
-
+        Image = pillow()
         files = sorted(file for file in path.glob("*.png") if not file.name.startswith("tmp-"))
         if not files:
             raise FileNotFoundError(f"No .png file in {path}.")
@@ -132,6 +135,7 @@ def image_grid(images, columns=None, zoom=1, gap=2):
 
 
 FONT_SIZE = 13  # pixels
+MAX_LINES = 8
 
 
 def captioned_grid(images, captions, columns=None, zoom=1):
@@ -145,9 +149,10 @@ def captioned_grid(images, captions, columns=None, zoom=1):
     Returns:
         `(height, width, 3)` uint8.
     """
-    if len(images) != len(captions):
-        raise ValueError(f"Expected a caption an image: {len(images)} and {len(captions)}.")
-    from PIL import Image, ImageDraw, ImageFont
+    if isinstance(captions, str) or len(images) != len(captions) or not len(images):
+        raise ValueError(f"Expected a list of {len(images)} captions. Received: {captions!r}.")
+    Image = pillow()
+    from PIL import ImageDraw, ImageFont
 
     if images.shape[-1] == 1:
         images = images.repeat(3, axis=-1)
@@ -173,4 +178,6 @@ def _wrapped(text, font, width):
             lines.append(word)
         else:
             lines[-1] = longer
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], "..."]
     return "\n".join(lines)

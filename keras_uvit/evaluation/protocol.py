@@ -288,6 +288,7 @@ def describe(model, num_images, labels, prompts, seed, options):
         "label_protocol": labels if model.network.num_classes is not None else None,
         "prompts": prompts and hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
         "text_encoder": model.text_encoder and model.text_encoder.id,
+        "context_encoder": model.text_encoder and model.text_encoder.fingerprint,
         "sampler": sampler,
         "num_steps": num_steps,
         "nfe": len(steps.t),

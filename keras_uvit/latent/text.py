@@ -70,7 +70,7 @@ class CLIPText:
         """Untrained, with a vocabulary learned from captions: small, and enough to tell them apart.
 
         Args:
-            captions: list of str.
+            captions: list of str. Equal ones give an equal encoder.
             length: int, tokens of every caption, start and end included.
             hidden_dim, num_layers, num_heads: of the encoder.
             vocabulary_size: int, at most; at least 514.

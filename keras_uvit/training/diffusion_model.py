@@ -48,7 +48,8 @@ class DiffusionModel(keras.Model):
         latent_encoder: str, fingerprint of the encoder whose latents the model works on. `None`:
             that of the first cache it is fitted on, or of the `autoencoder` set, whichever is
             first. From then on those of another encoder are refused.
-        context_encoder: str, the same of the text encoder whose contexts the model reads.
+        context_encoder: str, the same of the text encoder whose contexts the model reads; "arrays"
+            where it has learned contexts of unknown origin.
         ema_decay: float in [0, 1).
         ema_warmup: bool. Decay min(ema_decay, (1 + k) / (10 + k)) at optimizer step k: the
             published constant 0.9999 would leave 82 % of the random start in the average after
@@ -176,6 +177,7 @@ class DiffusionModel(keras.Model):
         if name == "autoencoder" and value is not None:
             latent_space.agree(self, value, "The autoencoder")
         if name == "text_encoder" and value is not None:
+            text_space.check_encoder(value)
             text_space.agree(self, value, "The text encoder")
         return object.__setattr__(self, name, value)
 
@@ -232,6 +234,7 @@ class DiffusionModel(keras.Model):
             kwargs.setdefault("shuffle", False)  # Keras cannot shuffle the one, need not the other
         self.global_batch.assign(batch_size or getattr(x, "batch_size", None) or 0)
         x = batches.check_source(self, x, y)
+        text_space.note_arrays(self)
         validation = kwargs.get("validation_data")
         if validation is not None:
             first, *rest = validation if isinstance(validation, tuple) else (validation,)

@@ -1,5 +1,8 @@
 """From noise to images: batches, seeds, guidance, the compiled loop."""
 
+import inspect
+from typing import NamedTuple
+
 import keras
 import numpy as np
 from keras import ops
@@ -59,8 +62,81 @@ def generate(
     Raises:
         ValueError, TypeError: if the arguments do not fit the model, before anything is compiled.
     """
-    conditions, total = _conditions(model, num_images, labels, prompts)
-    unconditional = _unconditional(model, negative_prompts, total)
+    job = _checked(
+        model,
+        {"num_images": num_images, "labels": labels, "prompts": prompts},
+        negative_prompts,
+        sampler,
+        num_steps,
+        guidance_scale,
+        guidance_interval,
+        seed,
+        first,
+        batch_size,
+        decode,
+    )
+    loop, total = _loop(model, job.guided), job.total
+    weights = [w.value for w in (model.ema_network if use_ema else model.network).variables]
+    size = min(batch_size, total)
+    bar = keras.utils.Progbar(total, verbose=verbose, unit_name="image")
+    images = []
+    for start in range(0, total, size):
+        chosen = np.arange(start, start + size)
+        rows = np.minimum(chosen, total - 1)  # a ragged last batch is filled up, not recompiled
+        noise, seeds = _noise(seed, first + chosen, model.network.image_shape)
+        x = loop(
+            weights,
+            ops.convert_to_tensor(noise),
+            _rows(job.conditions, rows),
+            _rows(job.unconditional, rows),
+            ops.convert_to_tensor(job.steps.packed()),
+            ops.convert_to_tensor(job.scale, "float32"),
+            ops.convert_to_tensor(seeds),
+        )
+        x = ops.convert_to_numpy(x)[: total - start]
+        images.append(_finish(model, x) if decode else x)
+        bar.update(min(start + size, total))
+    return np.concatenate(images)
+
+
+class _Job(NamedTuple):
+    """What a call of `generate` comes to."""
+
+    conditions: dict  # the network's, one row an image
+    unconditional: dict  # the same for the other half of guidance; empty without
+    total: int
+    steps: samplers.Steps
+    scale: float
+    guided: tuple  # see `_guided_rows`
+
+
+def check(model, **options):
+    """Raises what `generate(**options)` would, without drawing anything."""
+    given = inspect.signature(generate).bind(model, **options)
+    given.apply_defaults()
+    asked = dict(given.arguments)
+    wants = {key: asked.pop(key) for key in ("num_images", "labels", "prompts")}
+    _checked(asked.pop("model"), wants, **{k: asked[k] for k in asked.keys() - _UNCHECKED})
+
+
+_UNCHECKED = {"use_ema", "verbose"}
+
+
+def _checked(
+    model,
+    wants,
+    negative_prompts,
+    sampler,
+    num_steps,
+    guidance_scale,
+    guidance_interval,
+    seed,
+    first,
+    batch_size,
+    decode,
+):
+    """The `_Job` of arguments that fit; nothing is compiled before."""
+    conditions, total = _conditions(model, wants)
     if decode and model.latent_scale is not None and model.autoencoder is None:
         raise ValueError(
             "This model makes latents and has no autoencoder to decode them. Set "
@@ -75,29 +151,8 @@ def generate(
     scale = model.guidance_scale if guidance_scale is None else guidance_scale
     guided = _guided_rows(model, steps, scale, guidance_interval, given=guidance_scale is not None)
     is_guided = any(on for _, on in guided)
-    _check_guided(model, is_guided, negative_prompts)
-    loop = _loop(model, guided)
-    weights = [w.value for w in (model.ema_network if use_ema else model.network).variables]
-    size = min(batch_size, total)
-    bar = keras.utils.Progbar(total, verbose=verbose, unit_name="image")
-    images = []
-    for start in range(0, total, size):
-        chosen = np.arange(start, start + size)
-        rows = np.minimum(chosen, total - 1)  # a ragged last batch is filled up, not recompiled
-        noise, seeds = _noise(seed, first + chosen, model.network.image_shape)
-        x = loop(
-            weights,
-            ops.convert_to_tensor(noise),
-            _rows(conditions, rows),
-            _rows(unconditional, rows) if is_guided else {},
-            ops.convert_to_tensor(steps.packed()),
-            ops.convert_to_tensor(scale, "float32"),
-            ops.convert_to_tensor(seeds),
-        )
-        x = ops.convert_to_numpy(x)[: total - start]
-        images.append(_finish(model, x) if decode else x)
-        bar.update(min(start + size, total))
-    return np.concatenate(images)
+    unconditional = _unconditional(model, negative_prompts, total, is_guided)
+    return _Job(conditions, unconditional, total, steps, scale, guided)
 
 
 def _finish(model, x):
@@ -106,36 +161,54 @@ def _finish(model, x):
     return from_unit_range(x)
 
 
-def _conditions(model, num_images, labels, prompts):
+def _conditions(model, wants):
     """The network's conditions, one row an image, and how many images."""
     network = model.network
-    wants = "labels" if network.num_classes is not None else "num_images"
-    wants = "prompts" if network.context_shape is not None else wants
-    given = {"num_images": num_images, "labels": labels, "prompts": prompts}
-    given = [key for key, value in given.items() if value is not None]
-    if given != [wants]:
-        raise ValueError(f"This model generates from `{wants}`. Received: {given or 'nothing'}.")
-    if wants == "num_images":
-        if not isinstance(num_images, int | np.integer) or num_images < 1:
-            raise ValueError(f"num_images must be an int >= 1. Received: {num_images!r}.")
-        return {}, int(num_images)
-    if wants == "labels":
-        labels = np.asarray(list(labels) if isinstance(labels, range) else labels)
-        if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"labels must be a list of integers. Received: {labels!r}.")
-        bad = labels[(labels < 0) | (labels >= network.num_classes)]
-        if len(bad):
-            raise ValueError(f"labels must be in [0, {network.num_classes}). Received: {bad[0]}.")
-        return {"label": labels.astype("int32")}, len(labels)
-    context = _contexts(model, prompts, "prompts")
-    return {"context": context}, len(context)
+    asks = ["labels"] if network.num_classes is not None else []
+    asks += ["prompts"] if network.context_shape is not None else []
+    asks = asks or ["num_images"]
+    given = [key for key, value in wants.items() if value is not None]
+    if given != asks:
+        expected = "`, `".join(asks)
+        raise ValueError(f"This model generates from `{expected}`. Received: {given or 'nothing'}.")
+    if asks == ["num_images"]:
+        total = wants["num_images"]
+        if not isinstance(total, int | np.integer) or total < 1:
+            raise ValueError(f"num_images must be an int >= 1. Received: {total!r}.")
+        return {}, int(total)
+    conditions = {}
+    if "labels" in asks:
+        conditions["label"] = _labels(network, wants["labels"])
+    if "prompts" in asks:
+        conditions["context"] = _contexts(model, wants["prompts"], "prompts")
+    lengths = {len(value) for value in conditions.values()}
+    if len(lengths) > 1:
+        raise ValueError(f"There must be a label for each prompt. Received: {sorted(lengths)}.")
+    return conditions, lengths.pop()
 
 
-def _unconditional(model, negative_prompts, total):
+def _labels(network, labels):
+    labels = np.asarray(list(labels) if isinstance(labels, range) else labels)
+    if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be a list of integers. Received: {labels!r}.")
+    bad = labels[(labels < 0) | (labels >= network.num_classes)]
+    if len(bad):
+        raise ValueError(f"labels must be in [0, {network.num_classes}). Received: {bad[0]}.")
+    return labels.astype("int32")
+
+
+def _unconditional(model, negative_prompts, total, is_guided):
     """What guidance leads away from, one row an image."""
     network = model.network
-    if negative_prompts is not None and network.context_shape is None:
+    reads_text = network.context_shape is not None
+    if negative_prompts is not None and not reads_text:
         raise ValueError("This model reads no prompts, so it takes no negative_prompts.")
+    if negative_prompts is not None and not is_guided:
+        raise ValueError(
+            "negative_prompts act through guidance, which is off: pass guidance_scale, such as 2.0."
+        )
+    if not is_guided:
+        return {}
     unconditional = {}
     if network.num_classes is not None:
         unconditional["label"] = np.full(total, network.null_label or 0, "int32")
@@ -146,17 +219,22 @@ def _unconditional(model, negative_prompts, total):
                 f"negative_prompts are one for all images, or one for each of {total}. "
                 f"Received: {len(context)}."
             )
-        unconditional["context"] = context if len(context) == total else _Same(context, total)
-    elif network.context_shape is not None:
-        unconditional["context"] = _Same(ops.convert_to_numpy(model.null_context)[None], total)
+        unconditional["context"] = context if len(context) == total else _Same(context)
+    elif reads_text:
+        if not text_space.has_null(model):
+            raise ValueError(
+                "Guidance needs the empty prompt's context, which this model has not met. Set "
+                "`model.text_encoder`, assign `model.null_context`, or pass guidance_scale=1.0."
+            )
+        unconditional["context"] = _Same(ops.convert_to_numpy(model.null_context)[None])
     return unconditional
 
 
 class _Same:
     """One row for all images."""
 
-    def __init__(self, array, total):
-        self.row, self.total = np.asarray(array[np.array([0])]), total
+    def __init__(self, array):
+        self.row = np.asarray(array[np.array([0])])
 
     def __getitem__(self, rows):
         return np.repeat(self.row, len(rows), axis=0)
@@ -178,6 +256,8 @@ class _Prompts:
 def _contexts(model, prompts, name):
     """Prompts as something that gives contexts by rows."""
     prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not hasattr(prompts, "__len__"):
+        raise TypeError(f"{name} are strings, or contexts. Received: {prompts!r}.")
     shape = ", ".join(map(str, model.network.context_shape))
     if not len(prompts):
         raise ValueError(f"{name} is empty: there is nothing to draw.")
@@ -201,23 +281,6 @@ def _contexts(model, prompts, name):
 
 def _rows(conditions, rows):
     return {key: ops.convert_to_tensor(value[rows]) for key, value in conditions.items()}
-
-
-def _check_guided(model, is_guided, negative_prompts):
-    if negative_prompts is not None and not is_guided:
-        raise ValueError(
-            "negative_prompts act through guidance, which is off: pass guidance_scale, such as 2.0."
-        )
-    if (
-        is_guided
-        and negative_prompts is None
-        and model.network.context_shape is not None
-        and not text_space.has_null(model)
-    ):
-        raise ValueError(
-            "Guidance needs the empty prompt's context, which this model has not met. Set "
-            "`model.text_encoder`, assign `model.null_context`, or pass guidance_scale=1.0."
-        )
 
 
 def _steps(model, sampler, num_steps):

@@ -3,12 +3,24 @@
 import numpy as np
 from keras import ops
 
+ARRAYS = "arrays"  # `context_encoder` of a model that has learned contexts of unknown origin
+
+
+def check_encoder(encoder):
+    """Raises TypeError for what is no text encoder."""
+    needed = ("context_shape", "fingerprint", "tokenize", "encode")
+    if not all(hasattr(encoder, name) for name in needed):
+        raise TypeError(
+            f"A text encoder is latent.CLIPText or has its methods. Received: {encoder!r}."
+        )
+
 
 def agree(model, other, what):
     """Raises unless a text encoder or a cache is of the contexts that the model reads.
 
     A model that has seen no text encoder takes this one's fingerprint as its `context_encoder`,
-    and, before its first step, the empty prompt's context as its `null_context`.
+    and the empty prompt's context as its `null_context`, unless that was assigned or the model has
+    learned from arrays of contexts, for which the zeros it starts with mean "no prompt".
 
     Args:
         model: `DiffusionModel`.
@@ -17,11 +29,8 @@ def agree(model, other, what):
         what: what to call it in errors.
 
     Raises:
-        TypeError: for what is no text encoder.
         ValueError: if shape or encoder differ.
     """
-    if not (hasattr(other, "context_shape") and hasattr(other, "fingerprint")):
-        raise TypeError(f"{what} must be latent.CLIPText or have its methods. Received: {other!r}.")
     shape = model.network.context_shape
     if shape is None:
         raise ValueError(
@@ -34,19 +43,29 @@ def agree(model, other, what):
             f"network has context_shape={tuple(shape)}. Build it with the same, or choose the "
             "other text encoder."
         )
-    if model.context_encoder not in (None, other.fingerprint):
+    if model.context_encoder not in (None, ARRAYS, other.fingerprint):
         raise ValueError(
             f"{what} ({other.id}) is of text encoder {other.fingerprint}, the model has learned "
             f"the contexts of {model.context_encoder}. Use the same. (If you know that they agree, "
             "set model.context_encoder = None.)"
         )
-    if model.context_encoder is None:
-        model.context_encoder = other.fingerprint
-        if not ops.convert_to_numpy(model.step):
-            model.null_context.assign(np.asarray(other.null_context, "float32"))
+    if model.context_encoder == ARRAYS:
+        return
+    model.context_encoder = other.fingerprint
+    if not _is_set(model):
+        model.null_context.assign(np.asarray(other.null_context, "float32"))
+
+
+def note_arrays(model):
+    """Called before training: whose contexts a model learns from arrays is not known."""
+    if model.network.context_shape is not None and model.context_encoder is None:
+        model.context_encoder = ARRAYS
 
 
 def has_null(model):
     """Whether the model's context of "no prompt" means something: it was set, or trained with."""
-    trained = ops.convert_to_numpy(model.step) > 0
-    return bool(trained or ops.convert_to_numpy(model.null_context).any())
+    return model.context_encoder == ARRAYS or _is_set(model)
+
+
+def _is_set(model):
+    return bool(ops.convert_to_numpy(model.null_context).any())

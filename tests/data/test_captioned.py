@@ -75,6 +75,11 @@ def test_missing_annotations_name_the_zips(tmp_path):
         captioned.coco(tmp_path, "val2014")
 
 
+def test_another_split_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="one of .*'train2014'.*Received: 'train'"):
+        captioned.coco(tmp_path, "train")
+
+
 def test_missing_pictures_name_the_zip(coco_folder):
     next((coco_folder / "train2014").iterdir()).unlink()
     with pytest.raises(FileNotFoundError, match="1 of 3 pictures are missing.*train2014.zip"):
@@ -91,6 +96,7 @@ def test_missing_pictures_name_the_zip(coco_folder):
         '{"images": [], "annotations": []}',
         '{"images": 3}',
         '{"images": [{"id": 1}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": 7}], "annotations": []}',
         '{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}',
     ],
 )
@@ -147,6 +153,8 @@ def rewrite(folder, line):
     ("line", "error", "message"),
     [
         ("{", ValueError, "Line 2 of .*is damaged"),
+        ("[" * 200_000, ValueError, "Line 2 of .*is damaged"),
+        ('{"file_name": "a\\u0000.png", "captions": "a"}', ValueError, "line 2 .*outside of"),
         ("[1]", ValueError, "Line 2 of .*expected an object"),
         ('{"file_name": "sub/1.png"}', ValueError, 'Line 2 .*lacks "file_name" or "captions"'),
         ('{"captions": ["a"]}', ValueError, "Line 2 .*lacks"),
@@ -164,6 +172,28 @@ def test_a_damaged_line_is_named(folder, line, error, message):
     rewrite(folder, line)
     with pytest.raises(error, match=message):
         captioned.captioned_folder(folder, 8)
+
+
+def test_pictures_may_be_links(folder):
+    (folder / "sub" / "1.png").rename(folder.parent / "blob.png")
+    (folder / "sub" / "1.png").symlink_to(folder.parent / "blob.png")
+    assert captioned.captioned_folder(folder, 8).read(1)["image"].shape == (8, 8, 3)
+
+
+def test_windows_line_ends_and_marks_are_read(folder):
+    file = folder / captioned.CAPTIONS
+    expected = captioned.captioned_folder(folder, 8).captions
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_text().replace("\n", "\r\n").encode())
+    assert captioned.captioned_folder(folder, 8).captions == expected
+    file.write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match="captions.jsonl is no UTF-8 text"):
+        captioned.captioned_folder(folder, 8)
+
+
+def test_pictures_are_cropped(folder):
+    cut = captioned.captioned_folder(folder, 4, crop=(1, 2, 4, 4)).read(0)["image"]
+    whole = np.asarray(Image.open(folder / "sub" / "0.png"))
+    np.testing.assert_array_equal(cut, whole[1:5, 2:6])
 
 
 def test_a_folder_without_captions_says_what_is_expected(tmp_path):
@@ -202,8 +232,15 @@ def test_pairs_of_arrays():
         ([("a.png", "a")], None, ValueError, "which image_size"),
         ([("a.png", "a")], 8, FileNotFoundError, "a.png"),
         ([(np.zeros((4, 4, 3), "uint8"), "a")], 8, TypeError, "pictures are paths"),
-        ([(np.zeros((4, 4, 3), "uint8"), [])], None, ValueError, "Image 0 has no caption"),
+        (
+            [(np.zeros((4, 4, 3), "uint8"), [])],
+            None,
+            ValueError,
+            "Sample 0 of pairs has no",
+        ),
         ([(np.zeros((4, 4, 3)), "a")], None, TypeError, "uint8"),
+        ([np.zeros((4, 4, 3), "uint8")], None, TypeError, "Expected pairs"),
+        ([(np.zeros((4, 4, 3)), "a"), (np.zeros((4, 5, 3)), "a")], None, ValueError, "one shape"),
     ],
 )
 def test_bad_pairs_are_refused(pairs, size, error, message):

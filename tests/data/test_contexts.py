@@ -1,6 +1,7 @@
 """Captions in caches: all are kept, one is drawn at each visit, the empty prompt goes with them."""
 
 import dataclasses
+import json
 
 import keras
 import numpy as np
@@ -55,7 +56,9 @@ def test_every_caption_is_kept_in_half_precision(tmp_path):
         )
     np.testing.assert_array_equal(contexts.null_context, words([""])[0].astype("float16"))
     assert (contexts.id, contexts.fingerprint) == ("words", "words-1")
-    assert read_manifest(tmp_path)["text"] == {
+    about = read_manifest(tmp_path)["text"]
+    assert len(about.pop("captions")) == 16
+    assert about == {
         "id": "words",
         "fingerprint": "words-1",
         "shape": [2, 3],
@@ -119,8 +122,10 @@ def test_captions_may_be_left_out(tmp_path):
     assert set(data[0]) == {"moments", "label"}
 
 
-def test_mirror_images_share_the_captions(tmp_path):
-    data = opened(cache(tmp_path, flip=True), batch_size=2 * len(COUNTS))
+def test_mirror_images_share_the_captions_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="left and right becomes false"):
+        cache(tmp_path, flip=True)
+    data = opened(tmp_path, batch_size=2 * len(COUNTS))
     np.testing.assert_array_equal(data.contexts.rows[::2], data.contexts.rows[1::2])
     assert data.num_samples == 2 * len(COUNTS)
     assert len(data.contexts.array) == sum(COUNTS) + 3  # and the empty prompt in each shard
@@ -158,6 +163,35 @@ def test_another_text_encoder_is_another_cache(tmp_path):
     cache(tmp_path)
     with pytest.raises(CacheError, match="made in another way: text was"):
         cache(tmp_path, words=Words(fingerprint="other"))
+
+
+def test_other_captions_are_another_cache(tmp_path):
+    cache(tmp_path)
+    edited = [list(own) for own in CAPTIONS]
+    edited[3][2] = "a better caption"
+    with pytest.raises(CacheError, match="made in another way: text was"):
+        cache(tmp_path, {**DATA, "captions": edited})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda about: about.update(text={}),
+        lambda about: about.update(text=[1]),
+        lambda about: about.update(text="words"),
+        lambda about: about["text"].pop("id"),
+        lambda about: about["text"].update(dtype="nonsense"),
+        lambda about: about["text"].update(shape=None),
+        lambda about: about["shards"][1]["files"].pop("context"),
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path, damage):
+    file = cache(tmp_path) / "manifest.json"
+    about = json.loads(file.read_text())
+    damage(about)
+    file.write_text(json.dumps(about))
+    with pytest.raises(CacheError, match="manifest.json is damaged"):
+        opened(tmp_path, verify=False)
 
 
 @pytest.mark.parametrize("name", ["context", "captions"])
@@ -213,6 +247,24 @@ def test_captions_and_encoder_come_together(tmp_path):
     writing.write_latents(plain, tmp_path, SpaceToDepth(2), verbose=0)
     with pytest.raises(ValueError, match="write_images.*text_encoder"):
         in_memory(sources.arrays(DATA), 2)
+
+
+def test_captions_attached_to_a_source_are_checked(tmp_path):
+    plain = dataclasses.replace(sources.arrays(DATA), captions=None)
+    names = [f"caption {k}" for k in range(ALL)]
+    cache(tmp_path, dataclasses.replace(plain, captions=names))
+    assert (opened(tmp_path).contexts.rows[:, 1] == 1).all()  # not a caption a letter
+    with pytest.raises(ValueError, match="11 images need as many captions. Received: 3"):
+        dataclasses.replace(plain, captions=names[:3])
+    with pytest.raises(ValueError, match="Sample 2 of arrays has no caption"):
+        dataclasses.replace(plain, captions=[["a"], ["b"], [], *names[3:]])
+    with pytest.raises(ValueError, match="Sample 1 of arrays: half of a surrogate pair"):
+        dataclasses.replace(plain, captions=["a", "\ud83d", *names[2:]])
+
+
+def test_a_name_is_no_text_encoder(tmp_path):
+    with pytest.raises(TypeError, match="such as latent.CLIPText"):
+        cache(tmp_path, words="clip_vit_large_patch14")
 
 
 def test_contexts_that_half_precision_cannot_hold_name_the_image(tmp_path):

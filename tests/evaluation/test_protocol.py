@@ -136,6 +136,7 @@ def test_record_holds_what_the_numbers_depend_on(of_labels, inception, undrawn):
         "label_protocol": "random",
         "prompts": None,
         "text_encoder": None,
+        "context_encoder": None,
         "sampler": "dpm_solver_pp_2m",
         "num_steps": 2,
         "nfe": 2,

@@ -316,6 +316,7 @@ def test_prompts_are_encoded_as_they_are_drawn(text, monkeypatch):
         (dict(prompts=np.zeros((1, 3, 2))), r"shape \(n, 2, 3\). Received: \(1, 3, 2\)"),
         (dict(prompts=np.full((1, 2, 3), np.nan)), "NaN or infinity"),
         (dict(prompts=["a", 3]), "are strings, or contexts"),
+        (dict(prompts=5), "are strings, or contexts"),
         (dict(prompts=["a", "b", "c"], negative_prompts=["d", "e"]), "each of 3. Received: 2"),
         (dict(prompts=["a"], negative_prompts="b", guidance_scale=1.0), "act through guidance"),
     ],
@@ -324,6 +325,29 @@ def test_bad_prompts_are_refused_before_anything_runs(text, options, message, mo
     monkeypatch.setattr(generation, "_loop", None)
     with pytest.raises((ValueError, TypeError), match=message):
         text.generate(**options)
+
+
+def test_check_says_what_generate_would(text, model):
+    generation.check(text, prompts=["a dog"], num_steps=2, verbose=0)
+    with pytest.raises(ValueError, match="generates from `labels`"):
+        generation.check(model, prompts=["a dog"])
+    with pytest.raises(TypeError, match="num_stepz"):
+        generation.check(model, labels=[0], num_stepz=2)
+
+
+def test_labels_and_prompts_together():
+    network = UViT(**TINY, num_classes=3, context_shape=(2, 3))
+    model = DiffusionModel(network, num_steps=2, guidance_scale=2.0)
+    model.text_encoder = Words()
+    for weight in model.ema_network.weights:
+        weight.assign(5.0 * weight)
+    images = told(model, ["a dog", "a cat"], labels=[0, 2])
+    assert np.abs(images - told(model, ["a dog", "a cat"], labels=[1, 2]))[0].max() > 1e-3
+    assert np.abs(images - told(model, ["a bird", "a cat"], labels=[0, 2]))[0].max() > 1e-3
+    with pytest.raises(ValueError, match="generates from `labels`, `prompts`"):
+        told(model, ["a dog"])
+    with pytest.raises(ValueError, match="a label for each prompt"):
+        told(model, ["a dog"], labels=[0, 1])
 
 
 def test_strings_need_a_text_encoder():

@@ -21,10 +21,6 @@ def null(model):
     return ops.convert_to_numpy(model.null_context)
 
 
-def step(model):
-    model.step.assign(1)
-
-
 def test_setting_a_text_encoder_brings_the_empty_prompt():
     model, words = make(), Words()
     assert not null(model).any()
@@ -46,11 +42,39 @@ def test_the_empty_prompt_is_saved_with_the_model(tmp_path):
         again.text_encoder = Words(fingerprint="words-2")
 
 
-def test_a_trained_model_keeps_the_null_it_has_learned():
+def test_a_model_of_unknown_contexts_keeps_the_null_it_has_learned(tmp_path):
     model = make()
-    step(model)
+    model.compile()
+    model.fit({"image": IMAGES, "context": np.ones((8, 2, 3))}, batch_size=8, verbose=0)
+    assert model.context_encoder == "arrays"
+    contexts = np.ones((1, 2, 3))
+    guided = model.generate(prompts=contexts, guidance_scale=2.0, verbose=0)
     model.text_encoder = Words()
+    model.text_encoder = Words(fingerprint="words-2")  # whose they were is not known
     assert not null(model).any()
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    again.text_encoder = Words()
+    assert not null(again).any()
+    np.testing.assert_array_equal(
+        again.generate(prompts=contexts, guidance_scale=2.0, verbose=0), guided
+    )
+
+
+def test_an_assigned_null_stays():
+    model = make()
+    model.null_context.assign(np.full((2, 3), 7.0))
+    model.text_encoder = Words()
+    assert (null(model) == 7.0).all()
+
+
+def test_a_model_made_from_a_config_gets_the_null_of_its_encoder():
+    words = Words()
+    for model in (make(context_encoder="words-1"), make()):
+        model.text_encoder = words
+        fresh = DiffusionModel.from_config(model.get_config())
+        fresh.text_encoder = words
+        np.testing.assert_array_equal(null(fresh), words.null_context)
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (3, 3)])
@@ -65,15 +89,19 @@ def test_a_network_without_text_refuses_an_encoder():
         model.text_encoder = Words()
 
 
-@pytest.mark.parametrize("other", [len, "clip", {}])
+ABOUT = {"id": "words", "fingerprint": "words-1"}
+
+
+@pytest.mark.parametrize(
+    "other", [len, "clip", {}, Contexts(np.ones((4, 2, 3)), None, np.ones((2, 3)), ABOUT)]
+)
 def test_what_is_no_text_encoder_is_refused(other):
-    with pytest.raises(TypeError, match="must be latent.CLIPText"):
+    with pytest.raises(TypeError, match="A text encoder is latent.CLIPText"):
         make().text_encoder = other
 
 
 def test_a_cache_brings_the_empty_prompt_too():
-    about = {"id": "words", "fingerprint": "words-1"}
-    contexts = Contexts(np.ones((4, 2, 3)), np.array([[0, 4]]), np.full((2, 3), 5.0), about)
+    contexts = Contexts(np.ones((4, 2, 3)), np.array([[0, 4]]), np.full((2, 3), 5.0), ABOUT)
 
     class Cache(keras.utils.PyDataset):
         def __init__(self):
