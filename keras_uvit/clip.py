@@ -31,6 +31,7 @@ TEXT_KEYS = [
     ("intermediate_size", "intermediate_dim", 2048),
     ("max_position_embeddings", "max_sequence_length", 77),
 ]
+MOST = 1_000_000  # of any size in a file's configuration
 VISION_KEYS = [
     ("hidden_size", "hidden_dim", 768),
     ("num_hidden_layers", "num_layers", 12),
@@ -340,7 +341,7 @@ def _hugging_face(folder, config, whole):
         model = text_tower(**_converted(text, TEXT_KEYS))
         if whole:
             model = _backbone(model, config)
-    except (TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} is damaged or not CLIP's: {error}") from error
     load_torch_weights(model, files[0])
     return model
@@ -375,9 +376,9 @@ def _converted(config, keys):
             f"{epsilon} and {activation}."
         )
     sizes = {here: config.get(there, default) for there, here, default in keys}
-    bad = {key: value for key, value in sizes.items() if type(value) is not int or value < 1}
+    bad = {k: n for k, n in sizes.items() if type(n) is not int or not 1 <= n <= MOST}
     if bad:
-        raise ValueError(f"sizes must be positive ints. Received: {bad}.")
+        raise ValueError(f"sizes must be positive ints, at most {MOST}. Received: {bad}.")
     return {**sizes, "intermediate_activation": activation}
 
 
