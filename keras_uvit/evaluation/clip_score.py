@@ -20,7 +20,7 @@ class CLIPScore:
 
     Args:
         model: keras-hub's `CLIPBackbone`.
-        tokenizer: `clip.Tokenizer`.
+        tokenizer: `tokenizer.Tokenizer`.
         id: name of the weights, kept in records.
 
     Call arguments: images `(n, H, W, 3)` uint8 and n prompts. Returns `(n,)` float32.

@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_uvit import clip
 from keras_uvit.inference import Frozen, fingerprint
+from keras_uvit.tokenizer import Tokenizer
 
 
 class CLIPText:
@@ -20,7 +21,7 @@ class CLIPText:
 
     Args:
         tower: keras-hub's `CLIPTextEncoder`.
-        tokenizer: `clip.Tokenizer`.
+        tokenizer: `tokenizer.Tokenizer`.
         id: name of the weights, kept in caches.
 
     Attributes:
@@ -76,7 +77,7 @@ class CLIPText:
             vocabulary_size: int, at most; at least 514.
             seed: int. The weights are the same on every backend.
         """
-        tokenizer = clip.Tokenizer.learned(captions, vocabulary_size, length)
+        tokenizer = Tokenizer.learned(captions, vocabulary_size, length)
         tower = clip.text_tower(
             vocabulary_size=len(tokenizer.vocabulary),
             hidden_dim=hidden_dim,
