@@ -260,12 +260,13 @@ def score(images, captions):
         raise ValueError(
             f"Expected an image a caption. Received: {len(images)} images, {len(captions)} captions"
         )
-    rows = [_right(read_back(image), parse(text)) for image, text in zip(images, captions)]
+    found = [read_back(image) for image in images]
+    rows = [_right(scene, parse(text)) for scene, text in zip(found, captions)]
     names = ("shape", "colour", "size", "relation")
     shares = {name: float(np.mean([row[name] for row in rows])) for name in names}
     shares["attributes"] = float(np.mean([shares[name] for name in names]))
     shares["scene"] = float(np.mean([min(row.values()) == 1 for row in rows]))
-    shares["readable"] = float(np.mean([read_back(image) is not None for image in images]))
+    shares["readable"] = float(np.mean([scene is not None for scene in found]))
     return shares
 
 
