@@ -253,7 +253,20 @@ def train(preset, dataset, folder, iterations, batch_size, seed, grid_every, pro
 @click.option("--negative-prompt", help="What guidance leads away from.")
 @SAMPLING_OPTIONS
 @click.option("--zoom", type=int, default=1, show_default=True, help="Of a grid.")
-def generate(model, target, weights, autoencoder, text, zoom, **how):
+def generate(
+    model,
+    target,
+    weights,
+    autoencoder,
+    text,
+    labels,
+    num_images,
+    prompt,
+    prompts,
+    negative_prompt,
+    zoom,
+    **how,
+):
     """Draws images from MODEL (a preset or a .keras file) into TARGET.
 
     TARGET ending in .png gets a grid, in .npz the arrays (`arr_0`, labels `arr_1`); otherwise it
@@ -266,18 +279,15 @@ def generate(model, target, weights, autoencoder, text, zoom, **how):
       keras-uvit generate uvit_tiny_shapes grid.png --weights pretrained --zoom 8 \\
           --prompt "a small red circle left of a large blue square"
     """
-    what = {key: how.pop(key) for key in ("num_images", "labels", "negative_prompt")}
-    prompts, file = list(how.pop("prompt")), how.pop("prompts")
-    if file is not None:
-        prompts += read_prompts(file)
-    what = {key: value for key, value in what.items() if value is not None}
-    if "negative_prompt" in what:
-        what["negative_prompts"] = what.pop("negative_prompt")
-    if prompts:
-        what["prompts"] = prompts
-    labels = what.get("labels")
+    prompts = [*prompt, *(read_prompts(prompts) if prompts else [])]
     network = open_model(model, weights, autoencoder, text)
-    images = network.generate(**what, **sampling(**how))
+    images = network.generate(
+        num_images=num_images,
+        labels=labels,
+        prompts=prompts or None,
+        negative_prompts=negative_prompt,
+        **sampling(**how),
+    )
     if target.endswith(".png"):
         evaluation.write_png(target, evaluation.image_grid(images, zoom=zoom))
     elif target.endswith(".npz"):
