@@ -3,8 +3,9 @@
 Reproduces   nothing published: the smallest real run of the text-to-image path (preset
              `uvit_tiny_shapes`, 0.6M weights): captions, a CLIP text encoder with a vocabulary of
              its own, a cache of contexts, guidance away from the empty prompt.
-Expect       of the attributes in captions whose pairs of things were never trained on, EXPECTED
-Hardware     2 CPU cores, MINUTES; no GPU needed.
+Expect       of the attributes in captions whose pairs of things were never trained on, 99.8 %
+             right with guidance, 99.6 % without; shuffled prompts 43.0 %, chance 43.0 %.
+Hardware     2 CPU cores, 29 CPU minutes on TensorFlow; no GPU needed.
 Commands     python examples/shapes.py --weights pretrained    (measures what ships, a minute)
              python examples/shapes.py                         (trains it anew)
              python examples/shapes.py --quick                 (half a minute, the same path)

@@ -144,7 +144,7 @@ PRESETS = {
         gmacs=0.0519,
         text_encoder="uvit_tiny_shapes_text",
         weights="uvit_tiny_shapes.weights.h5",
-        context_encoder="e61e0da4731b68dc",
+        context_encoder="0b172bfaf6eacfa5",
     ),
     "uvit_small_cifar10": Preset(
         paper_name="U-ViT-S/2, CIFAR10",
