@@ -135,7 +135,7 @@ PRESETS = {
             image_shape=(32, 32, 3), patch_size=4, hidden_dim=96, context_shape=(12, 64), **TINY
         ),
         **SHIPPED_RECIPE,
-        # Flat colours: after 500 steps 3 pictures in 4 show two things, with "v" 1 in 100.
+        # Flat colours: after 500 steps 3 pictures in 4 show two things, with "v" 2 in 100.
         prediction="x0",
         optimizer=_adamw(2e-3, 0.9, 0.99, warmup_steps=100, decay_steps=4900),
         iterations=5000,
