@@ -95,16 +95,21 @@ def stand_in(options, row):
     """The recipe at reduced size: 32x32 shapes as 16x16 latents of 12 channels, 64 patches."""
     out = Path(options.out)
     source = shapes.source(256 if options.quick else 5_000, seed=options.seed)
-    text, autoencoder = (
-        shapes_example.text_encoder(source.captions, 12, 64),
-        SpaceToDepth(2, scale=3.0),
-    )
+    text = shapes_example.text_encoder(source.captions, 12, 64)
+    autoencoder = SpaceToDepth(2, scale=3.0)
     cache = out / "shapes-cache"
     data.write_latents(source, cache, autoencoder, text_encoder=text, batch_size=256)
     dataset = data.LatentDataset(cache, options.batch_size or 64, seed=options.seed)
-    more = dict(latent_scale=autoencoder.scale, seed=options.seed)
     model = recipe.reduced(
-        row, (16, 16, 12), 2, None, options.quick, context_shape=(12, 64), **more
+        row,
+        (16, 16, 12),
+        2,
+        None,
+        options.quick,
+        context_shape=(12, 64),
+        prediction="x0",  # as uvit_tiny_shapes, for flat colours
+        latent_scale=autoencoder.scale,
+        seed=options.seed,
     )
     model.autoencoder, model.text_encoder = autoencoder, text
     prompts = [str(scene) for scene in shapes.scenes(24 if options.quick else 200, "test")]
