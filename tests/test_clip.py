@@ -185,26 +185,22 @@ def test_no_captions_are_no_contexts(text):
 
 
 LEARN = """
-from keras_uvit.clip import Tokenizer
-words = ["a man rides a wave", "the cat sat on a mat", "dogs run in tall grass"]
-print(Tokenizer.learned(words, 600, 8).merges)
+from keras_uvit.tokenizer import Tokenizer
+print(Tokenizer.learned({words}, 600, 8).merges)
 """
 
 
 def test_equal_captions_give_equal_merges_in_every_process():
     """Most pairs of these sentences are equally common."""
-    first, second = (
-        subprocess.run(
-            [sys.executable, "-c", LEARN],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            timeout=300,
-        ).stdout
-        for seed in "12"
+    words = ["a man rides a wave", "the cat sat on a mat", "dogs run in tall grass"]
+    there = subprocess.run(
+        [sys.executable, "-c", LEARN.format(words=words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        timeout=300,
     )
-    assert first == second
-    assert len(first) > 100
+    assert there.stdout.strip() == str(clip.Tokenizer.learned(words, 600, 8).merges)
 
 
 def test_learned_merges_are_the_commonest_pairs():
