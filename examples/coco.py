@@ -23,11 +23,12 @@ drawn at each visit; one time in ten it is the empty prompt. FID is of one rando
 program's fid_stats_mscoco256_val.npz as well.
 
 Without latents the same recipe runs at reduced size on the captioned shapes that the package draws:
-cache, training, checkpoint, prompts, decoding, attributes read back. Its 1,014 steps (6 minutes) show
-that the path works and not what it can draw: 0.14 of the pictures show two things. examples/shapes.py
-is the run that learns. Started again, a run goes on
-where it was. Writes into --out: model.keras, ema.weights.h5, log.csv, loss.png, samples.png (with
-prompts), grids/, metrics.json.
+cache, training, checkpoint, prompts, decoding, attributes read back. Its 1,014 steps (6 minutes)
+show that the path works, not what it can draw: 0.14 of the pictures show two things. The run that
+learns is examples/shapes.py.
+
+Started again, a run goes on where it was. Writes into --out: model.keras, ema.weights.h5, log.csv,
+loss.png, samples.png (with prompts), grids/, metrics.json.
 """
 
 from pathlib import Path
