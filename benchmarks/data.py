@@ -17,12 +17,12 @@ import json
 import platform
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from side_by_side import COMMIT
 
 from keras_uvit import data
 
@@ -120,15 +120,10 @@ def table(seconds, samples, options):
                 "repeats": options.repeats,
                 "machine": platform.processor() or platform.machine(),
                 "numpy": np.__version__,
-                "commit": commit(),
+                "commit": COMMIT,
             }
         )
     return rows
-
-
-def commit():
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

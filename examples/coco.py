@@ -68,7 +68,7 @@ def main():
         published(options, row)
         return
     if not options.quick:
-        print(
+        recipe.say(
             f"No latents in {options.latents}; `keras-uvit encode coco:{options.coco} "
             f"{options.latents} --scale {row.latent_scale} --autoencoder autoencoder_kl.pth --text "
             f"{options.clip}` makes them. Running the recipe at reduced size on shapes instead."

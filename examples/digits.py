@@ -20,6 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import flags  # noqa: E402
 import keras  # noqa: E402
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
@@ -29,6 +30,8 @@ import keras_uvit  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+OFF = "off"  # of --resume: keeps no checkpoints
 
 
 def main():
@@ -48,10 +51,13 @@ def main():
     epochs = max(1, round(steps / batches))
     print(f"Training {epochs * batches} steps of {row.batch_size} images")
     start = time.time()
+    keep = keras_uvit.training.Checkpoint(out / "checkpoints", options.save_every)
     history = model.fit(
         shuffled(train, row.batch_size, options.seed),
         steps_per_epoch=batches,
         epochs=epochs,
+        callbacks=[] if options.resume == OFF else [keep],
+        resume=flags.RESUME.get(options.resume, "auto"),
         verbose=2 if options.quiet else 1,
     )
     train_seconds = time.time() - start
@@ -76,7 +82,8 @@ def main():
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     draw_samples(out / "samples.png", test, images, labels)
-    draw_loss(out / "loss.png", history.history["loss"], batches)
+    done = [(epoch + 1) * batches for epoch in history.epoch]
+    draw_loss(out / "loss.png", done, history.history.get("loss", []))
     model.save(out / "model.keras")
     model.ema_network.save_weights(out / "ema.weights.h5")
     print(json.dumps(metrics, indent=2))
@@ -89,13 +96,12 @@ def parse():
     )
     parser.add_argument("--out", default="runs/digits", help="folder to write into (%(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps (the preset's)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of weights, noise, order (%(default)s)"
-    )
+    # One process, because `shuffled` gives whole batches; and a demo begins anew each time.
+    flags.add_to(parser, devices=("one", "all"), resume=OFF, off=[OFF])
     parser.add_argument("--quick", action="store_true", help="44 steps, 100 images: try the path")
     parser.add_argument("--quiet", action="store_true", help="one line an epoch, no bars")
     options = parser.parse_args()
-    keras.utils.set_random_seed(options.seed)
+    flags.apply(options)
     return options
 
 
@@ -159,9 +165,10 @@ def draw_samples(path, real, images, labels, columns=10):
     plt.close(figure)
 
 
-def draw_loss(path, loss, batches, unit="step"):
+def draw_loss(path, done, loss, unit="step"):
+    """Draws `loss` over what was done by then."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(np.arange(1, len(loss) + 1) * batches, loss)
+    axes.plot(done, loss)
     axes.set(xlabel=unit, ylabel="mean squared error", yscale="log", title="Training loss")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=100)

@@ -52,7 +52,7 @@ def main(doc=__doc__, names=PRESETS, size=256):
         recipe.run(options, model, dataset, options.iterations or row.iterations)
         return
     if not options.quick:
-        print(
+        recipe.say(
             f"No latents in {options.latents}; `keras-uvit encode tfds:imagenet2012 "
             f"{options.latents} --image-size {size} --flip --autoencoder autoencoder_kl.pth` makes "
             "them. Running the recipe at reduced size on digits instead."

@@ -7,18 +7,30 @@ import argparse
 import csv
 import json
 import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import digits  # noqa: E402
+import flags  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 
 import keras_uvit  # noqa: E402
-from keras_uvit import DiffusionModel, UViT, data, evaluation, presets, training  # noqa: E402
+from keras_uvit import (  # noqa: E402
+    DiffusionModel,
+    UViT,
+    data,
+    distribution,
+    evaluation,
+    presets,
+    training,
+)
 from keras_uvit.latent import SpaceToDepth  # noqa: E402
+from keras_uvit.progress import say  # noqa: E402
 
 
 def parse(doc, preset, choices=(), **defaults):
@@ -34,13 +46,13 @@ def parse(doc, preset, choices=(), **defaults):
     parser.add_argument("--num-images", type=int, default=50_000, help="of FID (%(default)s)")
     parser.add_argument("--iterations", type=int, help="optimizer steps (the preset's)")
     parser.add_argument("--batch-size", type=int, help="of all devices (the preset's)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    flags.add_to(parser)
     parser.add_argument("--quick", action="store_true", help="try the path: tiny, on digits")
     parser.add_argument("--quiet", action="store_true", help="one line an epoch, no bars")
     options = parser.parse_args()
-    keras.utils.set_random_seed(options.seed)
+    flags.apply(options)
     backend = keras.config.backend()
-    print(f"keras_uvit {keras_uvit.__version__} on {backend}, {options.preset}")
+    say(f"keras_uvit {keras_uvit.__version__} on {backend}, {options.preset}")
     return options
 
 
@@ -58,7 +70,7 @@ def run(options, model, dataset, iterations, measure=None, show=None, **protocol
     if options.reference and options.inception:
         measured = _protocol(options, model, protocol)
     epochs = -(-iterations // len(dataset))
-    print(f"Training to step {epochs * len(dataset)}, batches of {dataset.batch_size}, in {out}")
+    say(f"Training to step {epochs * len(dataset)}, batches of {dataset.batch_size}, in {out}")
     can_draw = model.latent_scale is None or model.autoencoder is not None
     what = {"prompts": show} if show else conditions(model, 80)
     drawing = evaluation.SampleGridCallback(
@@ -70,21 +82,30 @@ def run(options, model, dataset, iterations, measure=None, show=None, **protocol
         dataset,
         out,
         iterations,
+        every_steps=options.save_every,
+        resume=flags.RESUME[options.resume],
         callbacks=[drawing] if can_draw else [],
         verbose=2 if options.quiet else 1,
     )
     metrics = {"train_seconds": round(time.time() - start, 1)}
+    # All processes of a job draw together; what the first one writes is kept.
+    index, processes = distribution.process()
+    own = out if index == 0 else Path(tempfile.mkdtemp())
     if can_draw:
-        draw(out / "samples.png", model, what, options.seed)
+        draw(own / "samples.png", model, what, options.seed)
     else:
         latents = model.generate(**what, seed=options.seed, decode=False)
-        np.save(out / "latents.npy", latents)
-        print("No --autoencoder: latents.npy holds latents, not pictures.")
-    draw_log(out)
+        np.save(own / "latents.npy", latents)
+        say("No --autoencoder: latents.npy holds latents, not pictures.")
+    draw_log(out / "log.csv", own / "loss.png")
     metrics |= measure(model) if measure else {}
     if measured:
-        metrics |= evaluation.evaluate(model, **measured, folder=out / "images")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        folder = out / "images" if processes == 1 else None
+        metrics |= evaluation.evaluate(model, **measured, folder=folder)
+    (own / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    if index:
+        shutil.rmtree(own)
+        return
     print(json.dumps(metrics, indent=2))
     print(f"Look at {out}")
 
@@ -127,11 +148,12 @@ def zoom(model):
     return max(1, pixels // (model.network.image_shape[0] * factor))
 
 
-def draw_log(out):
-    """The loss of `log.csv` as a curve."""
-    with open(out / "log.csv") as file:
+def draw_log(log, path):
+    """The loss of a `log.csv` as a curve."""
+    with open(log) as file:
         rows = [row for row in csv.DictReader(file) if row["epoch"] != "epoch"]
-    digits.draw_loss(out / "loss.png", [float(row["loss"]) for row in rows], 1, "epoch")
+    epochs, loss = zip(*((int(row["epoch"]) + 1, float(row["loss"])) for row in rows))
+    digits.draw_loss(path, epochs, loss, "epoch")
 
 
 # Stand-ins ----------------------------------------------------------------------------------------

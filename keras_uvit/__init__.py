@@ -10,6 +10,7 @@ except ModuleNotFoundError as error:
 
 from keras_uvit import convert as convert
 from keras_uvit import data as data
+from keras_uvit import distribution as distribution
 from keras_uvit import evaluation as evaluation
 from keras_uvit import latent as latent
 from keras_uvit import presets as presets

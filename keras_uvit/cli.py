@@ -8,7 +8,7 @@ import click
 import numpy as np
 
 import keras_uvit
-from keras_uvit import convert, data, evaluation, presets
+from keras_uvit import convert, data, distribution, evaluation, presets
 from keras_uvit.evaluation import CLIPScore, InceptionFeatures, Reference
 from keras_uvit.inference import load_keras_weights
 from keras_uvit.latent import AutoencoderKL, CLIPText, SpaceToDepth
@@ -18,8 +18,10 @@ from keras_uvit.specs import (
     MODEL_OPTIONS,
     PROMPT,
     RESIZE,
+    RUN_OPTIONS,
     SAMPLING_OPTIONS,
     SOURCE_OPTIONS,
+    has_checkpoints,
     numbers,
     open_dataset,
     open_model,
@@ -200,6 +202,7 @@ def convert_weights(kind, source, target):
 @click.option("--batch-size", type=int, help="The preset's.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--grid-every", type=int, default=10, show_default=True, help="Epochs; 0 is never.")
+@RUN_OPTIONS
 @PROMPT
 def train(preset, dataset, folder, iterations, batch_size, seed, grid_every, prompt, **parts):
     """Trains PRESET on DATASET into FOLDER; typed again, it goes on where it was.
@@ -211,6 +214,7 @@ def train(preset, dataset, folder, iterations, batch_size, seed, grid_every, pro
     Example:
       keras-uvit train uvit_tiny_digits digits runs/tiny --iterations 440
     """
+    distribution.choose(parts["devices"], parts["layout"], parts["model_devices"])
     row = presets.get(preset)
     known = row.network.get("num_classes")
     reads_text = row.network.get("context_shape") and "auto"
@@ -220,7 +224,7 @@ def train(preset, dataset, folder, iterations, batch_size, seed, grid_every, pro
     samples = open_dataset(
         dataset, row.network["image_shape"], known and "auto", reads_text, size, seed
     )
-    own = {}
+    own = {"dtype": parts["precision"]}
     if known and samples.num_classes and samples.num_classes != known:
         click.echo(f"{samples.num_classes} classes in the data, {known} in {preset}: taking those.")
         own["num_classes"] = samples.num_classes
@@ -238,7 +242,8 @@ def train(preset, dataset, folder, iterations, batch_size, seed, grid_every, pro
             what = {"prompts": list(prompt)}
         grids = Path(folder) / "grids"
         callbacks.append(evaluation.SampleGridCallback(grids, every=grid_every, **what))
-    train_in_folder(model, samples, folder, iterations or row.iterations, callbacks=callbacks)
+    steps, every = iterations or row.iterations, parts["save_every"]
+    train_in_folder(model, samples, folder, steps, every_steps=every, callbacks=callbacks)
     click.echo(f"Trained: {Path(folder) / 'model.keras'}")
 
 
@@ -267,7 +272,7 @@ def generate(
     zoom,
     **how,
 ):
-    """Draws images from MODEL (a preset or a .keras file) into TARGET.
+    """Draws images from MODEL (a preset, a .keras file or a folder of checkpoints) into TARGET.
 
     TARGET ending in .png gets a grid, in .npz the arrays (`arr_0`, labels `arr_1`); otherwise it
     is a folder of PNG files.
@@ -343,7 +348,8 @@ def statistics(source, target, inception, resize, **more):
 def evaluate(model, reference, inception, resize, weights, autoencoder, text, **more):
     """FID, sFID, Inception Score, precision, recall and CLIP score of MODEL.
 
-    MODEL is a preset or a .keras file; or images, drawn before: an .npz or a folder of PNG files.
+    MODEL is a preset, a .keras file or a folder of checkpoints; or images, drawn before: an .npz or
+    a folder of PNG files.
 
     \b
     Example:
@@ -358,13 +364,14 @@ def evaluate(model, reference, inception, resize, weights, autoencoder, text, **
         prompts = open_prompts(more["prompts"], more["split"], count, more["seed"])
         count = len(prompts)
     features, known = InceptionFeatures(inception, resize=resize), Reference.load(reference)
-    is_images = model.endswith(".npz") or Path(model).is_dir()
+    is_folder = Path(model).is_dir() and not has_checkpoints(model)
+    is_images = model.endswith(".npz") or is_folder
     if is_images and (more["prompts"] or more["clip"] or count):
         raise click.UsageError(
             "Images are measured as they are: no --prompts, --clip, --num-images."
         )
     if not is_images:
-        keys = ("sampler", "num_steps", "guidance_scale", "seed", "batch_size", "raw")
+        keys = ("sampler", "num_steps", "guidance_scale", "fast", "seed", "batch_size", "raw")
         record = evaluation.evaluate(
             open_model(model, weights, autoencoder, text),
             known,

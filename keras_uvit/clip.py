@@ -47,11 +47,11 @@ def keras_hub():
     return keras_hub
 
 
-def text_tower(dtype="float32", **config):
+def text_tower(**config):
     """keras-hub's `CLIPTextEncoder`: token ids `(B, L)` to the last hidden state `(B, L, D)`."""
-    with own_defaults(dtype):
+    with own_defaults("float32"):
         tower = keras_hub().models.CLIPTextEncoder(
-            **config, embedding_dim=config["hidden_dim"], dtype=dtype
+            **config, embedding_dim=config["hidden_dim"], dtype="float32"
         )
     return _as_published(tower)
 
@@ -111,7 +111,16 @@ def _folder(source):
         )
     import kagglehub
 
-    return Path(kagglehub.model_download(known[source]["kaggle_handle"].partition("://")[2]))
+    handle = known[source]["kaggle_handle"].partition("://")[2]
+    try:
+        return Path(kagglehub.model_download(handle))
+    except Exception as error:  # of the network, of Kaggle's account, of the disk
+        reason = " ".join(str(error).split())[:300]
+        raise OSError(
+            f"{source} could not be downloaded from kaggle.com/models/{handle}: {reason}. Download "
+            f"a CLIP folder by hand ({WEIGHTS[0]}, config.json, vocab.json and merges.txt, such as "
+            "huggingface.co/openai/clip-vit-large-patch14) and pass its path."
+        ) from error
 
 
 def _preset(folder, whole):
@@ -154,7 +163,8 @@ def _hugging_face(folder, config, whole):
 
 def _backbone(text, config):
     vision = config["vision_config"]
-    side = vision.get("image_size", 224)
+    side, width = vision.get("image_size", 224), config.get("projection_dim", 512)
+    _check_sizes({"image_size": side, "projection_dim": width})
     hub = keras_hub()
     with own_defaults("float32"):
         tower = hub.models.CLIPVisionEncoder(
@@ -163,9 +173,7 @@ def _backbone(text, config):
             data_format="channels_last",
             dtype="float32",
         )
-        model = hub.models.CLIPBackbone(
-            tower, text, config.get("projection_dim", 512), dtype="float32"
-        )
+        model = hub.models.CLIPBackbone(tower, text, width, dtype="float32")
     # A weight in keras-hub, which its presets bring; Hugging Face's files do not.
     ids = tower.embedding.position_ids
     ids.assign(np.arange(ids.shape[1])[None])
@@ -181,10 +189,14 @@ def _converted(config, keys):
             f"{epsilon} and {activation}."
         )
     sizes = {here: config.get(there, default) for there, here, default in keys}
+    _check_sizes(sizes)
+    return {**sizes, "intermediate_activation": activation}
+
+
+def _check_sizes(sizes):
     bad = {k: n for k, n in sizes.items() if type(n) is not int or not 1 <= n <= MOST}
     if bad:
         raise ValueError(f"sizes must be positive ints, at most {MOST}. Received: {bad}.")
-    return {**sizes, "intermediate_activation": activation}
 
 
 def _read_json(path):
@@ -237,7 +249,7 @@ def random_weights(model, seed):
     random = np.random.default_rng(seed)
     for weight in model.weights:
         kind = weight.path.rsplit("/", 1)[-1]
-        if kind == "embeddings" or kind == "position_embeddings":
+        if kind in ("embeddings", "position_embeddings"):
             value = random.standard_normal(weight.shape)
         elif kind == "kernel":
             fan_in = np.prod(weight.shape) // weight.shape[-1]

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_uvit import backend
+from keras_uvit import backend, progress
 
 # What Keras raises for a weight file that is damaged or of another network.
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError)
@@ -51,14 +51,16 @@ class Frozen:
             raise ValueError(f"batch_size must be an int, at least 1. Received: {batch_size}.")
         if ops.is_tensor(inputs):
             inputs = ops.convert_to_numpy(inputs)
-        weights = [w.value for w in self.network.variables]
+        # Processes of one job run it each on its own: they may have other inputs.
+        weights = [backend.alone(w.value) for w in self.network.variables]
         total, size = len(inputs), min(batch_size, len(inputs))
-        bar = keras.utils.Progbar(total, verbose=verbose, unit_name=unit_name)
+        bar = progress.bar(total, verbose, unit_name)
         parts = []
         for first in range(0, total, size):
             rows = np.minimum(np.arange(first, first + size), total - 1)
             x = inputs[first : first + size] if rows[-1] == first + size - 1 else inputs[rows]
-            x = keras.tree.map_structure(ops.convert_to_tensor, prepare(x) if prepare else x)
+            x = prepare(x) if prepare else x
+            x = keras.tree.map_structure(lambda a: backend.spread(a, together=False), x)
             out = self._program(weights, x)
             kept = min(size, total - first)
             parts.append(

@@ -5,13 +5,14 @@ from pathlib import Path
 import click
 import keras
 
-from keras_uvit import data, presets
+from keras_uvit import data, distribution, presets
 from keras_uvit.data import captioned, sources
 from keras_uvit.data.manifest import MANIFEST, read_manifest
 from keras_uvit.evaluation.files import read_npz
 from keras_uvit.evaluation.protocol import USUAL_PROMPTS
 from keras_uvit.latent import AutoencoderKL, CLIPText
-from keras_uvit.training import DiffusionModel
+from keras_uvit.training import DiffusionModel, load_checkpoint
+from keras_uvit.training.checkpoints import steps_in
 
 
 def options(*shared):
@@ -42,6 +43,7 @@ SAMPLING_OPTIONS = options(
     click.option("--sampler", help="Name; the model's."),
     click.option("--num-steps", type=int, help="The model's."),
     click.option("--guidance-scale", type=float, help="1.0 is off; the model's."),
+    click.option("--fast", is_flag=True, help="Few steps, guided where it matters: presets.FAST."),
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--batch-size", type=int, default=64, show_default=True),
     click.option("--raw", is_flag=True, help="The weights themselves, not their moving average."),
@@ -58,6 +60,34 @@ INCEPTION = click.option(
     required=True,
     type=click.Path(),
     help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or .safetensors of it.",
+)
+
+RUN_OPTIONS = options(
+    click.option(
+        "--precision",
+        type=click.Choice(["float32", "mixed_bfloat16", "mixed_float16"]),
+        default="float32",
+        show_default=True,
+        help="mixed_bfloat16 on accelerators that have it.",
+    ),
+    click.option(
+        "--devices",
+        type=click.Choice(distribution.DEVICES),
+        default="one",
+        show_default=True,
+        help="All of this machine, or of a job of several processes.",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(["data", *distribution.LAYOUTS]),
+        default="data",
+        show_default=True,
+        help="What several devices divide: only data, or weights too.",
+    ),
+    click.option("--model-devices", type=int, help="That share a copy, with --layout tensor."),
+    click.option(
+        "--save-every", type=int, default=1000, show_default=True, help="Steps between checkpoints."
+    ),
 )
 
 
@@ -125,13 +155,19 @@ def open_prompts(spec, split, count, seed):
     return captioned.random_prompts(captions, count or min(USUAL_PROMPTS, len(captions)), seed)
 
 
+def has_checkpoints(name):
+    """Whether it is a folder of a run's checkpoints."""
+    return bool(steps_in(name))
+
+
 def open_model(name, weights, autoencoder, text):
-    """A `DiffusionModel` of a preset's name or a saved `.keras` file."""
-    if not name.endswith(".keras"):
+    """A `DiffusionModel` of a preset's name, a saved `.keras` file or a folder of checkpoints."""
+    is_run = has_checkpoints(name)
+    if not is_run and not name.endswith(".keras"):
         return presets.load(name, weights, autoencoder=autoencoder, text_encoder=text)
     if weights is not None:
-        raise click.UsageError("--weights go with a preset; a .keras file has its own.")
-    model = keras.saving.load_model(name, compile=False)
+        raise click.UsageError("--weights go with a preset; a saved model has its own.")
+    model = load_checkpoint(name) if is_run else keras.saving.load_model(name, compile=False)
     if not isinstance(model, DiffusionModel):
         raise ValueError(f"{name} holds a {type(model).__name__}, not a DiffusionModel.")
     if autoencoder is not None:
@@ -172,8 +208,14 @@ def numbers(context, option, text):
     return [int(part) for part in parts]
 
 
-def sampling(sampler, num_steps, guidance_scale, seed, batch_size, raw):
-    """The arguments of `generate` that were given."""
+def sampling(sampler, num_steps, guidance_scale, fast, seed, batch_size, raw):
+    """The arguments of `generate` that were given; they win over those of --fast."""
     given = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
     given = {key: value for key, value in given.items() if value is not None}
-    return {**given, "seed": seed, "batch_size": batch_size, "use_ema": not raw}
+    return {
+        **(presets.FAST if fast else {}),
+        **given,
+        "seed": seed,
+        "batch_size": batch_size,
+        "use_ema": not raw,
+    }

@@ -26,6 +26,19 @@ def _independent():
     keras.utils.set_random_seed(0)
     yield
     keras.utils.clear_session(free_memory=False)
+    if keras.config.backend() == "tensorflow":
+        _forget_programs()
+
+
+def _forget_programs():
+    """TensorFlow keeps a gradient of each program it has traced for ever, and so the program:
+    gigabytes in the end, through which Python's garbage collector walks again and again.
+    """
+    from tensorflow.python.framework import ops
+
+    gradients = ops.gradient_registry._registry
+    for name in [name for name in gradients if name.startswith("CustomGradient-")]:
+        del gradients[name]
 
 
 @pytest.fixture(scope="session")

@@ -5,21 +5,60 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
+import pytest
+
+BACKEND = keras.config.backend()
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script, *options):
+    """The lines that a benchmark prints."""
+    command = [sys.executable, BENCHMARKS / script, *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.splitlines()
 
 
 def test_data_prints_a_table_and_a_json_line_a_row(tmp_path):
     small = ["--samples", "128", "--repeats", "1", "--folder", tmp_path]
-    result = subprocess.run(
-        [sys.executable, BENCHMARKS / "data.py", *small],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    head, *lines = result.stdout.splitlines()
+    head, *lines = run("data.py", *small)
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     assert "samples/s" in head
     assert [row["rival"] for row in rows] == ["cache", "files", "pickles"]
     assert all(row["samples_per_second"] > 0 for row in rows)
     assert not list(tmp_path.iterdir())  # what it wrote is gone
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="cannot say what its tape keeps")
+def test_memory_prints_what_recomputing_saves():
+    options = ["--preset", "uvit_tiny_digits", *(["--compile"] if BACKEND == "jax" else [])]
+    head, *lines = run("memory.py", *options)
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    assert "kept" in head
+    settings = [(d, r) for d in ("float32", "mixed_bfloat16") for r in (False, True)]
+    assert [(row["dtype"], row["remat"]) for row in rows] == settings
+    for whole, remat in (rows[:2], rows[2:]):
+        assert whole["cut"] == 0
+        assert 0.6 <= remat["cut"] < 1
+        assert 0 < remat["kept_gib"] < whole["kept_gib"]
+        assert (whole["compiled_gib"] is not None) == (BACKEND == "jax")
+    assert rows[2]["kept_gib"] < rows[0]["kept_gib"]  # half the bytes of most activations
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train_step.py", ["--sizes", "tiny", "--batch-sizes", "2", "--device-tflops", "1"]),
+        ("generate.py", ["--size", "tiny", "--images", "2", "--num-steps", "3"]),
+    ],
+)
+def test_rivals_are_measured_in_turn(script, options):
+    contender = f"keras-{BACKEND}"
+    line, *table = run(script, "--contenders", contender, "--turns", "1", *options)
+    row = json.loads(line)
+    assert (row["contender"], row["rival"]) == (contender, "torch")
+    # Printed with three significant digits: half of the last is at most 0.5 % of the ratio.
+    assert row["ratio"] == pytest.approx(row["rival_seconds"] / row["seconds"], rel=0.01)
+    assert row["peak_gib"] > 0
+    assert contender in table[2]

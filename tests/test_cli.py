@@ -325,14 +325,12 @@ def test_train_on_digits_leaves_a_run_and_pictures(trained):
     folder, words, text = trained
     assert f"Trained: {folder / 'model.keras'}" in text
     names = {path.name for path in folder.iterdir()}
-    assert names == {"model.keras", "ema.weights.h5", "log.csv", "grids"}
+    assert names == {"model.keras", "ema.weights.h5", "log.csv", "grids", "checkpoints"}
     assert [path.name for path in (folder / "grids").iterdir()] == ["epoch-0001.png"]
     log = (folder / "log.csv").read_text()
     assert "Trained" in run(*words)  # typed again: there is nothing to do
     assert (folder / "log.csv").read_text() == log
-    other = list(words)
-    other[1] = "uvit_nano_colour"
-    assert "another model: it differs in ['network'" in refused(*other)
+    assert "another model: it differs in ['seed']" in refused(*words, "--seed", 5)
 
 
 @pytest.fixture
@@ -340,14 +338,8 @@ def asked(monkeypatch):
     """What `train` would train; nothing is."""
     seen = {}
 
-    def train(model, samples, folder, iterations, callbacks):
-        seen.update(
-            model=model,
-            samples=samples,
-            folder=folder,
-            iterations=iterations,
-            callbacks=callbacks,
-        )
+    def train(model, samples, folder, iterations, **more):
+        seen.update(model=model, samples=samples, folder=folder, iterations=iterations, **more)
         return model
 
     monkeypatch.setattr(cli, "train_in_folder", train)
@@ -466,6 +458,13 @@ def test_the_same_seed_gives_the_same_images_and_the_options_arrive(tmp_path, tr
     for other in (("--seed", 1), ("--guidance-scale", 9), ("--sampler", "ddpm"), ("--raw",)):
         assert (images(*FEW, *other) != first).any(), other
     assert (images("--num-steps", 3) != first).any()
+    np.testing.assert_array_equal(
+        images("--fast"), model.generate(labels=[3, 1], **presets.FAST, verbose=0)
+    )
+    np.testing.assert_array_equal(
+        images("--fast", *FEW),
+        model.generate(labels=[3, 1], **{**presets.FAST, "num_steps": 2}, verbose=0),
+    )
 
 
 def test_the_average_of_a_run_is_its_model_for_generate(tmp_path, trained):

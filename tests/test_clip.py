@@ -370,6 +370,17 @@ def test_an_unknown_preset_names_those_there_are():
         CLIPText.from_preset("nowhere")
 
 
+def test_a_download_that_fails_says_what_to_do_instead(monkeypatch):
+    import kagglehub
+
+    def refuse(handle):
+        raise ConnectionError(f"no route to {handle}")
+
+    monkeypatch.setattr(kagglehub, "model_download", refuse)
+    with pytest.raises(OSError, match="no route to .*pass its path"):
+        CLIPText.from_preset("clip_vit_large_patch14")
+
+
 def test_a_text_encoder_alone_has_no_score(folder):
     with pytest.raises(ValueError, match="text encoder alone"):
         CLIPScore.from_preset(folder)

@@ -34,7 +34,9 @@ def run(*arguments, **environment):
 
 def modules():
     found = pkgutil.walk_packages(keras_uvit.__path__, "keras_uvit.")
-    return ["keras_uvit", *(module.name for module in found)]
+    others = {f"keras_uvit.backend.{name}" for name in ("jax", "tensorflow", "torch")}
+    others.remove(f"keras_uvit.backend.{BACKEND}")
+    return ["keras_uvit", *(module.name for module in found if module.name not in others)]
 
 
 def test_import_takes_no_other_backend_and_no_extra():
@@ -58,13 +60,18 @@ def test_a_missing_backend_is_explained():
 
 
 def test_the_backend_is_asked_for_in_one_file():
-    question = re.compile(r"(config|backend)\.backend\(\)|KERAS_BACKEND=|import (jax|tensorflow)\b")
-    askers = {
-        path.name
-        for path in (ROOT / "keras_uvit").rglob("*.py")
-        if question.search(re.sub(r'"[^"]*"', "", path.read_text()))
-    }
-    assert askers == {"backend.py"}
+    question = re.compile(r"(config|backend)\.backend\(\)|KERAS_BACKEND=")
+    use = re.compile(r"import (jax|tensorflow)\b")
+    asks, uses = (
+        {
+            path.relative_to(ROOT / "keras_uvit").as_posix()
+            for path in (ROOT / "keras_uvit").rglob("*.py")
+            if pattern.search(re.sub(r'"[^"]*"', "", path.read_text()))
+        }
+        for pattern in (question, use)
+    )
+    assert asks == {"backend/__init__.py"}
+    assert {path.split("/")[0] for path in uses} == {"backend"}
 
 
 @pytest.mark.parametrize("name", modules())
@@ -108,8 +115,12 @@ def test_readme_training_lines_run(tmp_path, monkeypatch):
     make_photos(tmp_path / "my_photos")
     (block,) = blocks("Train on your own pictures")
     block = smaller(block, ("hidden_dim=256", "hidden_dim=16"), ("num_layers=9", "num_layers=3"))
-    exec(compile(block, "README", "exec"), {})
+    made = {}
+    exec(compile(block, "README", "exec"), made)
     assert (tmp_path / "photos.keras").is_file()
+    (kept,) = blocks("Long runs, many devices")
+    exec(compile(smaller(kept), "README", "exec"), made)
+    assert list((tmp_path / "runs" / "photos" / "checkpoints").glob("step-*"))
 
 
 def test_readme_latent_lines_run(tmp_path, monkeypatch):

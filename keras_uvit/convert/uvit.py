@@ -20,7 +20,7 @@ def entries(network):
     """
     c = network.config
     published = {"skip": ("concat", None), "time": ("token",), "position": ("learned",)}
-    published["patch_embed"] = ("linear",)
+    published.update(patch_embed=("linear",), qk_norm=(False,), skip_norm=(False,))
     other = {key: c[key] for key, allowed in published.items() if c[key] not in allowed}
     if other:
         raise ValueError(

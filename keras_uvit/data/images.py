@@ -2,9 +2,9 @@
 
 import functools
 
-import keras
 import numpy as np
 
+from keras_uvit import progress
 from keras_uvit.data import sources
 from keras_uvit.data.shuffled import ShuffledDataset
 
@@ -135,7 +135,7 @@ def _read_all(source, corrupt, verbose):
     """The samples that could be read, as arrays, and [(index, reason)] of the others."""
     images, labels, skipped = np.empty((len(source), *source.shape), "uint8"), [], []
     good = 0
-    bar = keras.utils.Progbar(len(source), verbose=verbose, unit_name="image")
+    bar = progress.bar(len(source), verbose, "image")
     for group in source.batches(np.arange(len(source)), 256, corrupt):
         for index, sample in group:
             if isinstance(sample, str):

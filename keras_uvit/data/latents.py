@@ -3,9 +3,9 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import keras
 import numpy as np
 
+from keras_uvit import progress
 from keras_uvit.data import manifest
 from keras_uvit.data.contexts import Contexts
 from keras_uvit.data.images import ImageDataset
@@ -62,7 +62,8 @@ class LatentDataset(ShuffledDataset):
         batch_size: int, of all processes together; a multiple of their number.
         labels, captions: "auto" reads them where there are any; None leaves them out.
         seed: int.
-        process: (index, count): this process gets every `count`-th sample of each batch.
+        process: (index, count): this process gets the `index`-th of `count` equal parts of each
+            batch; `None` is its place in the job.
         verify: bool. Compare all checksums now, reading every file once; otherwise only sizes.
         verbose: 0 or 1. Progress bar of the check.
 
@@ -92,7 +93,7 @@ class LatentDataset(ShuffledDataset):
         labels="auto",
         captions="auto",
         seed=0,
-        process=(0, 1),
+        process=None,
         verify=True,
         verbose=1,
     ):
@@ -118,7 +119,7 @@ def image_shards(
     captions="auto",
     flip=None,
     seed=0,
-    process=(0, 1),
+    process=None,
     verify=True,
     verbose=1,
 ):
@@ -188,7 +189,7 @@ def _contexts(folder, content):
 
 
 def _verify(folder, shards, verbose):
-    bar = keras.utils.Progbar(len(shards), verbose=verbose, unit_name="shard")
+    bar = progress.bar(len(shards), verbose, "shard")
     with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock
         checks = pool.map(lambda record: manifest.damage(folder, record), shards)
         for i, problem in enumerate(checks):

@@ -133,6 +133,8 @@ def open_shard(folder, record, field, shape, dtype):
     Raises:
         CacheError: if the file is missing, truncated, or not of this shape and dtype.
     """
+    if field not in record.get("files", {}):
+        raise CacheError(f"{folder / MANIFEST} is damaged: a shard has no {field}. {AGAIN}")
     path = folder / record["files"][field]["file"]
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -5,6 +5,8 @@ import functools
 import keras
 import numpy as np
 
+from keras_uvit import backend
+
 
 class ShuffledDataset(keras.utils.PyDataset):
     """Batches of arrays at random access, a new permutation each epoch.
@@ -15,7 +17,8 @@ class ShuffledDataset(keras.utils.PyDataset):
         arrays: dict of array-likes of equal length, read as `array[rows]`.
         batch_size: int, of all processes together.
         seed: int.
-        process: (index, count): this process gets every `count`-th sample of each batch.
+        process: (index, count): this process gets the `index`-th of `count` equal parts of each
+            batch; `None` is its place in the job (`distribution.initialize`).
         contexts: `Contexts` of the samples' captions, or None. Batches then have the "context" of
             one caption at random, `(B, length, width)`.
 
@@ -25,8 +28,9 @@ class ShuffledDataset(keras.utils.PyDataset):
 
     shuffles_itself = True  # `DiffusionModel.fit` keeps Keras from shuffling once more
 
-    def __init__(self, arrays, batch_size, seed=0, process=(0, 1), contexts=None):
+    def __init__(self, arrays, batch_size, seed=0, process=None, contexts=None):
         super().__init__()
+        process = backend.data_shard() if process is None else process
         total = len(next(iter(arrays.values())))
         index, count = process
         if not 1 <= batch_size <= total:
@@ -73,9 +77,10 @@ class ShuffledDataset(keras.utils.PyDataset):
 
         Their order within a batch means nothing to training, and files are read front to back.
         """
-        first, count = self.process
+        part, count = self.process
         batch = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        return np.sort(batch[first::count])
+        # Side by side the parts are the batch of one process: noise falls on the same samples.
+        return np.split(np.sort(batch), count)[part]
 
     def __len__(self):
         return self.num_samples // self.batch_size

@@ -91,8 +91,7 @@ def _captions(builder, split):
     import tensorflow_datasets as tfds
 
     data = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    names = [f"{builder.info.name} {k}" for k in range(len(data))]
-    return sources.checked_captions([_texts(data[k]["captions"]) for k in range(len(data))], names)
+    return [_texts(data[k]["captions"]) for k in range(len(data))]
 
 
 def _texts(captions):

@@ -10,9 +10,9 @@ import shutil
 import warnings
 from pathlib import Path
 
-import keras
 import numpy as np
 
+from keras_uvit import backend, progress
 from keras_uvit.data import manifest, sources
 from keras_uvit.data.manifest import CacheError
 
@@ -30,7 +30,7 @@ def write_latents(
     dtype="float16",
     shard_size=None,
     batch_size=16,
-    process=(0, 1),
+    process=None,
     corrupt="raise",
     verbose=1,
 ):
@@ -57,7 +57,8 @@ def write_latents(
         shard_size: int, images a shard; `None` is 8192, with captions 1024. One shard is in memory,
             and at most one is lost by a kill.
         batch_size: int, images encoded at a time.
-        process: (index, count): makes every `count`-th shard, beginning with `index`.
+        process: (index, count): makes every `count`-th shard, beginning with `index`. `None` is
+            the place in the job (`distribution.initialize`), whose processes wait for each other.
         corrupt: "raise" stops at a damaged image; "skip" leaves it out and lists it in the
             manifest.
         verbose: 0, or 1 for the size on disk and a progress bar.
@@ -112,7 +113,7 @@ def write_images(
     *,
     text_encoder=None,
     shard_size=None,
-    process=(0, 1),
+    process=None,
     corrupt="raise",
     verbose=1,
 ):
@@ -188,6 +189,7 @@ def _copies(plan):
 
 
 def _write(source, folder, plan, encoders, batch_size, process, corrupt, verbose):
+    in_job, process = process is None, process or backend.process()
     index, count = process
     if not 0 <= index < count:
         raise ValueError(f"process is (index, count), index < count. Received: {process}.")
@@ -204,7 +206,7 @@ def _write(source, folder, plan, encoders, batch_size, process, corrupt, verbose
         (folder / manifest.MANIFEST).unlink(missing_ok=True)
     rows = {i: rows[i] for i in missing}
     _check_space(source, folder, plan, rows, len(own), verbose)
-    bar = keras.utils.Progbar(sum(map(len, rows.values())), verbose=verbose, unit_name="image")
+    bar = progress.bar(sum(map(len, rows.values())), verbose, "image")
     for i in missing:
         arrays, skipped = _encode_shard(source, rows[i], plan, encoders, batch_size, corrupt, bar)
         try:
@@ -217,6 +219,8 @@ def _write(source, folder, plan, encoders, batch_size, process, corrupt, verbose
                 f"The disk of {folder} is full. Shard {manifest.shard_name(i)} was not written; "
                 "those before it are whole. Make room and run the same again: it goes on there.",
             ) from error
+    if in_job:
+        backend.barrier("shards")
     return _finish(folder, plan)
 
 
@@ -224,8 +228,14 @@ def _agree(folder, plan):
     """Writes the plan, or raises CacheError where the folder has another one."""
     path = folder / manifest.PLAN
     if not path.is_file():
-        _check_nothing_else(folder, plan)
-        manifest.write_json(path, plan)
+        foreign = _foreign(folder, plan)
+        if not path.is_file():  # another process may have begun meanwhile: its plan came first
+            if foreign:
+                raise CacheError(
+                    f"{folder} holds .npy files of something else, or .json files, such as "
+                    f"{foreign[0].name}. Choose an empty one."
+                )
+            manifest.write_json(path, plan)
     there = manifest.read_json(path)
     other = [key for key in plan if key != "keras_uvit" and there.get(key) != plan[key]]
     if other:
@@ -236,21 +246,17 @@ def _agree(folder, plan):
         )
 
 
-def _check_nothing_else(folder, plan):
-    """Raises where a folder without a plan has files that are not of this plan's shards."""
+def _foreign(folder, plan):
+    """Files in a folder without a plan that are not of this plan's shards."""
     records = list(folder.glob("[0-9]*.json"))
     ours = {file.stem for file in records if _record(file).get("plan") == manifest.digest(plan)}
-    foreign = [
+    return [
         file
         for file in [*records, *folder.glob("*.npy"), *folder.glob(manifest.MANIFEST)]
         if file.stem not in ours
         and not LEFT_OVER.fullmatch(file.name)
         and not (ours and OWN_FILE.fullmatch(file.name))  # of a shard that was not finished
     ]
-    if foreign:
-        raise CacheError(
-            f"{folder} holds .npy files of something else, or .json files. Choose an empty one."
-        )
 
 
 def _record(path):
@@ -294,7 +300,7 @@ def _check_space(source, folder, plan, rows, own, verbose):
     needed, free = sum(parts.values()), shutil.disk_usage(folder).free
     if verbose:
         shares = " + ".join(f"{size / 1e9:.3g} GB {name}" for name, size in parts.items())
-        print(  # noqa: T201
+        progress.say(
             f"{plan['source_length']} images of {plan['source']} -> {folder}: {own - len(rows)} of "
             f"{own} shards are there, the others take {shares}; {free / 1e9:.3g} GB are free"
         )
@@ -315,7 +321,9 @@ def _encode_shard(source, rows, plan, encoders, batch_size, corrupt, bar):
     """The shard's arrays, and its damaged images as [index, reason]."""
     encode, text_encoder = encoders
     encoded, labels, kept, skipped = [], [], [], []
-    contexts = [] if text_encoder is None else [text_encoder.null_context[None]]
+    contexts = []
+    if text_encoder is not None:
+        contexts.append(text_encoder.null_context[None].astype(plan["text"]["dtype"]))
     for group in source.batches(rows, batch_size, corrupt):
         skipped += [[index, sample] for index, sample in group if isinstance(sample, str)]
         good = [(index, sample) for index, sample in group if not isinstance(sample, str)]
@@ -339,7 +347,7 @@ def _encode_shard(source, rows, plan, encoders, batch_size, corrupt, bar):
         counts = np.array([len(source.captions[k]) for k in kept], "int32")
         first = 1 + np.cumsum(counts) - counts
         arrays["captions"] = np.repeat(np.stack([first, counts], 1), _copies(plan), 0).astype("i4")
-        arrays["context"] = np.concatenate(contexts).astype(plan["text"]["dtype"])
+        arrays["context"] = np.concatenate(contexts)
     return arrays, skipped
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import keras
 
+from keras_uvit import backend
 from keras_uvit.evaluation.files import captioned_grid, image_grid, write_png
 from keras_uvit.evaluation.protocol import check, evaluate
 from keras_uvit.training import generation
@@ -64,6 +65,8 @@ class SampleGridCallback(_Periodic):
 
     def act(self, epoch, logs):
         images, prompts = self.model.generate(**self.options), self.options.get("prompts")
+        if not backend.is_first():
+            return
         if prompts is not None and all(isinstance(prompt, str) for prompt in prompts):
             grid = captioned_grid(images, prompts, self.columns, self.zoom)
         else:
@@ -114,11 +117,13 @@ class FIDCallback(_Periodic):
         record = evaluate(
             self.model, self.reference, self.inception, self.num_images, **self.options
         )
+        if logs is not None:
+            logs["fid"] = record["fid"]
+        if not backend.is_first():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(json.dumps({"epoch": epoch, **record}) + "\n")
-        if logs is not None:
-            logs["fid"] = record["fid"]
         if self.writer:
             self.writer.add_scalar("fid", record["fid"], epoch)
             self.writer.flush()

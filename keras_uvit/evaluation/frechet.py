@@ -3,9 +3,9 @@
 import dataclasses
 import hashlib
 
-import keras
 import numpy as np
 
+from keras_uvit import progress
 from keras_uvit.evaluation.files import atomic_npz, read_npz
 
 MIN_IMAGES = 2049  # of 2048 features: fewer make every covariance singular
@@ -176,7 +176,7 @@ def reference_statistics(images, inception, *, total=None, keep_features=10_000,
     pool, spatial, sizes = [], [], set()
     batches = [images] if hasattr(images, "shape") else images
     total = len(images) if hasattr(images, "shape") else total
-    bar = keras.utils.Progbar(total, verbose=verbose, unit_name="image")
+    bar = progress.bar(total, verbose, "image")
     for batch in batches:
         sizes.add(tuple(batch.shape[1:3]))
         features = inception(batch, verbose=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_uvit import backend
+from keras_uvit import backend, progress
 from keras_uvit.evaluation.files import atomic_json, atomic_npz, read_npz
 from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, frechet_distance, gaussian
 from keras_uvit.evaluation.metrics import inception_score, precision_recall
@@ -19,8 +19,15 @@ from keras_uvit.process import samplers
 CHUNK = 1024  # images drawn, measured and written at a time
 USUAL_PROMPTS = 30_000  # of the papers' COCO numbers
 NEIGHBOURS = 3  # of precision and recall
-# Arguments of `generate` that `evaluate` hands on.
-OPTIONS = ["sampler", "num_steps", "guidance_scale", "guidance_interval", "batch_size", "use_ema"]
+# Arguments of `generate` that the record keeps as they are, with their defaults.
+RECORDED = {
+    "guidance_interval": (0.0, 1.0),
+    "guidance_every": 1,
+    "middle_every": 1,
+    "outer_blocks": 1,
+}
+# All that `evaluate` hands on to `generate`.
+OPTIONS = ["sampler", "num_steps", "guidance_scale", *RECORDED, "batch_size", "use_ema"]
 
 
 def fid(images, reference, inception, *, allow_few=False, verbose=1):
@@ -62,7 +69,7 @@ def scores(batches, num_images, reference, inception, *, allow_few=False, usual=
     check_count(num_images, allow_few, usual)
     check_inception(reference, inception)
     kept = {"pool": [], "spatial": [], "logits_unbiased": []}
-    bar = keras.utils.Progbar(num_images, verbose=verbose, unit_name="image")
+    bar = progress.bar(num_images, verbose, "image")
     for batch in batches:
         check_size(reference, batch.shape[1:3])
         features = inception(batch, verbose=0)
@@ -161,7 +168,7 @@ def evaluate(
         allow_few, verbose: see `scores`.
         usual: int, fewer images warn; `None` is 50,000, with prompts 30,000.
         **options: of `generate`: sampler, num_steps, guidance_scale, guidance_interval,
-            batch_size, use_ema.
+            guidance_every, middle_every, outer_blocks, batch_size, use_ema.
 
     Returns:
         dict: the scores, with `clip` also "clip_score", and what they are of.
@@ -170,6 +177,8 @@ def evaluate(
         ValueError: if anything does not fit, before images are drawn.
     """
     num_images = _count(num_images, prompts)
+    if folder is not None and backend.process()[1] > 1:
+        raise ValueError("folder= keeps the images of one process; here are several. Leave it out.")
     check(model, reference, inception, num_images, labels, prompts, clip, allow_few, usual, options)
     record = describe(model, num_images, labels, prompts, seed, options)
     condition = _condition(model, num_images, labels, prompts, seed)
@@ -197,7 +206,7 @@ def evaluate(
         "resize": inception.resize,
         "inception": inception.fingerprint,
     }
-    if path is not None:
+    if path is not None and backend.is_first():
         atomic_json(path, record)
     return record
 
@@ -293,7 +302,7 @@ def describe(model, num_images, labels, prompts, seed, options):
         "num_steps": num_steps,
         "nfe": len(steps.t),
         "guidance_scale": model.guidance_scale if guidance is None else guidance,
-        "guidance_interval": list(options.get("guidance_interval", (0.0, 1.0))),
+        **{key: options.get(key, default) for key, default in RECORDED.items()},
         "seed": seed,
         "image_size": _image_size(model),
         "autoencoder": autoencoder and autoencoder.id,
@@ -301,6 +310,7 @@ def describe(model, num_images, labels, prompts, seed, options):
         "backend": backend.NAME,
         "keras_uvit": importlib.metadata.version("keras-uvit"),
     }
+    record["guidance_interval"] = list(record["guidance_interval"])
     # Numbers of NumPy are no JSON.
     return {k: v.item() if isinstance(v, np.generic) else v for k, v in record.items()}
 

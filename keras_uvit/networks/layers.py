@@ -45,16 +45,34 @@ def fan_in_init(fan_in):
     return initializers.RandomUniform(-bound, bound)
 
 
+@serializable
+class Dense(layers.Dense):
+    """Keras' own, by the product that is fastest on each backend."""
+
+    def call(self, inputs):
+        kernel = ops.convert_to_tensor(self.kernel)
+        bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
+        x = backend.project(inputs, kernel, bias)
+        return x if self.activation is None else self.activation(x)
+
+
 def dense(units, dtype, name, use_bias=True):
-    return layers.Dense(
-        units, use_bias=use_bias, kernel_initializer=normal_init(), dtype=dtype, name=name
-    )
+    return Dense(units, use_bias=use_bias, kernel_initializer=normal_init(), dtype=dtype, name=name)
 
 
 def layer_norm(dtype, name, affine=True):
     return layers.LayerNormalization(
         epsilon=1e-5, center=affine, scale=affine, dtype=dtype, name=name
     )
+
+
+def rematerialized(function, *tensors):
+    """`function(*tensors)`, whose inside the backward pass computes again instead of keeping it.
+
+    A new closure at each call, tensors as positional arguments: the only form with right gradients
+    on all three backends. Nothing random may be drawn inside.
+    """
+    return keras.remat(lambda *values: function(*values))(*tensors)
 
 
 @serializable
@@ -158,6 +176,10 @@ class Attention(layers.Layer):
     Args:
         num_heads: int N, divides the width.
         qkv_bias: bool. Bias on that projection; the published models have none.
+        qk_norm: bool. Divides each head's query and key by its root mean square, with a learned
+            scale `(K,)` shared by the heads, so that products cannot grow until the softmax is
+            one-hot and training diverges (ViT-22B, arXiv 2302.05442, Section 2: LayerNorm
+            without bias and centring; the RMSNorm of Stable Diffusion 3, arXiv 2403.03206).
 
     Call arguments:
         tokens: `(B, L, D)`.
@@ -166,10 +188,11 @@ class Attention(layers.Layer):
         `(B, L, D)`.
     """
 
-    def __init__(self, num_heads, qkv_bias=False, **kwargs):
+    def __init__(self, num_heads, qkv_bias=False, qk_norm=False, **kwargs):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
 
     def build(self, input_shape):
         dim = input_shape[-1]
@@ -177,13 +200,22 @@ class Attention(layers.Layer):
         self.proj = dense(dim, self.dtype_policy, "proj")
         self.qkv.build(input_shape)
         self.proj.build(input_shape)
+        if self.qk_norm:
+            norm = dict(epsilon=1e-6, dtype=self.dtype_policy)
+            self.query_norm = layers.RMSNormalization(name="query_norm", **norm)
+            self.key_norm = layers.RMSNormalization(name="key_norm", **norm)
+            for layer in (self.query_norm, self.key_norm):
+                layer.build((None, None, self.num_heads, dim // self.num_heads))
 
     def call(self, tokens):
         length, dim = tokens.shape[1:]
         qkv = ops.reshape(
             self.qkv(tokens), (-1, length, 3, self.num_heads, dim // self.num_heads)
         )  # (B, L, 3, N, K)
-        x = backend.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])  # (B, L, N, K)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, L, N, K)
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        x = backend.attention(query, key, value)  # (B, L, N, K)
         return self.proj(ops.reshape(x, (-1, length, dim)))
 
 
@@ -200,6 +232,7 @@ class TransformerBlock(layers.Layer):
         mlp_dim: int. Hidden width of the MLP.
         qkv_bias: bool.
         adaln: bool. Whether `call` takes the time embedding.
+        qk_norm: bool; see `Attention`.
         remat: bool. Recompute the block in the backward pass instead of storing it.
 
     Call arguments:
@@ -210,18 +243,30 @@ class TransformerBlock(layers.Layer):
         `(B, L, D)`.
     """
 
-    def __init__(self, num_heads, mlp_dim, qkv_bias=False, adaln=False, remat=False, **kwargs):
+    def __init__(
+        self,
+        num_heads,
+        mlp_dim,
+        qkv_bias=False,
+        adaln=False,
+        qk_norm=False,
+        remat=False,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.mlp_dim = mlp_dim
         self.qkv_bias = qkv_bias
         self.adaln = adaln
+        self.qk_norm = qk_norm
         self.remat = remat
 
     def build(self, tokens_shape, time_shape=None):
         policy, dim = self.dtype_policy, tokens_shape[-1]
         self.norm_1 = layer_norm(policy, "norm_1", affine=not self.adaln)
-        self.attention = Attention(self.num_heads, self.qkv_bias, dtype=policy, name="attention")
+        self.attention = Attention(
+            self.num_heads, self.qkv_bias, self.qk_norm, dtype=policy, name="attention"
+        )
         self.norm_2 = layer_norm(policy, "norm_2", affine=not self.adaln)
         self.mlp_in = dense(self.mlp_dim, policy, "mlp_in")
         self.mlp_out = dense(dim, policy, "mlp_out")
@@ -233,15 +278,12 @@ class TransformerBlock(layers.Layer):
             self.modulation.build((None, dim))
 
     def call(self, tokens, time=None, training=False):
+        inputs = (tokens, time) if self.adaln else (tokens,)
         if self.remat and training:
-            # A new closure at each call, tensors as positional arguments: the only form with
-            # right gradients on all three backends.
-            if self.adaln:
-                return keras.remat(lambda x, e: self._body(x, e))(tokens, time)
-            return keras.remat(lambda x: self._body(x, None))(tokens)
-        return self._body(tokens, time)
+            return rematerialized(self._body, *inputs)
+        return self._body(*inputs)
 
-    def _body(self, x, time):
+    def _body(self, x, time=None):
         parts = [None] * 4
         if self.adaln:
             parts = ops.split(self.modulation(time)[:, None], 4, axis=-1)  # each (B, 1, D)
@@ -270,6 +312,12 @@ class LongSkip(layers.Layer):
 
     Args:
         merge: one of the above.
+        norm: bool. A layer norm (epsilon 1e-5) on the result: half of UniDiffuser's cure against
+            overflow in mixed precision (arXiv 2303.06555, Section 4.2; the other half, norms after
+            attention and MLP instead of before, would be another network).
+        remat: bool. Recompute it in the backward pass, where that keeps less: x instead of
+            [x, s] for "concat" (s is kept anyway, by the block after it), x instead of what the
+            norm keeps. The other merges keep one `(B, L, D)` at most, and so would recomputing.
 
     Call arguments:
         x: `(B, L, D)`.
@@ -279,17 +327,31 @@ class LongSkip(layers.Layer):
         `(B, L, D)`.
     """
 
-    def __init__(self, merge="concat", **kwargs):
+    def __init__(self, merge="concat", norm=False, remat=False, **kwargs):
         super().__init__(**kwargs)
         self.merge = merge
+        self.norm = norm
+        self.remat = remat
 
     def build(self, x_shape, skip_shape=None):
         if self.merge != "add":
             dim = x_shape[-1]
             self.proj = dense(dim, self.dtype_policy, "proj")
             self.proj.build((None, None, 2 * dim if self.merge == "concat" else dim))
+        if self.norm:
+            self.layer_norm = layer_norm(self.dtype_policy, "norm")
+            self.layer_norm.build(x_shape)
 
-    def call(self, x, skip):
+    def call(self, x, skip, training=False):
+        if self.remat and training and (self.norm or self.merge == "concat"):
+            return rematerialized(self._body, x, skip)
+        return self._body(x, skip)
+
+    def _body(self, x, skip):
+        merged = self._merged(x, skip)
+        return self.layer_norm(merged) if self.norm else merged
+
+    def _merged(self, x, skip):
         if self.merge == "concat":
             return self.proj(ops.concatenate([x, skip], axis=-1))
         if self.merge == "add_project":

@@ -2,7 +2,7 @@
 
 from keras import layers, ops
 
-from keras_uvit.networks.layers import fan_in_init, serializable
+from keras_uvit.networks.layers import Dense, fan_in_init, serializable
 
 
 def patchify(images, patch_size):
@@ -46,7 +46,7 @@ class PatchEmbedding(layers.Layer):
 
     def build(self, input_shape):
         fan_in = self.patch_size**2 * input_shape[-1]
-        self.proj = layers.Dense(
+        self.proj = Dense(
             self.hidden_dim,
             kernel_initializer=fan_in_init(fan_in),
             bias_initializer=fan_in_init(fan_in),

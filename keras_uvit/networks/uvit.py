@@ -45,7 +45,10 @@ class UViT(keras.Model):
         output_conv: bool. The 3x3 convolution at the end.
         position: "learned" (one vector a token), "sinusoidal" (2-D, patches only) or None.
         patch_embed: "linear", or "conv" (3x3 convolutions; P a power of two).
-        remat: bool. Recompute blocks in the backward pass: less memory, a third more work.
+        qk_norm: bool. Norms of query and key; see `layers.Attention`. For long runs in bfloat16.
+        skip_norm: bool. A norm after each long skip; see `layers.LongSkip`. For float16.
+        remat: bool. Recompute blocks and long skips in the backward pass: much less memory, a
+            third more work.
         dtype: policy of every layer; `None` is the global policy.
 
     Call arguments, a dict:
@@ -85,6 +88,8 @@ class UViT(keras.Model):
         output_conv=True,
         position="learned",
         patch_embed="linear",
+        qk_norm=False,
+        skip_norm=False,
         remat=False,
         dtype=None,
         name="uvit",
@@ -148,6 +153,11 @@ def _check(config):
     for key, allowed in CHOICES.items():
         if config[key] not in allowed:
             raise ValueError(f"{key} must be one of {allowed}. Received: {config[key]!r}.")
+    if config["skip_norm"] and config["skip"] is None:
+        raise ValueError(
+            "skip_norm=True norms what the long skips join, and skip=None has none. Received both; "
+            f"leave skip_norm out, or choose skip from {parts.SKIPS}."
+        )
     if config["num_classes"] is not None and config["num_classes"] < 1:
         raise ValueError(
             f"num_classes must be at least 1, or None for a network without labels. "
@@ -224,7 +234,14 @@ def _trunk(x, time, c):
 
     def block(name, x):
         layer = parts.TransformerBlock(
-            c["num_heads"], mlp_dim, c["qkv_bias"], adaln, c["remat"], dtype=c["dtype"], name=name
+            c["num_heads"],
+            mlp_dim,
+            c["qkv_bias"],
+            adaln,
+            c["qk_norm"],
+            c["remat"],
+            dtype=c["dtype"],
+            name=name,
         )
         return layer(x, time) if adaln else layer(x)
 
@@ -235,6 +252,9 @@ def _trunk(x, time, c):
     x = block("mid_block", x)
     for i in range(half):
         if c["skip"] is not None:
-            x = parts.LongSkip(c["skip"], dtype=c["dtype"], name=f"skip_{i}")(x, shallow.pop())
+            skip = parts.LongSkip(
+                c["skip"], c["skip_norm"], c["remat"], dtype=c["dtype"], name=f"skip_{i}"
+            )
+            x = skip(x, shallow.pop())
         x = block(f"out_block_{i}", x)
     return x

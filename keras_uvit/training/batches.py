@@ -43,7 +43,7 @@ def as_dict(data):
     return x
 
 
-def check_source(model, x, y=None):
+def check_source(model, x, y=None, batch_size=None):
     """Checks training or validation data, and returns it in a form that Keras takes.
 
     Arrays are checked whole; of anything else (tf.data, Grain, `PyDataset`, `DataLoader`,
@@ -68,12 +68,32 @@ def check_source(model, x, y=None):
             )
     if first is None or (isinstance(first, tuple) and first[0] is None):
         raise ValueError("The data set is empty: it gave no batch.")
-    check_batch(model, as_dict(first))
+    first = as_dict(first)
+    check_batch(model, first)
+    _check_division(x, len(next(iter(first.values()))), batch_size)
     if _is_cache(x):  # last: what is refused for another reason must not fix the encoder
         latent_space.agree(model, x, "The cache")
     if getattr(x, "contexts", None) is not None:
         text_space.agree(model, x.contexts, "The cache")
     return x
+
+
+def _check_division(x, length, batch_size):
+    """Raises unless every device gets equally many samples of each batch."""
+    replicas, (_, processes) = backend.replicas(), backend.data_shard()
+    if x is None or isinstance(x, dict) or _is_array(x):
+        size = batch_size or 32
+        sizes = {min(size, length), length % size}
+    else:
+        sizes = {length * processes}
+    uneven = [size for size in sizes if size % replicas]
+    if uneven:
+        near = max(1, round(uneven[0] / replicas)) * replicas
+        raise ValueError(
+            f"A batch of {uneven[0]} cannot be divided among {replicas} devices; the nearest that "
+            f"can has {near}. (batch_size is that of all devices together; arrays whose last batch "
+            "is smaller must be cut.)"
+        )
 
 
 def _is_cache(x):

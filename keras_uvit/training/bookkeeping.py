@@ -2,11 +2,12 @@
 
 from keras import ops
 
+from keras_uvit import backend
+
 
 def gradient_norm(model, gradients):
     """Euclidean norm of all gradients, float32, without the loss scale."""
-    squares = [ops.sum(ops.square(ops.cast(g, "float32"))) for g in gradients if g is not None]
-    norm = ops.sqrt(sum(squares))
+    norm = backend.norm([g for g in gradients if g is not None])
     scale = getattr(model.optimizer, "dynamic_scale", None)
     return norm if scale is None else norm / ops.convert_to_tensor(scale)
 
@@ -20,8 +21,7 @@ def after_step(model, ok, before):
     stepped = ops.convert_to_tensor(model.optimizer.iterations) > before
     decay = ops.where(stepped, model.current_ema_decay(), 1.0)  # 1.0: leave it as it is
     model.ema_step.assign_add(ops.cast(stepped, "int32"))
-    for average, weight in zip(model.ema_network.weights, model.network.weights):
-        average.assign(decay * average.value + (1.0 - decay) * weight.value)
+    backend.blend(model.ema_network.weights, model.network.weights, decay)
 
 
 def current_ema_decay(model):

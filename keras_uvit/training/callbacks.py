@@ -1,6 +1,18 @@
-"""Callbacks that `DiffusionModel.fit` adds by itself."""
+"""Callbacks of `fit`: the guard that it adds by itself, and the one that keeps a run."""
+
+import contextlib
+import errno
+import shutil
+import signal
+import threading
+from pathlib import Path
 
 import keras
+from keras import ops
+
+from keras_uvit import backend, progress
+from keras_uvit.training import checkpoints
+from keras_uvit.training.checkpoints import Place
 
 
 class StopOnNonFinite(keras.callbacks.Callback):
@@ -32,3 +44,127 @@ class StopOnNonFinite(keras.callbacks.Callback):
                 "mixed_bfloat16); `max_skipped_steps` of DiffusionModel sets the limit."
             )
             self.watched.stop_training = True
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Keeps a run in a folder, from which `fit` goes on as if it had never been stopped.
+
+    A checkpoint is everything: weights, moving average, optimizer, loss scale, counters, the place
+    in the data. Noise is a function of (seed, step): the same losses follow, bit by bit on a CPU
+    (on TensorFlow if `jit_compile` stays as it was: XLA draws other noise).
+    Each is written beside its name and renamed, with checksums; a damaged one is put aside, and the
+    one before it is used. SIGTERM, which a scheduler sends before it takes a machine away, makes
+    the run save after the present step and exit with code 0.
+
+    With several processes the folder is one that all of them see; each writes what its devices own.
+
+    Args:
+        directory: path, made if need be.
+        every_steps: int, batches between checkpoints; there is one at the end of `fit` too.
+        keep: int, how many of the newest are kept.
+        best: name in the log of an epoch, such as "val_loss" or "fid": the epoch with the lowest is
+            saved and kept too.
+
+    Example:
+        >>> checkpoint = Checkpoint("/tmp/run", every_steps=500)
+        >>> # model.fit(dataset, epochs=100, callbacks=[checkpoint]); started again, it goes on
+    """
+
+    def __init__(self, directory, every_steps=1000, keep=3, best=None):
+        super().__init__()
+        for key, value in (("every_steps", every_steps), ("keep", keep)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key} must be an int, at least 1. Received: {value!r}.")
+        self.directory = Path(directory)
+        self.every_steps, self.keep, self.best = every_steps, keep, best
+        self._asked_to_stop = False
+        self.begin(Place(0, 0, None, 0))
+
+    def begin(self, place, means=()):
+        """Called by `fit`: where in the data the run begins, and the means of the epoch so far."""
+        self._place, self._means = place, means
+        self._skipped = place.batch
+
+    def on_train_begin(self, logs=None):
+        self._step = self._saved = int(ops.convert_to_numpy(self.model.step))
+        self._check_space()
+
+    @contextlib.contextmanager
+    def watching(self):
+        """Inside, SIGTERM is a wish that is granted after the present step."""
+        self._asked_to_stop = False
+        is_main = threading.current_thread() is threading.main_thread()  # others may not ask
+        if backend.catches_sigterm() or not is_main:
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _stop(self, *_):
+        self._asked_to_stop = True
+
+    def _check_space(self):
+        self.directory.mkdir(parents=True, exist_ok=True)
+        present = len(checkpoints.steps_in(self.directory))
+        # One more than is kept: the oldest goes when the newest is there.
+        needed = checkpoints.size(self.model) * max(1, self.keep + 1 + bool(self.best) - present)
+        free = shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.directory} needs {needed / 1e9:.3g} GB for checkpoints, {free / 1e9:.3g} "
+                "GB are free. Nothing was trained. Make room, choose another folder, or a lower "
+                "keep.",
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._place = self._place._replace(epoch=epoch, batch=self._skipped)
+        for variable, mean in zip(self.model.metrics_variables, self._means):
+            variable.assign(mean)  # Keras has just reset them
+        self._means, self._skipped = (), 0
+        self._first = self._place.batch
+        self._step_of_epoch = self._step
+
+    # Before a batch, not after one: Keras calls this in the main thread and without waiting for the
+    # device, and the state is that after the batch before.
+    def on_train_batch_begin(self, batch, logs=None):
+        self._place = self._place._replace(batch=self._first + batch)
+        self._step = self._step_of_epoch + batch
+        self._save_if_due()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._step = int(ops.convert_to_numpy(self.model.step))
+        self._place = self._place._replace(epoch=epoch + 1, batch=0)
+        value = logs.get(self.best) if self.best and logs else None
+        if self.best and value is None:
+            raise ValueError(f"best={self.best!r} is not in the log: {sorted(logs or {})}.")
+        self._save_if_due(value)
+
+    def _save_if_due(self, value=None):
+        stop = backend.any_process(self._asked_to_stop, self._step)
+        due = self._step // self.every_steps > self._saved // self.every_steps
+        if due or self._is_best(value) or (stop and self._step > self._saved):
+            self._save(value)
+        if stop:
+            progress.say(f"Asked to stop: step {self._step} is saved in {self.directory}.")
+            raise SystemExit(0)
+
+    def _is_best(self, value):
+        if value is None:
+            return False
+        steps = checkpoints.steps_in(self.directory)
+        records = (checkpoints.read_record(self.directory / checkpoints.name(s)) for s in steps)
+        return all(value < r["value"] for r in records if r["value"] is not None)
+
+    def _save(self, value=None):
+        checkpoints.write(self.model, self.directory, self._place, value)
+        self._saved = self._step
+        if backend.is_first():
+            checkpoints.prune(self.directory, self.keep)
+
+    def on_train_end(self, logs=None):
+        if self._step > self._saved:
+            self._save()

@@ -1,7 +1,49 @@
-"""Files that a killed process cannot leave half written."""
+"""Files that a killed process cannot leave half written, and checkpoints made of them.
 
+A checkpoint is a folder, written under another name, synchronized, then renamed:
+
+    step-00001000/
+      pieces-0000.h5    what process 0 holds of each variable: weights, moving average, optimizer,
+                        loss scale, counters, running means of the log
+      checkpoint.json   step, place in the data, the model's and optimizer's configuration, the list
+                        of variables, sizes and SHA-256 of the pieces, and its own
+
+A process writes the parts of arrays that its devices own, each part once; any number of devices
+reads them back.
+"""
+
+import contextlib
+import hashlib
+import json
 import os
+import shutil
+import warnings
 from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import keras
+import numpy as np
+from keras import ops
+
+from keras_uvit import backend
+
+FORMAT, VERSION = "keras_uvit checkpoint", 1
+RECORD = "checkpoint.json"
+FREE = ("latent_encoder", "context_encoder", "name")  # in which a model may differ from its past
+
+
+class Place(NamedTuple):
+    """Where in its data a run is: `batch` batches of `epoch` are done."""
+
+    epoch: int
+    batch: int
+    steps_per_epoch: int | None
+    batch_size: int  # of all processes; 0 where it is not known
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or of another run."""
 
 
 def atomically(write, filepath, overwrite, **kwargs):
@@ -24,3 +66,306 @@ def atomically(write, filepath, overwrite, **kwargs):
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def write(model, directory, place, value=None):
+    """Writes the checkpoint of the model's present step. All processes call it together.
+
+    Args:
+        model: compiled `DiffusionModel`.
+        directory: path, seen by all processes.
+        place: `Place`.
+        value: float by which checkpoints are compared, or None.
+
+    Raises:
+        OSError: if the disk is full, or cannot be written. Older checkpoints stay.
+    """
+    step = int(ops.convert_to_numpy(model.step))
+    path = Path(directory) / name(step)
+    beside = path.with_name(f"tmp-{path.name}")
+    index, _ = backend.process()
+    if index == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    backend.barrier(f"begin {path.name}")
+    try:
+        pieces = beside / f"pieces-{index:04d}.h5"
+        _write_pieces(pieces, _variables(model))
+        about = {"bytes": pieces.stat().st_size, "sha256": _sha256(pieces)}
+        _write_json(pieces.with_suffix(".json"), about)
+        backend.barrier(f"pieces of {path.name}")
+        if index == 0:
+            _write_record(beside, model, {"step": step, "value": value, **place._asdict()})
+            os.replace(beside, path)
+            _synchronize(path.parent)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(
+            error.errno,
+            f"The checkpoint of step {step} could not be written into {directory} "
+            f"({error.strerror or error}). Those before it are whole: make room, and start the "
+            "same run again.",
+        ) from error
+    backend.barrier(f"end {path.name}")
+
+
+def name(step):
+    return f"step-{step:08d}"
+
+
+def size(model):
+    """Bytes of a checkpoint of the model."""
+    return sum(int(np.prod(v.shape)) * 4 for v in _variables(model))
+
+
+def prune(directory, keep):
+    """Leaves the newest `keep` checkpoints, and the one with the lowest value."""
+    steps = steps_in(directory)
+    values = {step: read_record(directory / name(step)).get("value") for step in steps}
+    values = {step: value for step, value in values.items() if value is not None}
+    best = min(values, key=values.get) if values else None
+    for step in steps[keep:]:
+        if step != best:
+            gone = directory / f"tmp-{name(step)}"  # what is half deleted is no checkpoint
+            os.replace(directory / name(step), gone)
+            shutil.rmtree(gone)
+
+
+def _variables(model):
+    return [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+
+
+def _write_pieces(path, variables):
+    with h5py.File(path, "w") as file:
+        for i, variable in enumerate(variables):
+            for k, (start, array) in enumerate(backend.pieces(variable)):
+                if array.dtype.name == "bfloat16":  # HDF5 has none; float32 holds it exactly
+                    array = array.astype("float32")
+                file.create_dataset(f"{i}/{k}", data=array).attrs["start"] = start
+    _synchronize(path)
+
+
+def _write_record(folder, model, where):
+    files = {p.stem + ".h5": _read_json(p) for p in sorted(folder.glob("pieces-*.json"))}
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        **where,
+        "backend": backend.NAME,
+        "model": keras.saving.serialize_keras_object(model),
+        "optimizer": _optimizer(model),
+        "variables": _list(model),
+        "files": files,
+    }
+    record["sha256"] = _digest(record)
+    _write_json(folder / RECORD, record)
+    for file in files:
+        (folder / file).with_suffix(".json").unlink()
+    _synchronize(folder)
+
+
+def _list(model):
+    # The last part of a path: Keras numbers optimizers and models made one after the other.
+    return [[v.path.split("/")[-1], list(v.shape), v.dtype] for v in _variables(model)]
+
+
+def _optimizer(model):
+    """What an optimizer is, without what training changes and Keras numbers."""
+    optimizer = model.optimizer
+    config = {"class": type(optimizer).__name__, **optimizer.get_config()}
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        config["inner_optimizer"] = {"class": type(inner).__name__, **inner.get_config()}
+    parts = [config, config.get("inner_optimizer", {})]
+    for part in parts:
+        part.pop("name", None)
+        if isinstance(part.get("learning_rate"), float):  # a variable: callbacks may lower it
+            del part["learning_rate"]
+    return json.loads(json.dumps(config))  # tuples become lists, as in a file
+
+
+def _write_json(path, content):
+    path.write_text(json.dumps(content, indent=1))
+    _synchronize(path)
+
+
+def _synchronize(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def steps_in(directory):
+    """Steps of the checkpoints in a folder, the newest first; none of them opened."""
+    found = Path(directory).glob("step-" + "[0-9]" * 8)
+    return sorted((int(path.name.removeprefix("step-")) for path in found), reverse=True)
+
+
+def newest(directory):
+    """Path of the newest whole checkpoint, or None. Damaged ones are renamed and named.
+
+    All processes call it together, and get the same.
+    """
+    directory, chosen = Path(directory), -1
+    if backend.is_first():
+        for step in steps_in(directory):
+            damage = _damage(directory / name(step))
+            if damage is None:
+                chosen = step
+                break
+            aside = directory / f"damaged-{name(step)}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(directory / name(step), aside)
+            warnings.warn(
+                f"The checkpoint of step {step} in {directory} is damaged ({damage}); it is now "
+                f"called {aside.name}, and the one before it is used.",
+                stacklevel=2,
+            )
+    chosen = backend.from_first(chosen)
+    return None if chosen < 0 else directory / name(chosen)
+
+
+def _damage(path):
+    """What is wrong with a checkpoint, or None."""
+    try:
+        record = read_record(path)
+    except CheckpointError as error:
+        return str(error)
+    for file, about in record["files"].items():
+        if not (path / file).is_file():
+            return f"{file} is missing"
+        if (path / file).stat().st_size != about["bytes"] or _sha256(path / file) != about[
+            "sha256"
+        ]:
+            return f"{file} does not have the recorded checksum"
+    return None
+
+
+def read_record(path):
+    """The dict in a checkpoint's record.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or of a later version.
+    """
+    record = _read_json(Path(path) / RECORD)
+    if record.pop("sha256", None) != _digest(record):
+        raise CheckpointError(f"{RECORD} does not have its own checksum")
+    if record["version"] > VERSION:
+        raise CheckpointError(f"version {record['version']}, this one reads up to {VERSION}")
+    return record
+
+
+def restore(model, path):
+    """Puts a checkpoint's state into a model that is made and compiled as it was then.
+
+    Args:
+        model: compiled `DiffusionModel`.
+        path: of one checkpoint, such as `newest(directory)`.
+
+    Returns:
+        `Place`, and the values of the running means, which `fit` resets, as a list of arrays.
+
+    Raises:
+        CheckpointError: if model or optimizer are others than those that were saved.
+    """
+    path, record = Path(path), read_record(path)
+    _check_same(model, path, record)
+    variables = _variables(model)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(h5py.File(path / file)) for file in record["files"]]
+        for i, variable in enumerate(variables):
+            parts = [piece for file in files if str(i) in file for piece in file[str(i)].values()]
+            backend.assign(variable, lambda index, p=parts, v=variable: _read(p, index, v.shape))
+    saved = record["model"]["config"]
+    model.latent_encoder, model.context_encoder = saved["latent_encoder"], saved["context_encoder"]
+    means = [np.array(ops.convert_to_numpy(v)) for v in model.metrics_variables]
+    return Place(*(record[field] for field in Place._fields)), means
+
+
+def load_checkpoint(path):
+    """The model of a checkpoint, compiled as it was: to sample, evaluate, or train anew.
+
+    Args:
+        path: of one checkpoint, or of a folder of them, whose newest is taken.
+
+    Returns:
+        `DiffusionModel`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is damaged.
+    """
+    path = Path(path)
+    chosen = path if (path / RECORD).is_file() else newest(path)
+    if chosen is None:
+        raise FileNotFoundError(f"No checkpoint in {path}.")
+    damage = _damage(chosen)
+    if damage:
+        raise CheckpointError(f"{chosen} is damaged: {damage}.")
+    model = keras.saving.deserialize_keras_object(read_record(chosen)["model"])
+    restore(model, chosen)
+    return model
+
+
+def _check_same(model, path, record):
+    there = record["model"]["config"]
+    here = json.loads(json.dumps(model.get_config()))  # tuples become lists, as there
+    other = [key for key in here if key not in FREE and there.get(key) != here[key]]
+    if other:
+        raise CheckpointError(
+            f"{path} is of another model: it differs in {other}. Choose another folder, or delete "
+            "it."
+        )
+    there, here = record["optimizer"], _optimizer(model)
+    if there != here:
+        keys = sorted({*there, *here})
+        other = {k: (there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)}
+        raise CheckpointError(
+            f"{path} is of another optimizer: (then, now) {other}. Use the same, or choose another "
+            "folder."
+        )
+    if record["variables"] != _list(model):
+        raise CheckpointError(f"{path} holds other variables than this model has.")
+
+
+def _read(parts, index, shape):
+    """The part `index` (slices) of an array that lies in pieces."""
+    first = [part.start or 0 for part in index]
+    last = [n if part.stop is None else part.stop for part, n in zip(index, shape)]
+    whole = np.empty([b - a for a, b in zip(first, last)], parts[0].dtype)
+    for piece in parts:
+        start = piece.attrs["start"]
+        low = [max(a, s) for a, s in zip(first, start)]
+        high = [min(b, s + n) for b, s, n in zip(last, start, piece.shape)]
+        if all(a < b for a, b in zip(low, high)):
+            there = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start))
+            here = tuple(slice(a - f, b - f) for a, b, f in zip(low, high, first))
+            whole[here] = piece[there]
+    return whole
+
+
+def _read_json(path):
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name} is no record")
+    return content
+
+
+def _digest(record):
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

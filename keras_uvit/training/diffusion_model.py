@@ -1,16 +1,20 @@
 """A network, a noise schedule and a loss: a Keras model to `fit` and `generate` with."""
 
-import types
-
 import keras
 import numpy as np
 from keras import ops
 
-from keras_uvit import backend
+from keras_uvit import backend, distribution
 from keras_uvit.process import predictions
 from keras_uvit.process.schedules import VPLinear
-from keras_uvit.training import batches, bookkeeping, generation, latent_space, text_space
-from keras_uvit.training.callbacks import StopOnNonFinite
+from keras_uvit.training import (
+    batches,
+    bookkeeping,
+    fitting,
+    generation,
+    latent_space,
+    text_space,
+)
 from keras_uvit.training.checkpoints import atomically
 from keras_uvit.training.optimizers import adamw
 
@@ -89,6 +93,7 @@ class DiffusionModel(keras.Model):
         name="diffusion_model",
     ):
         _check_parts(network, schedule)
+        distribution.check_layouts(network)
         # autocast=False: mixed precision must not round the timestep.
         super().__init__(name=name, dtype=network.dtype_policy, autocast=False)
         has_null = network.null_label is not None or network.context_shape is not None
@@ -187,6 +192,9 @@ class DiffusionModel(keras.Model):
     def build(self, input_shape=None):
         """Nothing to do: the networks are built when they are made."""
 
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Nothing to do either; Keras on TensorFlow would begin an epoch of the data for it."""
+
     def call(self, inputs, training=False):
         return self.network(inputs, training=training)
 
@@ -222,38 +230,37 @@ class DiffusionModel(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
 
     def fit(
-        self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        resume="auto",
+        **kwargs,
     ):
         """As `keras.Model.fit`, on dicts of arrays or any source of them; see `training.batches`.
+
+        With a `training.Checkpoint` among the callbacks the run goes on from its newest checkpoint,
+        at the same place in the data, up to `epochs` in all.
+
+        Args:
+            resume: "auto" goes on where there is a checkpoint, `True` raises where there is none,
+                `False` where there is one.
+            **kwargs: those of Keras; `batch_size` is that of all devices together.
 
         Raises:
             ValueError, TypeError: if the data do not fit the model, before anything is compiled.
             FloatingPointError: after `max_skipped_steps` non-finite steps in a row.
         """
-        if isinstance(x, types.GeneratorType) or getattr(x, "shuffles_itself", False):
-            kwargs.setdefault("shuffle", False)  # Keras cannot shuffle the one, need not the other
-        self.global_batch.assign(batch_size or getattr(x, "batch_size", None) or 0)
-        x = batches.check_source(self, x, y)
-        text_space.note_arrays(self)
-        validation = kwargs.get("validation_data")
-        if validation is not None:
-            first, *rest = validation if isinstance(validation, tuple) else (validation,)
-            kwargs["validation_data"] = (batches.check_source(self, first, *rest[:1]), *rest)
-        guard = StopOnNonFinite(self)
-        self.skipped_in_row.assign(0)
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(guard)
-        else:
-            callbacks = [*keras.tree.flatten(callbacks or []), guard]
-        history = super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
-        if guard.error:
-            raise FloatingPointError(guard.error)
-        return history
+        options = dict(kwargs, batch_size=batch_size, epochs=epochs, verbose=verbose)
+        return fitting.fit(self, super().fit, x, y, callbacks, resume, options)
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """As `keras.Model.evaluate`, with the moving average; the same noise every time."""
         if not kwargs.get("_use_cached_eval_dataset"):
-            x = batches.check_source(self, x, y)
+            x = batches.check_source(self, x, y, batch_size)
         self.test_step_count.assign(0)
         if getattr(x, "shuffles_itself", False):
             x.epoch = x.epoch  # begins it anew: each evaluation reads the same
@@ -314,17 +321,22 @@ class DiffusionModel(keras.Model):
         if "latent" in batch:
             return ops.cast(batch["latent"], "float32")
         mean, log_variance = ops.split(ops.cast(batch["moments"], "float32"), 2, axis=-1)
-        noise = keras.random.normal(ops.shape(mean), seed=self.random)
+        noise = self._drawn(keras.random.normal, ops.shape(mean))
         std = ops.exp(0.5 * ops.clip(log_variance, -30.0, 20.0))
         return self.latent_scale * (mean + std * noise)
 
     def draw(self, x0):
         """Random t `(B,)`, noise like x0, and which conditions to drop, `(B,)` bool."""
         count = ops.shape(x0)[:1]
-        t = self.schedule.training_time(keras.random.uniform(count, seed=self.random))
-        noise = keras.random.normal(ops.shape(x0), seed=self.random)
-        dropped = keras.random.uniform(count, seed=self.random) < self.condition_dropout
+        t = self.schedule.training_time(self._drawn(keras.random.uniform, count))
+        noise = self._drawn(keras.random.normal, ops.shape(x0))
+        dropped = self._drawn(keras.random.uniform, count) < self.condition_dropout
         return t, noise, dropped
+
+    def _drawn(self, distribution, shape):
+        # For the global batch, of which each replica takes its part: the numbers of a step do not
+        # depend on how many devices there are.
+        return backend.drawn(lambda shape: distribution(shape, seed=self.random), shape)
 
     def condition(self, batch, dropped=None):
         """The network's "label" and "context" inputs, replaced by "none" where `dropped`."""
@@ -354,12 +366,27 @@ class DiffusionModel(keras.Model):
     generate = generation.generate  # a method: its first argument is the model
 
     def save(self, filepath, overwrite=True, **kwargs):
-        """As `keras.Model.save`, but written beside and renamed: a killed save loses nothing."""
-        atomically(super().save, filepath, overwrite, **kwargs)
+        """As `keras.Model.save`, but written beside and renamed: a killed save loses nothing.
+
+        One process of several can save what each of them has.
+
+        Raises:
+            ValueError: if weights are divided among processes.
+        """
+        self._write(super().save, filepath, overwrite, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, **kwargs):
         """As `keras.Model.save_weights`, but written beside and renamed."""
-        atomically(super().save_weights, filepath, overwrite, **kwargs)
+        self._write(super().save_weights, filepath, overwrite, **kwargs)
+
+    def _write(self, write, filepath, overwrite, **kwargs):
+        if distribution.divides_among_processes():
+            raise ValueError(
+                "Each process has a part of the weights: `training.Checkpoint` saves all of them, "
+                "and `training.load_checkpoint` makes the whole model of it, in one process."
+            )
+        with distribution.alone():  # Keras makes an optimizer to look at, in all processes
+            atomically(write, filepath, overwrite, **kwargs)
 
 
 def _check_parts(network, schedule):

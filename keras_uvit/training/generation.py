@@ -1,16 +1,19 @@
 """From noise to images: batches, seeds, guidance, the compiled loop."""
 
+import functools
 import inspect
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
-from keras_uvit import backend
+from keras_uvit import backend, progress
+from keras_uvit.networks import halves
 from keras_uvit.pixels import from_unit_range
-from keras_uvit.process import predictions, samplers
+from keras_uvit.process import samplers
+from keras_uvit.process.steps import runs_of
 from keras_uvit.training import text_space
+from keras_uvit.training.evaluations import Evaluations, Plan
 
 
 def generate(
@@ -24,6 +27,9 @@ def generate(
     sampler=None,
     guidance_scale=None,
     guidance_interval=(0.0, 1.0),
+    guidance_every=1,
+    middle_every=1,
+    outer_blocks=1,
     seed=0,
     first=0,
     batch_size=64,
@@ -48,6 +54,10 @@ def generate(
         sampler: a name in `process.samplers.SAMPLERS`, or `Steps`; `None` is the model's default.
         guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off, `None` the model's default.
         guidance_interval: (low, high) in [0, 1]: times at which guidance is on.
+        guidance_every: int n. What guidance adds is evaluated at one step in n and kept between.
+        middle_every: int n. All blocks run at one step in n; between, what the middle of the
+            U-ViT gave then is joined to the outer blocks by their long skips.
+        outer_blocks: int. Blocks on each side that run at every step.
         seed: int >= 0.
         first: int >= 0, index of the first image: what one call draws, several calls may share.
         batch_size: int, images at a time.
@@ -62,23 +72,12 @@ def generate(
     Raises:
         ValueError, TypeError: if the arguments do not fit the model, before anything is compiled.
     """
-    job = _checked(
-        model,
-        {"num_images": num_images, "labels": labels, "prompts": prompts},
-        negative_prompts,
-        sampler,
-        num_steps,
-        guidance_scale,
-        guidance_interval,
-        seed,
-        first,
-        batch_size,
-        decode,
-    )
-    loop, total = _loop(model, job.guided), job.total
+    job = _checked(**locals())
+    loop, total = _loop(model, job), job.total
     weights = [w.value for w in (model.ema_network if use_ema else model.network).variables]
-    size = min(batch_size, total)
-    bar = keras.utils.Progbar(total, verbose=verbose, unit_name="image")
+    replicas = backend.replicas()
+    size = -(-min(batch_size, total) // replicas) * replicas  # every device gets as many
+    bar = progress.bar(total, verbose, "image")
     images = []
     for start in range(0, total, size):
         chosen = np.arange(start, start + size)
@@ -86,14 +85,14 @@ def generate(
         noise, seeds = _noise(seed, first + chosen, model.network.image_shape)
         x = loop(
             weights,
-            ops.convert_to_tensor(noise),
+            backend.spread(noise),
             _rows(job.conditions, rows),
             _rows(job.unconditional, rows),
-            ops.convert_to_tensor(job.steps.packed()),
-            ops.convert_to_tensor(job.scale, "float32"),
-            ops.convert_to_tensor(seeds),
+            backend.spread(job.steps.packed(), axis=None),
+            backend.spread(np.float32(job.plan.scale), axis=None),
+            backend.spread(seeds),
         )
-        x = ops.convert_to_numpy(x)[: total - start]
+        x = backend.whole(x)[: total - start]
         images.append(_finish(model, x) if decode else x)
         bar.update(min(start + size, total))
     return np.concatenate(images)
@@ -106,36 +105,37 @@ class _Job(NamedTuple):
     unconditional: dict  # the same for the other half of guidance; empty without
     total: int
     steps: samplers.Steps
-    scale: float
-    guided: tuple  # see `_guided_rows`
+    plan: Plan
 
 
 def check(model, **options):
     """Raises what `generate(**options)` would, without drawing anything."""
     given = inspect.signature(generate).bind(model, **options)
     given.apply_defaults()
-    asked = dict(given.arguments)
-    wants = {key: asked.pop(key) for key in ("num_images", "labels", "prompts")}
-    _checked(asked.pop("model"), wants, **{k: asked[k] for k in asked.keys() - _UNCHECKED})
-
-
-_UNCHECKED = {"use_ema", "verbose"}
+    _checked(**given.arguments)
 
 
 def _checked(
     model,
-    wants,
+    num_images,
+    labels,
+    prompts,
     negative_prompts,
-    sampler,
     num_steps,
+    sampler,
     guidance_scale,
     guidance_interval,
+    guidance_every,
+    middle_every,
+    outer_blocks,
     seed,
     first,
     batch_size,
     decode,
+    **_,
 ):
     """The `_Job` of arguments that fit; nothing is compiled before."""
+    wants = {"num_images": num_images, "labels": labels, "prompts": prompts}
     conditions, total = _conditions(model, wants)
     if decode and model.latent_scale is not None and model.autoencoder is None:
         raise ValueError(
@@ -148,11 +148,13 @@ def _checked(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1. Received: {batch_size}.")
     steps = _steps(model, sampler, num_steps)
-    scale = model.guidance_scale if guidance_scale is None else guidance_scale
-    guided = _guided_rows(model, steps, scale, guidance_interval, given=guidance_scale is not None)
-    is_guided = any(on for _, on in guided)
+    plan = Plan(
+        _scale(model, guidance_scale), guidance_interval, guidance_every, middle_every, outer_blocks
+    )
+    _check_plan(model, plan)
+    is_guided = any(kind.guidance != "off" for kind in plan.kinds(steps.t))
     unconditional = _unconditional(model, negative_prompts, total, is_guided)
-    return _Job(conditions, unconditional, total, steps, scale, guided)
+    return _Job(conditions, unconditional, total, steps, plan)
 
 
 def _finish(model, x):
@@ -280,7 +282,7 @@ def _contexts(model, prompts, name):
 
 
 def _rows(conditions, rows):
-    return {key: ops.convert_to_tensor(value[rows]) for key, value in conditions.items()}
+    return {key: backend.spread(value[rows]) for key, value in conditions.items()}
 
 
 def _steps(model, sampler, num_steps):
@@ -294,25 +296,31 @@ def _steps(model, sampler, num_steps):
     )
 
 
-def _guided_rows(model, steps, scale, interval, given):
-    """Runs of rows with and without guidance: ((number of rows, guided), ...)."""
-    low, high = interval
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"guidance_interval is (low, high) in [0, 1]. Received: {interval}.")
+def _scale(model, given):
+    """Scale of guidance; 1.0, off, where the model's default is for networks of another kind."""
+    scale, network = model.guidance_scale if given is None else given, model.network
     if not isinstance(scale, int | float | np.number) or not np.isfinite(scale) or scale < 0:
         raise ValueError(f"guidance_scale must be finite and >= 0. Received: {scale!r}.")
-    network = model.network
     if scale != 1.0 and network.null_label is None and network.context_shape is None:
-        if given:
+        if given is not None:
             raise ValueError(
                 f"guidance_scale={scale} needs a network that knows 'no label': num_classes with "
                 "null_label=True, trained with condition_dropout > 0. Use guidance_scale=1.0."
             )
-        scale = 1.0
-    on = (steps.t >= low) & (steps.t <= high) & (scale != 1.0)
-    edges = np.flatnonzero(np.diff(on)) + 1
-    runs = np.split(on, edges)
-    return tuple((len(run), bool(run[0])) for run in runs)
+        return 1.0
+    return scale
+
+
+def _check_plan(model, plan):
+    low, high = plan.interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"guidance_interval is (low, high) in [0, 1]. Received: {plan.interval}.")
+    for name in ("guidance_every", "middle_every"):
+        value = getattr(plan, name)
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name} is a number of steps, at least 1. Received: {value!r}.")
+    if plan.middle_every > 1:
+        halves.check_outer_blocks(model.network, plan.outer_blocks)
 
 
 def _noise(seed, indices, shape):
@@ -322,36 +330,23 @@ def _noise(seed, indices, shape):
     return noise, np.array([g.integers(2**31) for g in generators], "int32")
 
 
-def _loop(model, guided):
-    """The compiled loop for this pattern of guidance, made once per model."""
-    if guided not in model._loops:
-        model._loops[guided] = backend.compiled(lambda *arguments: _run(model, guided, *arguments))
-    return model._loops[guided]
+def _loop(model, job):
+    """The compiled loop for this pattern of evaluations, made once per model."""
+    pattern = tuple(runs_of(job.plan.kinds(job.steps.t))), job.plan.outer_blocks
+    if pattern not in model._loops:
+        kinds = {kind for _, unit in pattern[0] for kind in unit}
+        evaluations = Evaluations(model, job.plan, kinds)
+        run = functools.partial(_run, evaluations, pattern[0])
+        model._loops[pattern] = backend.compiled(run)
+    return model._loops[pattern]
 
 
-def _run(model, guided, weights, noise, condition, unconditional, table, scale, seeds):
-    network = model.network
-
-    def output(x, t, condition):
-        inputs = {"image": x, "timestep": ops.repeat(model.time_scale * t, x.shape[0]), **condition}
-        with keras.StatelessScope(state_mapping=list(zip(network.variables, weights))):
-            out = ops.cast(network(inputs, training=False), "float32")
-        times = ops.repeat(t, x.shape[0])
-        return predictions.denoised(model.prediction, model.schedule, times, x, out)
-
-    def plain(x, t):
-        return output(x, t, condition)
-
-    def with_guidance(x, t):
-        both = {
-            key: ops.concatenate([value, unconditional[key]]) for key, value in condition.items()
-        }
-        d_c, d_u = ops.split(output(ops.concatenate([x, x]), t, both), 2)
-        return d_u + scale * (d_c - d_u)
-
+def _run(evaluations, runs, weights, noise, condition, unconditional, table, scale, seeds):
+    given = weights, condition, unconditional, scale
     return samplers.sample(
-        [(rows, with_guidance if on else plain) for rows, on in guided],
+        [(repeats, [evaluations.of(kind, *given) for kind in unit]) for repeats, unit in runs],
         noise,
         table,
         lambda i: backend.normal_per_image(seeds, i, noise.shape[1:]),
+        evaluations.start(noise),
     )

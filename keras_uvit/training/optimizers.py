@@ -1,6 +1,47 @@
 """The recipe's optimizer."""
 
 import keras
+import numpy as np
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_uvit")
+class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
+    """rate min(k / warmup_steps, 1), then maybe half a cosine to 0; k counts optimizer steps.
+
+    Keras' own `CosineDecay` is a branch, which TensorFlow traces again for each weight, a fifth
+    of the time before the first step; and it counts the batches that are accumulated. Optimizer
+    step k is made at batch (k + 1) n - 1 (from 0), not at batch k n: a schedule stretched n times
+    would run ahead by up to one step.
+
+    Args:
+        learning_rate: float, after the warm-up.
+        warmup_steps: int >= 0.
+        decay_steps: int or None. Steps from there to 0.
+        batches: int n, batches per optimizer step.
+    """
+
+    def __init__(self, learning_rate, warmup_steps=0, decay_steps=None, batches=1):
+        super().__init__()
+        self.config = dict(
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            decay_steps=decay_steps,
+            batches=batches,
+        )
+
+    def __call__(self, step):
+        rate, warmup_steps, decay_steps, batches = self.config.values()
+        k = ops.cast(ops.convert_to_tensor(step) // batches, "float32")
+        if warmup_steps:
+            rate = rate * ops.minimum(k / warmup_steps, 1.0)
+        if decay_steps:
+            done = ops.clip((k - warmup_steps) / decay_steps, 0.0, 1.0)
+            rate = rate * 0.5 * (1.0 + ops.cos(np.pi * done))
+        return rate
+
+    def get_config(self):
+        return dict(self.config)
 
 
 def adamw(
@@ -33,16 +74,10 @@ def adamw(
     Returns:
         `keras.optimizers.AdamW`.
     """
-    n = gradient_accumulation_steps or 1  # Keras' schedules count batches
     schedule = learning_rate
     if warmup_steps or decay_steps:
-        schedule = keras.optimizers.schedules.CosineDecay(
-            0.0 if warmup_steps else learning_rate,
-            (decay_steps or 1) * n,
-            alpha=0.0 if decay_steps else 1.0,
-            warmup_target=learning_rate if warmup_steps else None,
-            warmup_steps=warmup_steps * n,
-        )
+        batches = gradient_accumulation_steps or 1
+        schedule = WarmUp(learning_rate, warmup_steps, decay_steps, batches)
     return keras.optimizers.AdamW(
         schedule,
         beta_1=beta_1,

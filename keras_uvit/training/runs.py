@@ -1,85 +1,110 @@
-"""A training run in a folder: saved after each epoch, gone on with when it is started again."""
+"""A training run in a folder: gone on with when it is started again."""
 
 import math
+import os
 from pathlib import Path
 
 import keras
+from keras import ops
 
+from keras_uvit import backend, distribution
+from keras_uvit.training import checkpoints
+from keras_uvit.training.callbacks import Checkpoint
 from keras_uvit.training.checkpoints import atomically
 
-MODEL, AVERAGE = "model.keras", "ema.weights.h5"
+MODEL, AVERAGE, LOG, CHECKPOINTS = "model.keras", "ema.weights.h5", "log.csv", "checkpoints"
 
 
-def train(model, dataset, folder, iterations, *, callbacks=(), verbose="auto"):
+def train(
+    model,
+    dataset,
+    folder,
+    iterations,
+    *,
+    every_steps=1000,
+    keep=2,
+    resume="auto",
+    callbacks=(),
+    verbose="auto",
+):
     """Trains for at least `iterations` batches, in whole epochs.
 
-    `folder` gets `model.keras` (everything, to go on), `ema.weights.h5` (to sample) and `log.csv`
-    after each epoch. Where `model.keras` is there, the run goes on from it: the data's order and
-    the noise are functions of epoch and step, so it ends as an uninterrupted run would.
+    `folder` gets `checkpoints/` while the run lasts, `log.csv` after each epoch, and at the end
+    `model.keras` (everything) and `ema.weights.h5` (to sample). Started again, the run goes on from
+    the newest checkpoint and ends as an uninterrupted one would: see `Checkpoint`.
 
     Args:
         model: `DiffusionModel`, compiled or not.
         dataset: `data.LatentDataset` or `data.ImageDataset`.
         folder: path, made if need be.
         iterations: int.
+        every_steps, keep: of `Checkpoint`.
+        resume: of `DiffusionModel.fit`.
         callbacks: Keras callbacks.
         verbose: of `fit`.
 
     Returns:
-        The trained model: `model`, or the saved one that was gone on with.
+        `model`, trained.
 
     Raises:
-        ValueError: if the folder holds another model, or the data do not fit.
+        ValueError: if the folder holds another run, or the data do not fit.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MODEL).is_file():
-        model = _saved(folder / MODEL, model)
-    elif not model.compiled:
+    if not model.compiled:
         model.compile()
-    done = int(keras.ops.convert_to_numpy(model.step))
-    first, epochs = done // len(dataset), math.ceil(iterations / len(dataset))
-    if first >= epochs:
-        if not (folder / AVERAGE).is_file():
-            _keep_average(model, folder)
-        return model
-    dataset.epoch = first
-    # Kept before it is logged: what a kill in between repeats is not logged twice.
-    keeping = [_Keep(folder), keras.callbacks.CSVLogger(folder / "log.csv", append=True)]
+    keeping = Checkpoint(folder / CHECKPOINTS, every_steps, keep)
+    logging = []
+    if backend.is_first():
+        logging = [_Log(folder / LOG)]
     model.fit(
         dataset,
-        initial_epoch=first,
-        epochs=epochs,
-        callbacks=[*keeping, *callbacks],
+        epochs=math.ceil(iterations / len(dataset)),
+        callbacks=[*logging, *callbacks, keeping],
         verbose=verbose,
+        resume=resume,
     )
+    _finish(model, folder)
     return model
 
 
-def _saved(path, model):
-    saved = keras.saving.load_model(path)
-    there, here = saved.get_config(), model.get_config()
-    free = ("latent_encoder", "context_encoder", "name")
-    other = [key for key in here if key not in free and there[key] != here[key]]
-    if other:
-        raise ValueError(
-            f"{path} is another model: it differs in {other}. Choose another folder, or delete it."
-        )
-    if not saved.compiled:
-        saved.compile()
-    saved.autoencoder, saved.text_encoder = model.autoencoder, model.text_encoder
-    return saved
+def _finish(model, folder):
+    """Writes the files to use, unless they are there and not older than the last checkpoint."""
+    if not backend.is_first():
+        return
+    last = folder / CHECKPOINTS / checkpoints.name(int(ops.convert_to_numpy(model.step)))
+    made = (last / checkpoints.RECORD).stat().st_mtime_ns
+    paths = [folder / AVERAGE, folder / MODEL]
+    if all(path.is_file() and path.stat().st_mtime_ns >= made for path in paths):
+        return
+    has_all = not distribution.divides_among_processes()
+    with distribution.alone():
+        model = model if has_all else checkpoints.load_checkpoint(last)
+        for path, part in zip(paths, (model.ema_network.save_weights, model.save)):
+            atomically(part, path, overwrite=True)
 
 
-class _Keep(keras.callbacks.Callback):
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
+class _Log(keras.callbacks.CSVLogger):
+    """A row an epoch; rows of epochs that are trained again are cut off first."""
 
-    def on_epoch_end(self, epoch, logs=None):
-        _keep_average(self.model, self.folder)
-        self.model.save(self.folder / MODEL)  # last: with it the epoch counts as done
+    def __init__(self, path):
+        super().__init__(path, append=True)
 
+    def on_train_begin(self, logs=None):
+        """Waits for the first epoch."""
 
-def _keep_average(model, folder):
-    atomically(model.ema_network.save_weights, folder / AVERAGE, overwrite=True)
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.csv_file is None:
+            self._cut(epoch)
+            super().on_train_begin(logs)
+
+    def _cut(self, epoch):
+        path = Path(self.filename)
+        if not path.is_file():
+            return
+        header, *rows = path.read_bytes().decode().splitlines(keepends=True) or [""]
+        column = header.strip().split(",").index("epoch") if header else 0
+        kept = [row for row in rows if int(row.split(",")[column]) < epoch]
+        beside = path.with_name(f"tmp-{path.name}")
+        beside.write_bytes("".join([header, *kept]).encode() if kept else b"")
+        os.replace(beside, path)

@@ -187,6 +187,8 @@ def test_patches_of_another_size_are_refused_even_with_as_many_numbers():
         {"position": "sinusoidal"},
         {"position": None},
         {"patch_embed": "conv"},
+        {"qk_norm": True},
+        {"skip_norm": True},
     ],
     ids=str,
 )

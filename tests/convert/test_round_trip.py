@@ -194,6 +194,8 @@ def test_bfloat16_weights_come_back_exactly(tmp_path, name):
         {"position": "sinusoidal"},
         {"position": None},
         {"patch_embed": "conv"},
+        {"qk_norm": True},
+        {"skip_norm": True},
     ],
     ids=str,
 )

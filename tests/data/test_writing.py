@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from keras_uvit import data
-from keras_uvit.data import LatentDataset, manifest, sources
+from keras_uvit.data import LatentDataset, manifest, sources, writing
 from keras_uvit.data.manifest import CacheError
 from keras_uvit.latent import SpaceToDepth
 
@@ -512,6 +512,21 @@ def test_the_release_that_made_the_first_shards_does_not_matter(tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps({**plan, "keras_uvit": "0.0.7"}))
     assert _write(tmp_path)["keras_uvit"] == "0.0.7"
+
+
+def test_a_process_that_begins_a_moment_later_agrees(tmp_path, whole, monkeypatch):
+    """It sees no plan; the other writes one, and half a shard; only then it looks for files."""
+    look = writing._foreign
+
+    def late(folder, plan):
+        manifest.write_json(folder / "plan.json", plan)
+        (folder / "00000-moments.npy").write_bytes(whole["00000-moments.npy"])
+        assert look(folder, plan)
+        return look(folder, plan)
+
+    monkeypatch.setattr(writing, "_foreign", late)
+    _write(tmp_path)
+    assert _content(tmp_path) == whole
 
 
 @pytest.mark.parametrize("name", ["mine.npy", "00000-moments.npy", "00002-label.npy"])

@@ -33,6 +33,7 @@ CASES = {
     "biases are free": (dict(qkv_bias=True), by_hand(PATCHES + 1)),
     "positions are free": (dict(position="sinusoidal"), by_hand(PATCHES + 1)),
     "heads are free": (dict(num_heads=4), by_hand(PATCHES + 1)),
+    "norms are free": (dict(qk_norm=True, skip_norm=True), by_hand(PATCHES + 1)),
     "recomputing is not counted": (dict(remat=True), by_hand(PATCHES + 1)),
     "mlp width": (dict(mlp_dim=24), by_hand(PATCHES + 1, blocks=3 * block(PATCHES + 1, 24))),
     "no output conv": (dict(output_conv=False), by_hand(PATCHES + 1, conv=False)),

@@ -32,9 +32,11 @@ LAYERS = [
     (lambda **k: parts.PositionEmbedding(**k), [(2, 5, 12)]),
     (lambda **k: parts.SinusoidalPositions((2, 3), **k), [(2, 7, 12)]),
     (lambda **k: parts.Attention(3, True, **k), [(2, 5, 12)]),
-    (lambda **k: parts.TransformerBlock(3, 20, True, **k), [(2, 5, 12)]),
+    (lambda **k: parts.Attention(3, qk_norm=True, **k), [(2, 5, 12)]),
+    (lambda **k: parts.TransformerBlock(3, 20, True, qk_norm=True, **k), [(2, 5, 12)]),
     (lambda **k: parts.TransformerBlock(3, 20, adaln=True, remat=True, **k), [(2, 5, 12), (2, 12)]),
     *[(lambda m=m, **k: parts.LongSkip(m, **k), [(2, 5, 12), (2, 5, 12)]) for m in parts.SKIPS],
+    (lambda **k: parts.LongSkip("concat", True, True, **k), [(2, 5, 12), (2, 5, 12)]),
     (lambda **k: patches.Unpatchify(2, (4, 6, 3), **k), [(2, 6, 12)]),
 ]
 
@@ -94,12 +96,18 @@ def test_time_embedding_is_not_rounded_in_mixed_precision():
     assert np.abs(out[0] - out[1]).max() > 0.5
 
 
-def test_attention_is_softmax_of_scaled_products_per_head():
-    x, layer = random(2, 5, 12), parts.Attention(3, True)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_is_softmax_of_scaled_products_per_head(qk_norm):
+    x, layer = random(2, 5, 12), parts.Attention(3, True, qk_norm)
     layer.build(x.shape)
     randomize(layer)
-    kernel, bias, proj, proj_bias = (numpy(w).astype("float64") for w in layer.weights)
+    values = (numpy(w).astype("float64") for w in layer.weights)
+    kernel, bias, proj, proj_bias, *scales = values
     qkv = (x @ kernel + bias).reshape(2, 5, 3, 3, 4).transpose(2, 0, 3, 1, 4)  # (3, B, N, L, K)
+    assert [scale.shape for scale in scales] == [(4,)] * 2 * qk_norm
+    for i, scale in enumerate(scales):
+        mean_square = np.mean(qkv[i] ** 2, axis=-1, keepdims=True)
+        qkv[i] *= scale / np.sqrt(mean_square + 1e-6)
     scores = qkv[0] @ qkv[1].swapaxes(-1, -2) / 2.0
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -159,6 +167,21 @@ def test_long_skip_merges():
         np.testing.assert_allclose(numpy(layer(x, s)), right, atol=1e-6)  # rounding
 
 
+@pytest.mark.parametrize("merge", parts.SKIPS)
+def test_long_skip_norms_the_result(merge):
+    x, s = random(2, 5, 12), random(2, 5, 12, seed=1)
+    layer, plain = parts.LongSkip(merge, norm=True), parts.LongSkip(merge)
+    layer(x, s)
+    plain(x, s)
+    randomize(layer)
+    *projection, gamma, beta = layer.weights
+    plain.set_weights([numpy(w) for w in projection])
+    h = numpy(plain(x, s)).astype("float64")
+    h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
+    # float32 rounding of values of size one.
+    np.testing.assert_allclose(numpy(layer(x, s)), h * numpy(gamma) + numpy(beta), atol=1e-5)
+
+
 def test_sinusoidal_positions_leave_extra_tokens_alone_and_tell_patches_apart():
     x = np.zeros((1, 8, 16), "float32")
     out = numpy(parts.SinusoidalPositions((2, 3))(x))[0]
@@ -177,3 +200,48 @@ def test_sinusoidal_positions_leave_extra_tokens_alone_and_tell_patches_apart():
 def test_layers_say_what_does_not_fit(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("width", "units"), [(3, 5), (5, 3)], ids=["wider", "narrower"])
+@pytest.mark.parametrize("shape", [(4,), (2, 3)], ids=["rows", "tokens"])
+def test_a_dense_layer_has_the_gradients_of_a_product(width, units, shape):
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((*shape, width)), rng.standard_normal((*shape, units))
+    layer = parts.dense(units, "float32", "dense")
+    layer.build((None, width))
+    layer.kernel.assign(rng.standard_normal((width, units)))
+    expected = {
+        "value": x @ ops.convert_to_numpy(layer.kernel),
+        "x": dy @ ops.convert_to_numpy(layer.kernel).T,
+        "kernel": np.tensordot(x, dy, (range(len(shape)), range(len(shape)))),
+        "bias": dy.reshape(-1, units).sum(axis=0),
+    }
+    # Sums of at most six products of float32 numbers of about 1.
+    for key, value in gradients(layer, x.astype("float32"), dy.astype("float32")).items():
+        np.testing.assert_allclose(ops.convert_to_numpy(value), expected[key], atol=5e-6)
+
+
+def gradients(layer, x, dy):
+    """The layer's answer, and gradients of its sum weighted by dy."""
+    x, dy = ops.convert_to_tensor(x), ops.convert_to_tensor(dy)
+    if keras.config.backend() == "jax":
+        import jax
+
+        def answer(x, kernel, bias):
+            return layer.stateless_call([kernel, bias], [], x)[0]
+
+        value, back = jax.vjp(answer, x, layer.kernel.value, layer.bias.value)
+        return dict(zip(("value", "x", "kernel", "bias"), (value, *back(dy))))
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = layer(x)
+        back = tape.gradient(value, [x, layer.kernel.value, layer.bias.value], dy)
+        return dict(zip(("value", "x", "kernel", "bias"), (value, *back)))
+    x.requires_grad_()
+    value = layer(x)
+    value.backward(dy)
+    kernel, bias = layer.kernel.value.grad, layer.bias.value.grad
+    return {"value": value.detach(), "x": x.grad, "kernel": kernel, "bias": bias}

@@ -14,7 +14,8 @@ TINY = dict(image_shape=(4, 6, 3), patch_size=2, hidden_dim=16, num_layers=5, nu
 OTHER = dict(
     mlp_dim=24, num_classes=7, null_label=False, context_shape=(3, 5), skip="add_project",
     time="adaln", time_mlp=True, qkv_bias=True, output_conv=False, position="sinusoidal",
-    patch_embed="conv", remat=True, dtype="mixed_bfloat16", name="other",
+    patch_embed="conv", qk_norm=True, skip_norm=True, remat=True,
+    dtype="mixed_bfloat16", name="other",
 )  # fmt: skip
 
 
@@ -50,6 +51,16 @@ def test_every_switch_runs_and_survives_its_config(switch):
 def test_no_argument_is_left_out_of_the_switch_test():
     arguments = set(inspect.signature(UViT).parameters)
     assert arguments == {*TINY, *OTHER}
+
+
+def test_a_config_saved_before_the_norms_were_switches_still_loads():
+    network = UViT(**TINY)
+    config = network.get_config()
+    old = {key: value for key, value in config.items() if key not in ("qk_norm", "skip_norm")}
+    copy = UViT.from_config(old)
+    assert copy.get_config() == config
+    assert [w.path for w in copy.weights] == [w.path for w in network.weights]
+    assert not [w.path for w in copy.weights if "query_norm" in w.path or "skip_0/norm" in w.path]
 
 
 @pytest.mark.parametrize("skip", ["add", "project_sum", None])
@@ -119,6 +130,7 @@ def test_published_sizes_of_the_initial_weights():
         (dict(time="film"), "time must be one of"),
         (dict(position="rotary"), "position must be one of"),
         (dict(patch_embed="mlp"), "patch_embed must be one of"),
+        (dict(skip_norm=True, skip=None), "skip_norm=True .* skip=None has none"),
         (dict(num_classes=0), "num_classes must be at least 1"),
         (dict(context_shape=(77,)), r"context_shape must be \(length, width\)"),
         (dict(image_shape=(6, 6, 3), patch_size=3, patch_embed="conv"), "power of two"),

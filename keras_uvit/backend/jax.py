@@ -1,0 +1,228 @@
+"""JAX: pure functions of all state, compiled whole; many devices by sharded arrays."""
+
+import jax
+import keras
+import numpy as np
+from jax.experimental import multihost_utils
+from keras import ops
+
+from keras_uvit.backend.steps import *  # noqa: F403
+from keras_uvit.backend.steps import guards_itself, is_ok
+
+
+def has_accelerator():
+    return jax.default_backend() != "cpu"
+
+
+def compiled(function):
+    return jax.jit(function)
+
+
+def normal_per_image(seeds, step, shape):
+    def draw(seed):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(seed), step), shape)
+
+    return jax.vmap(draw)(seeds)
+
+
+# Differentiable in reverse only.
+@jax.custom_vjp
+def _product(x, kernel):
+    return x @ kernel
+
+
+def _gradients(kept, dy):
+    """As JAX' own, but the weight's asks for the transpose of the narrower of x and dy.
+
+    JAX always transposes dy, which XLA's CPU code does element by element inside what computes
+    dy: for the wide layer of an MLP this took as long as the product.
+    """
+    x, kernel = kept
+    rows = tuple(range(x.ndim - 1))
+    first, second = (x, dy) if x.shape[-1] <= dy.shape[-1] else (dy, x)
+    d_kernel = jax.lax.dot_general(first, second, ((rows, rows), ((), ())))
+    dx = jax.lax.dot_general(dy, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+    return dx, d_kernel if first is x else d_kernel.T
+
+
+_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _gradients)
+
+
+def project(x, kernel, bias=None):
+    y = ops.matmul(x, kernel) if has_accelerator() else _product(x, kernel)
+    return y if bias is None else y + bias
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def train_step(model, state, data):
+    trainable, other, slots, metrics = state
+    batch, optimizer = model.unpack(data), model.optimizer
+
+    def objective(trainable):
+        def scaled():
+            loss = model.loss_of(batch)
+            return optimizer.scale_loss(loss), loss
+
+        (scaled_loss, loss), *_ = _stateless(model, scaled, trainable, other, slots, metrics)
+        return scaled_loss, loss
+
+    (_, loss), gradients = jax.value_and_grad(objective, has_aux=True)(trainable)
+    (norm, before), *_ = _stateless(
+        model,
+        lambda: (model.gradient_norm(gradients), ops.convert_to_tensor(optimizer.iterations)),
+        *state,
+    )
+    ok = is_ok(loss, norm)
+    new = optimizer.stateless_apply(slots, gradients, trainable)
+    if not guards_itself(optimizer):
+        new = jax.tree.map(lambda new, old: ops.where(ok, new, old), new, (trainable, slots))
+    trainable, slots = new
+
+    def finish():
+        model.after_step(ok, before)
+        return model.report(loss, norm)
+
+    logs, other, metrics = _stateless(model, finish, trainable, other, slots, metrics)
+    return logs, (trainable, other, slots, metrics)
+
+
+def test_step(model, state, data):
+    trainable, other, metrics = state
+    batch = model.unpack(data)
+
+    def evaluate():
+        return model.test_report(batch, model.test_loss_of(batch))
+
+    logs, other, metrics = _stateless(model, evaluate, trainable, other, None, metrics)
+    return logs, (trainable, other, metrics)
+
+
+def _stateless(model, function, trainable, other, slots, metrics):
+    """`function()` on the given values; also the non-trainable and metric values it leaves."""
+    mapping = [
+        *zip(model.trainable_variables, trainable),
+        *zip(model.non_trainable_variables, other),
+        *zip(model.metrics_variables, metrics),
+    ]
+    if slots is not None:
+        mapping += zip(model.optimizer.variables, slots)
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        out = function()
+    return (
+        out,
+        [scope.get_current_value(v) for v in model.non_trainable_variables],
+        [scope.get_current_value(v) for v in model.metrics_variables],
+    )
+
+
+# Many devices -------------------------------------------------------------------------------------
+
+
+def initialize(address=None, count=None, index=None):
+    keras.distribution.initialize(address, count, index)
+
+
+def use_devices(devices=None):
+    distribution = keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
+    keras.distribution.set_distribution(distribution)
+    return distribution
+
+
+def _distribution():
+    return keras.distribution.distribution()
+
+
+def replicas():
+    distribution = _distribution()
+    if distribution is None:
+        return 1
+    mesh = distribution.device_mesh
+    return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
+
+
+def drawn(draw, shape):
+    return draw(shape)  # a program is written for the global batch
+
+
+def process():
+    return jax.process_index(), jax.process_count()
+
+
+def data_shard():
+    """Processes that hold parts of one model copy read the same data."""
+    distribution = _distribution()
+    if distribution is None:
+        return 0, 1
+    count = min(replicas(), distribution.num_processes)
+    return distribution.data_shard_id, count
+
+
+def synchronize(model):
+    """Nothing to do: a variable is one array for all processes."""
+
+
+def pieces(variable):
+    """[(first index of each axis, NumPy array), ...]: each part of a variable is in one process."""
+    value = variable.value
+    return [
+        ([part.start or 0 for part in shard.index], np.array(shard.data))
+        for shard in value.addressable_shards
+        if shard.replica_id == 0
+    ]
+
+
+def assign(variable, read):
+    """Calls `read(slices)` for the parts that this process' devices hold."""
+    sharding = variable.value.sharding
+    # A copy: JAX keeps NumPy's memory on a CPU, and it must not be a buffer that is donated twice.
+    value = jax.make_array_from_callback(
+        variable.shape, sharding, lambda index: np.array(read(index), variable.dtype)
+    )
+    variable.assign(value)
+
+
+def barrier(name):
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def any_process(flag, step):
+    """JAX' runtime takes SIGTERM itself, and tells all processes the same step to stop at."""
+    if jax.process_count() == 1:
+        return flag
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def catches_sigterm():
+    """Whether JAX' own runtime takes the signal, as it does where processes stop together."""
+    return jax.process_count() > 1
+
+
+def from_first(number):
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def spread(array, axis=0, together=True):
+    if _distribution() is None or (not together and jax.process_count() > 1):
+        return ops.convert_to_tensor(array)
+    array = np.asarray(array)
+    axes = [None] * array.ndim
+    if axis == 0 and len(array) % replicas() == 0:
+        axes[0] = _distribution().batch_dim_name
+    mesh = _distribution().device_mesh.backend_mesh
+    sharding = jax.NamedSharding(mesh, jax.P(*axes))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def whole(tensor):
+    if tensor.is_fully_addressable:
+        return ops.convert_to_numpy(tensor)
+    return multihost_utils.process_allgather(tensor, tiled=True)
+
+
+def alone(tensor):
+    return tensor if tensor.is_fully_addressable else tensor.addressable_data(0)

@@ -1,0 +1,185 @@
+"""PyTorch: eager steps; many devices by a process each, as torchrun starts them."""
+
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from keras import ops
+
+from keras_uvit.backend.steps import guards_itself, is_ok
+
+
+def has_accelerator():
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def compiled(function):
+    return torch.inference_mode()(function)
+
+
+def normal_per_image(seeds, step, shape):
+    def draw(seed):
+        # The odd constant keeps (seed, step) and (seed + 1, step - 1) apart.
+        generator = torch.Generator(seeds.device).manual_seed(seed * 1_000_003 + int(step))
+        return torch.randn(shape, generator=generator, device=seeds.device)
+
+    return torch.stack([draw(seed) for seed in seeds.tolist()])
+
+
+def project(x, kernel, bias=None):
+    return torch.nn.functional.linear(x, kernel.T, bias)
+
+
+# What steps.py does, by torch.optim's own way to take all weights at once.
+
+
+def norm(tensors):
+    return torch.stack(torch._foreach_norm([t.float() for t in tensors])).norm()
+
+
+def blend(averages, weights, decay):
+    averages, weights = ([v.value.data for v in variables] for variables in (averages, weights))
+    torch._foreach_lerp_(averages, weights, [1.0 - decay] * len(averages))
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def train_step(model, data):
+    batch, optimizer, weights = model.unpack(data), model.optimizer, model.trainable_variables
+    model.zero_grad()
+    loss = model.loss_of(batch)
+    optimizer.scale_loss(loss).backward()
+    with torch.no_grad():
+        gradients = [weight.value.grad for weight in weights]
+        loss = loss.detach()
+        if replicas() > 1:
+            _average([loss, *(g for g in gradients if g is not None)])
+        norm = model.gradient_norm(gradients)
+        ok = is_ok(loss, norm)
+        before = optimizer.iterations + 0  # a copy: the variable changes in place
+        if guards_itself(optimizer) or ok:
+            optimizer.apply(gradients, weights)
+        model.after_step(ok, before)
+        return model.report(loss, norm)
+
+
+@torch.no_grad()
+def test_step(model, data):
+    batch = model.unpack(data)
+    loss = model.test_loss_of(batch)
+    if replicas() > 1:
+        _average([loss])
+    return model.test_report(batch, loss)
+
+
+def _average(tensors):
+    """In place, over all processes, in one message."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= replicas()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(mean.view_as(tensor))
+
+
+# Many devices -------------------------------------------------------------------------------------
+
+
+def initialize(address=None, count=None, index=None):
+    if address is not None:
+        os.environ["MASTER_ADDR"], _, os.environ["MASTER_PORT"] = address.rpartition(":")
+        os.environ["WORLD_SIZE"], os.environ["RANK"] = str(count), str(index)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def use_devices(devices=None):
+    if devices is not None:
+        raise ValueError(
+            "PyTorch uses one device a process: leave `devices` out and start the script with "
+            "torchrun --nproc-per-node=N."
+        )
+    if not dist.is_initialized() and "RANK" in os.environ:
+        initialize()
+    return None
+
+
+def replicas():
+    return process()[1]
+
+
+def drawn(draw, shape):
+    index, count = process()
+    return draw((shape[0] * count, *shape[1:])).chunk(count)[index]
+
+
+def process():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def data_shard():
+    return process()
+
+
+def synchronize(model):
+    """Process 0's weights, everywhere."""
+    if replicas() > 1:
+        with torch.no_grad():
+            for variable in (*model.variables, *model.optimizer.variables):
+                dist.broadcast(variable.value.data, 0)
+
+
+def pieces(variable):
+    if process()[0]:
+        return []
+    return [([0] * len(variable.shape), ops.convert_to_numpy(variable))]
+
+
+def assign(variable, read):
+    variable.assign(read((slice(None),) * len(variable.shape)))
+
+
+def barrier(name):
+    if replicas() > 1:
+        dist.barrier()
+
+
+def any_process(flag, step):
+    if replicas() == 1:
+        return flag
+    votes = torch.tensor(float(flag), device=ops.convert_to_tensor(0).device)
+    dist.all_reduce(votes)
+    return bool(votes)
+
+
+def catches_sigterm():
+    return False
+
+
+def from_first(number):
+    if replicas() == 1:
+        return number
+    numbers = [number]
+    dist.broadcast_object_list(numbers)
+    return numbers[0]
+
+
+def spread(array, axis=0, together=True):
+    index, count = process()
+    if together and axis == 0 and count > 1:
+        array = np.array_split(array, count)[index]
+    return ops.convert_to_tensor(array)
+
+
+def whole(tensor):
+    if replicas() == 1:
+        return ops.convert_to_numpy(tensor)
+    parts = [torch.empty_like(tensor) for _ in range(replicas())]
+    dist.all_gather(parts, tensor.contiguous())
+    return ops.convert_to_numpy(torch.cat(parts))
+
+
+def alone(tensor):
+    return tensor

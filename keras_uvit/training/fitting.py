@@ -1,0 +1,253 @@
+"""`fit` around Keras' own: checks, the guard, and going on from a checkpoint at its place."""
+
+import itertools
+import types
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_uvit import backend, progress
+from keras_uvit.data.shuffled import ShuffledDataset
+from keras_uvit.training import batches, checkpoints, text_space
+from keras_uvit.training.callbacks import Checkpoint, StopOnNonFinite
+from keras_uvit.training.checkpoints import CheckpointError, Place
+
+RESUME = ("auto", True, False)
+
+
+def fit(model, keras_fit, x, y, callbacks, mode, options):
+    """Checks the data, guards the steps, and calls Keras' `fit` for what is left of the run.
+
+    Args:
+        model: `DiffusionModel`.
+        keras_fit: bound method.
+        x, y, callbacks: as `fit` takes them.
+        mode: the argument `resume`.
+        options: dict of the other arguments.
+    """
+    size = options["batch_size"]
+    if isinstance(x, types.GeneratorType) or getattr(x, "shuffles_itself", False):
+        options.setdefault("shuffle", False)  # Keras cannot shuffle the one, need not the other
+    model.global_batch.assign(size or getattr(x, "batch_size", None) or 0)
+    x = batches.check_source(model, x, y, size)
+    text_space.note_arrays(model)
+    validation = options.get("validation_data")
+    if validation is not None:
+        val_x, *rest = validation if isinstance(validation, tuple) else (validation,)
+        val_x = batches.check_source(model, val_x, *(rest[:1] or [None]), size)
+        options["validation_data"] = (val_x, *rest)
+    options["verbose"] = options["verbose"] if backend.is_first() else 0
+    guard = StopOnNonFinite(model)
+    model.skipped_in_row.assign(0)
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(guard)
+    else:
+        callbacks = [*keras.tree.flatten(callbacks or []), guard]
+    backend.synchronize(model)
+    history = _fit(model, keras_fit, x, y, callbacks, mode, options)
+    if guard.error:
+        raise FloatingPointError(guard.error)
+    return history
+
+
+def _fit(model, keras_fit, x, y, callbacks, mode, options):
+    """Keras' `fit`, once, or for each part of what a `Checkpoint` has left to do."""
+    members = getattr(callbacks, "callbacks", callbacks)
+    found = [callback for callback in members if isinstance(callback, Checkpoint)]
+    if len(found) > 1 or (found and members is not callbacks):
+        raise ValueError("fit takes one Checkpoint, in a list of callbacks.")
+    if found or backend.data_shard()[1] > 1:
+        x = _ordered(x, y, options.pop("batch_size"), options.pop("shuffle", True), model.seed)
+        y, options = None, {**options, "shuffle": False}
+        model.global_batch.assign(getattr(x, "batch_size", None) or model.global_batch)
+    if not found:
+        return keras_fit(x, y, callbacks=callbacks, **options)
+    (checkpoint,) = found
+    epochs, steps = options.pop("epochs"), options.pop("steps_per_epoch", None)
+    place = _resume(model, checkpoint, x, mode, steps)
+    # Last, so that a checkpoint is of what the other callbacks have seen.
+    callbacks = [*(c for c in callbacks if c is not checkpoint), checkpoint]
+    run = _OneRun(callbacks, model, options["verbose"], epochs)
+    with checkpoint.watching():
+        for part in _parts(x, place, epochs, steps):
+            run.set_length(part["steps_per_epoch"] or _length(part["x"]))
+            keras_fit(callbacks=run, **part, **options)
+            if model.stop_training:
+                break
+        run.finish()
+    return model.history
+
+
+def _ordered(x, y, batch_size, shuffle, seed):
+    """Arrays as batches whose order is a function of (seed, epoch); other data as they are."""
+    if not isinstance(x, dict | np.ndarray) and not ops.is_tensor(x):
+        return x
+    if not shuffle:
+        raise ValueError(
+            "With a Checkpoint, or in several processes, arrays are read in an order of their own, "
+            "which can be found again; leave shuffle=False out, or pass a keras.utils.PyDataset."
+        )
+    batch = x if isinstance(x, dict) else {"image": x, **({} if y is None else {"label": y})}
+    arrays = {key: ops.convert_to_numpy(value) for key, value in batch.items()}
+    return ShuffledDataset(arrays, batch_size or 32, seed)
+
+
+def _resume(model, checkpoint, x, mode, steps_per_epoch):
+    """Restores the newest checkpoint, if `mode` wants it, and returns the `Place` to begin at.
+
+    Raises:
+        ValueError: if there must be a checkpoint and is none, or the other way round, or if it is
+            of another model, optimizer, batch size or number of batches.
+    """
+    if mode not in RESUME:
+        raise ValueError(f"resume must be one of {RESUME}. Received: {mode!r}.")
+    steps = steps_per_epoch or _length(x)
+    if steps is None:
+        raise ValueError(
+            "With a Checkpoint the data must have a length, or fit steps_per_epoch: else a place "
+            "in them means nothing."
+        )
+    here = Place(0, 0, steps, int(ops.convert_to_numpy(model.global_batch)))
+    path = checkpoints.newest(checkpoint.directory)
+    if path is None:
+        if mode is True:
+            raise ValueError(f"resume=True, but there is no checkpoint in {checkpoint.directory}.")
+        checkpoint.begin(here)
+        return here
+    if mode is False:
+        raise ValueError(
+            f"{checkpoint.directory} holds a run up to {path.name}. resume='auto' goes on with it; "
+            "for a new one choose another folder, or delete this."
+        )
+    _check_younger(model, path)
+    place, means = checkpoints.restore(model, path)
+    _check_data(path, place, here)
+    progress.say(f"Going on from {path}: {place.epoch} epochs and {place.batch} batches are done.")
+    checkpoint.begin(place, means if place.batch else ())
+    return place
+
+
+def _check_younger(model, path):
+    present, saved = int(ops.convert_to_numpy(model.step)), checkpoints.read_record(path)["step"]
+    if present > saved:
+        raise CheckpointError(
+            f"The model is at step {present}, but {path} at {saved}: going on from there would "
+            "lose what it has learned. Choose another folder."
+        )
+
+
+def _check_data(path, there, here):
+    for field in ("steps_per_epoch", "batch_size"):
+        was, now = getattr(there, field), getattr(here, field)
+        if None not in (was, now) and was != now:
+            raise CheckpointError(
+                f"{path} was made with {field}={was}, now it is {now}: its place in the data would "
+                "mean another one. Use the same, or choose another folder and begin with the "
+                "weights: `training.load_checkpoint`."
+            )
+
+
+def _parts(x, place, epochs, steps_per_epoch):
+    """What is left of a run, as arguments of one or two calls of Keras' `fit`.
+
+    An epoch that was interrupted is a call of its own, because Keras has no other way to begin
+    inside one.
+    """
+    first, rest, steps = _from(x, place, steps_per_epoch)
+    if place.batch and place.epoch < epochs:
+        left = steps and steps - place.batch
+        span = {"initial_epoch": place.epoch, "epochs": place.epoch + 1}
+        yield {"x": first, "steps_per_epoch": left, **span}
+        place = place._replace(epoch=place.epoch + 1)
+    if place.epoch < epochs:
+        span = {"initial_epoch": place.epoch, "epochs": epochs}
+        yield {"x": rest, "steps_per_epoch": steps, **span}
+
+
+def _from(x, place, steps_per_epoch):
+    """The interrupted epoch's rest, the epochs behind it, and Keras' `steps_per_epoch` of both."""
+    if isinstance(x, keras.utils.PyDataset) and not steps_per_epoch:
+        if hasattr(x, "epoch"):
+            x.epoch = place.epoch
+        return _Rest(x, place.batch), x, None
+    # One endless stream, whatever it is made of: Keras begins epochs of some sources by itself.
+    steps = steps_per_epoch or _length(x)
+    stream = _batches(x, place.epoch * steps + place.batch)
+    left = steps - place.batch if place.batch else 0
+    return (batch for batch in itertools.islice(stream, left)), stream, steps
+
+
+def _batches(x, first):
+    """Batches of `x` from number `first` on, for ever; those before are read only if need be."""
+    length = _length(x)
+    if isinstance(x, keras.utils.PyDataset):
+        for k in itertools.count(first):
+            epoch, index = divmod(k, length)
+            if hasattr(x, "epoch") and x.epoch != epoch:
+                x.epoch = epoch
+            yield _as_tuple(x[index])
+    elif length:  # such as a tf.data.Dataset: each epoch reads it from its beginning
+        yield from map(_as_tuple, itertools.islice(iter(x), first % length, None))
+        while True:
+            yield from map(_as_tuple, iter(x))
+    else:
+        yield from map(_as_tuple, itertools.islice(iter(x), first, None))
+
+
+def _as_tuple(batch):
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def _length(x):
+    """Batches of an epoch, where the data know it."""
+    try:
+        length = len(x)
+    except TypeError:
+        return None
+    return length if 0 < length < 2**62 else None  # tf.data and Grain: huge means for ever
+
+
+class _Rest(keras.utils.PyDataset):
+    """A data set without its first batches."""
+
+    def __init__(self, dataset, first):
+        super().__init__()
+        self.dataset, self.first = dataset, first
+
+    def __len__(self):
+        return len(self.dataset) - self.first
+
+    def __getitem__(self, index):
+        return self.dataset[index + self.first]
+
+    def on_epoch_begin(self):
+        self.dataset.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self.dataset.on_epoch_end()
+
+
+class _OneRun(keras.callbacks.CallbackList):
+    """Callbacks that see several calls of Keras' `fit` as one run."""
+
+    def __init__(self, callbacks, model, verbose, epochs):
+        more = dict(add_history=True, add_progbar=verbose != 0, model=model)
+        super().__init__(callbacks, **more, verbose=verbose, epochs=epochs, steps=None)
+        self._begun, self._last = False, None
+        model.history.epoch = []  # as Keras does when training begins, which it may not
+
+    def set_length(self, steps):
+        self.set_params({**self.params, "steps": steps})
+
+    def on_train_begin(self, logs=None):
+        if not self._begun:
+            super().on_train_begin(logs)
+        self._begun = True
+
+    def on_train_end(self, logs=None):
+        self._last = logs
+
+    def finish(self):
+        if self._begun:
+            super().on_train_end(self._last)

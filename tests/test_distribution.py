@@ -1,0 +1,207 @@
+"""One line takes a script to many devices: the same numbers, on every backend."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_uvit import backend, distribution
+from keras_uvit.training import batches, checkpoints
+
+JOB = Path(__file__).parent / "job.py"
+NAME = keras.config.backend()
+# Sums over 16 samples in another order: float32 rounds by 6e-8 an addition, eight steps follow.
+CLOSE = dict(rtol=1e-5)
+
+
+def command(folder, devices, *more):
+    return [str(JOB), str(folder), "--devices", devices, *more]
+
+
+def environment(devices):
+    many = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"} if devices == "many" else {}
+    path = os.pathsep.join([str(JOB.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, **many, "PYTHONPATH": path, "KERAS_BACKEND": NAME}
+
+
+def start(folder, devices, *more, torchrun=NAME == "torch"):
+    """The processes of a job; torchrun's own, where it starts the others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if devices == "processes" and torchrun:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+        commands = [[*torchrun, f"--master-port={port()}", *command(folder, devices, *more)]]
+    elif devices == "processes":
+        address = f"localhost:{port()}"
+        own = [["--address", address, "--index", str(k)] for k in range(2)]
+        commands = [[sys.executable, *command(folder, devices, *more, *part)] for part in own]
+    else:
+        commands = [[sys.executable, *command(folder, devices, *more)]]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [subprocess.Popen(c, env=environment(devices), **pipes) for c in commands]
+
+
+def said_by(jobs):
+    """The lines of all processes, which must succeed."""
+    said = [job.communicate(timeout=400) for job in jobs]
+    for job, (_, errors) in zip(jobs, said):
+        assert job.returncode == 0, errors[-3000:]
+    return [line for out, _ in said for line in out.splitlines()]
+
+
+def run(folder, devices, *more):
+    """What each process of a job reports, process 0 first, and what Keras printed."""
+    for old in folder.glob("report-*.json"):
+        old.unlink()
+    lines = said_by(start(folder, devices, *more))
+    reports = [json.loads(file.read_text()) for file in sorted(folder.glob("report-*.json"))]
+    return reports, [line for line in lines if line.startswith("Epoch")]
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+# How this backend uses many devices.
+WAYS = {"jax": ["many", "processes"], "tensorflow": ["many"], "torch": ["processes"]}[NAME]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def one(work):
+    return run(work / "one", "one", "--draw")[0][0]
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def many(request, work, one):
+    return request.param, *run(work / request.param, request.param, "--draw")
+
+
+def assert_as_one(report, one):
+    for key in ("losses", "each", "weights"):
+        np.testing.assert_allclose(report[key], one[key][-len(report[key]) :], **CLOSE)
+
+
+def test_many_devices_compute_what_one_does(many, one):
+    devices, reports, _ = many
+    assert len(reports) == (2 if devices == "processes" else 1)
+    assert all(report["replicas"] == (8 if devices == "many" and NAME == "jax" else 2)
+               for report in reports)  # fmt: skip
+    for report in reports:
+        assert_as_one(report, one)
+        assert report["weights"] == reports[0]["weights"]  # identical, not only close
+
+
+def test_all_draw_the_same_images(many, one):
+    for report in many[1]:
+        # A pixel on the edge of rounding may fall to the other side.
+        np.testing.assert_allclose(report["images"], one["images"], atol=2)
+        assert report["images"] == many[1][0]["images"]
+
+
+def test_processes_share_the_encoding_and_stay_themselves_outside_training(many):
+    assert all(report["encoded"] == 64 and report["alone"] for report in many[1])
+
+
+def test_only_process_0_talks(many):
+    assert [line for line in many[2] if line.startswith("Epoch")] == ["Epoch 1/2", "Epoch 2/2"]
+
+
+def test_a_run_goes_on_with_another_number_of_devices(work, one):
+    folder = work / "moved"
+    run(folder, WAYS[-1], "--epochs", "1")
+    (report,), _ = run(folder, "many" if NAME == "jax" else "one")
+    assert len(report["losses"]) == 1
+    assert_as_one(report, one)
+
+
+@pytest.mark.skipif(NAME != "jax", reason="weights are divided on JAX only")
+def test_weights_divided_among_processes(work, one):
+    folder = work / "fsdp"
+    reports, _ = run(folder, "processes", "--layout", "fsdp", "--draw")
+    for report in reports:
+        assert_as_one(report, one)
+        np.testing.assert_allclose(report["images"], one["images"], atol=2)
+    pieces = sorted(file.name for file in folder.glob("checkpoints/step-00000008/*.h5"))
+    assert pieces == ["pieces-0000.h5", "pieces-0001.h5"]
+    saved = keras.saving.load_model(folder / "model.keras").ema_network.get_weights()
+    sums = [float(np.abs(w.astype("float64")).sum()) for w in saved]
+    np.testing.assert_allclose(sums, one["weights"], **CLOSE)
+
+
+# A loss scale takes another way on TensorFlow, where the skipped update is the optimizer's own.
+@pytest.mark.parametrize("dtype", ["float32"] + (NAME == "tensorflow") * ["mixed_float16"])
+def test_a_step_that_is_not_finite_on_one_replica_is_skipped_on_all(work, dtype):
+    reports, _ = run(work / f"bad-{dtype}", WAYS[-1], "--bad", "--dtype", dtype)
+    for report in reports:
+        assert report["skipped"] == 1
+        assert np.isfinite(report["weights"]).all()
+        assert report["weights"] == reports[0]["weights"]
+
+
+@pytest.mark.skipif(NAME == "tensorflow", reason="one process is tested with checkpoints")
+def test_when_one_process_is_asked_to_stop_all_save_and_stop(work):
+    folder = work / "stopped"
+    jobs = start(folder, "processes", "--epochs", "100000", torchrun=False)
+    while not list(folder.glob("checkpoints/step-*")) and jobs[0].poll() is None:
+        time.sleep(0.1)
+    jobs[1].send_signal(signal.SIGTERM)
+    (said,) = [line for line in said_by(jobs) if line.startswith("Asked to stop")]
+    saved = folder / "checkpoints" / checkpoints.name(int(re.search(r"step (\d+)", said)[1]))
+    assert saved == checkpoints.newest(folder / "checkpoints")
+
+
+# In this process ----------------------------------------------------------------------------------
+
+
+def test_alone_it_is_process_0_of_1():
+    assert distribution.process() == (0, 1)
+    assert backend.data_shard() == (0, 1)
+    assert backend.replicas() == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "batch_size", "named"),
+    [
+        (np.zeros((32, 4, 4, 1), "uint8"), 10, "batch of 10 .* among 4 devices.* has 8"),
+        (np.zeros((32, 4, 4, 1), "uint8"), 24, None),
+        (np.zeros((30, 4, 4, 1), "uint8"), 8, "batch of 6 .* among 4 devices.* has 8"),
+        ([{"image": np.zeros((6, 4, 4, 1), "uint8")}], None, "batch of 6 "),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch, data, batch_size, named):
+    from keras_uvit import DiffusionModel, UViT
+
+    monkeypatch.setattr(backend, "replicas", lambda: 4)
+    model = DiffusionModel(UViT((4, 4, 1), 2, 16, num_layers=1, num_heads=2))
+    if named is None:
+        batches.check_source(model, data, None, batch_size)
+        return
+    with pytest.raises(ValueError, match=named):
+        batches.check_source(model, data, None, batch_size)
+
+
+@pytest.mark.skipif(NAME != "tensorflow", reason="the other backends have processes")
+def test_tensorflow_says_that_it_has_no_processes():
+    with pytest.raises(NotImplementedError, match="JAX or PyTorch.*data_parallel"):
+        distribution.initialize("localhost:1", 2, 0)
+
+
+@pytest.mark.skipif(NAME != "torch", reason="the other backends choose devices")
+def test_torch_says_how_to_use_several_devices():
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
+        distribution.data_parallel(["cuda:0", "cuda:1"])
