@@ -15,6 +15,7 @@ from keras_uvit import evaluation as evaluation
 from keras_uvit import latent as latent
 from keras_uvit import presets as presets
 from keras_uvit import process as process
+from keras_uvit.networks import UNet as UNet
 from keras_uvit.networks import UViT as UViT
 from keras_uvit.training import DiffusionModel as DiffusionModel
 

@@ -20,6 +20,7 @@ weight.
 """
 
 import contextlib
+import math
 import random
 
 import keras
@@ -29,7 +30,8 @@ from keras_uvit import backend
 DEVICES = ("one", "all", "job")
 BATCH, MODEL = "batch", "model"
 LAYOUTS = {"fsdp": (BATCH,), "tensor": (BATCH, MODEL)}  # axes of the mesh; the last is the split
-BLOCK = r"(in_block_\d+|mid_block|out_block_\d+)"
+BLOCK = r"(in_block_\d+|mid_block|out_block_\d+)"  # of U-ViT
+UNET = r"(down|mid|up)(_\d+)+(_half|_double)?"  # its blocks; with another ending, its attention
 
 # Path of a weight: the dimension that "fsdp" splits, the one that "tensor" splits; None: neither.
 # A row for every weight of two dimensions or more. Vectors without a row are whole everywhere.
@@ -56,10 +58,24 @@ RULES = {
     rf"{BLOCK}/attention/proj/kernel": (0, 0),  # (D, D)
     rf"{BLOCK}/mlp_in/kernel": (1, 1),  # (D, mlp_dim)
     rf"{BLOCK}/mlp_in/bias": (None, 0),
+    rf"{BLOCK}/mlp_gate/kernel": (1, 1),  # (D, 2/3 mlp_dim), as mlp_in then is
+    rf"{BLOCK}/mlp_gate/bias": (None, 0),
     rf"{BLOCK}/mlp_out/kernel": (0, 0),  # (mlp_dim, D)
     r"skip_\d+/proj/kernel": (0, 0),  # (2 D or D, D)
     r"head/kernel": (0, None),  # (D, P P C)
-    r"output_conv/kernel": (None, None),  # (3, 3, C, C): a few hundred numbers
+    r"feature_conv/kernel": (3, None),  # (3, 3, D, D)
+    r"output_conv/kernel": (None, None),  # (3, 3, C, C), of U-Net (3, 3, D, C): small
+    # U-Net, whose time_mlp_out is (4 D, 4 D)
+    r"input_conv/kernel": (3, None),  # (3, 3, C, D)
+    rf"{UNET}/conv_1/kernel": (3, 3),  # (3, 3, in, out)
+    rf"{UNET}/conv_1/bias": (None, 0),
+    rf"{UNET}/conv_2/kernel": (2, 2),  # (3, 3, out, out)
+    rf"{UNET}/shortcut/kernel": (2, 2),  # (1, 1, in, out)
+    rf"{UNET}/modulation/kernel": (1, 1),  # (4 D, 2 out)
+    rf"{UNET}/modulation/bias": (None, 0),
+    rf"{UNET}_(attention|context)/(query|key_value)/kernel": (1, 1),  # (out or width, out or 2 out)
+    rf"{UNET}_(attention|context)/(query|key_value)/bias": (None, 0),
+    rf"{UNET}_(attention|context)/proj/kernel": (0, 0),  # (out, out)
 }
 
 
@@ -237,9 +253,10 @@ def check_layouts(network):
                 f"{tuple(weight.shape)}: add a row to keras_uvit.distribution.RULES."
             )
         distribution.get_variable_layout(weight)  # raises if it cannot be divided
-    heads = getattr(network, "config", {}).get("num_heads")
+    # Of all layers of attention the greatest common divisor; 0, which all divide, where none is.
+    heads = math.gcd(*(getattr(part, "num_heads", 0) for part in network._flatten_layers()))
     count = _sizes(distribution.device_mesh).get(MODEL, 1)
-    if heads is not None and heads % count:
+    if heads % count:
         raise ValueError(
             f"num_heads={heads} cannot be divided among model_devices={count}. Choose "
             f"model_devices from {_divisors(heads)}."

@@ -47,6 +47,11 @@ class Frozen:
         Returns:
             NumPy array, or the nested arrays that the network gives, `n` rows each.
         """
+        parts = self.batches(inputs, batch_size, prepare, verbose, unit_name)
+        return keras.tree.map_structure(lambda *a: np.concatenate(a), *parts)
+
+    def batches(self, inputs, batch_size, prepare=None, verbose=0, unit_name="image"):
+        """As calling it, but yields the output batch by batch: memory is that of one."""
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be an int, at least 1. Received: {batch_size}.")
         if ops.is_tensor(inputs):
@@ -55,7 +60,6 @@ class Frozen:
         weights = [backend.alone(w.value) for w in self.network.variables]
         total, size = len(inputs), min(batch_size, len(inputs))
         bar = progress.bar(total, verbose, unit_name)
-        parts = []
         for first in range(0, total, size):
             rows = np.minimum(np.arange(first, first + size), total - 1)
             x = inputs[first : first + size] if rows[-1] == first + size - 1 else inputs[rows]
@@ -63,11 +67,8 @@ class Frozen:
             x = keras.tree.map_structure(lambda a: backend.spread(a, together=False), x)
             out = self._program(weights, x)
             kept = min(size, total - first)
-            parts.append(
-                keras.tree.map_structure(lambda a: ops.convert_to_numpy(a)[:kept], out)  # noqa: B023
-            )
+            yield keras.tree.map_structure(lambda a: ops.convert_to_numpy(a)[:kept], out)  # noqa: B023
             bar.update(first + kept)
-        return keras.tree.map_structure(lambda *a: np.concatenate(a), *parts)
 
 
 @contextlib.contextmanager

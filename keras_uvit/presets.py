@@ -6,7 +6,7 @@ from zipfile import BadZipFile
 
 import keras
 
-from keras_uvit.convert import load_torch_weights
+from keras_uvit.convert import FAMILIES, load_torch_weights
 from keras_uvit.convert.files import TORCH
 from keras_uvit.inference import DAMAGE, load_keras_weights
 from keras_uvit.latent import AutoencoderKL, CLIPText
@@ -39,9 +39,9 @@ def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **n
     Args:
         name: one of `names()`.
         weights: None for a fresh start; "pretrained" for the weights that ship with the package;
-            or the path of a published checkpoint (`.pth`, `.safetensors`), of network weights
-            (`.weights.h5`, the model's `ema_network.save_weights`), or of a saved model (`.keras`,
-            whose moving average is taken).
+            or the path of network weights (`.weights.h5`, the model's `ema_network.save_weights`),
+            of a saved model (`.keras`, whose moving average is taken), or, for a U-ViT, of a
+            published checkpoint (`.pth`, `.safetensors`).
         autoencoder: for presets of latents, `latent.AutoencoderKL` or the path of its weights, see
             `AutoencoderKL.from_file`; the row's `autoencoder` says which file its FID is of.
             `generate` needs it to make pixels of latents.
@@ -49,7 +49,7 @@ def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **n
             see `CLIPText.from_preset`. `generate` needs it for prompts that are strings. With
             "pretrained" weights the one that ships with them is taken.
         seed: int, of training.
-        **network: arguments of the network (`UViT`) to change, such as `num_classes=` or
+        **network: arguments of the network (`UViT`, `UNet`) to change, such as `num_classes=` or
             `image_shape=` for your own data.
 
     Returns:
@@ -69,13 +69,15 @@ def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **n
     path = _weight_file(name, row, weights)
     if isinstance(autoencoder, str | Path) and not Path(autoencoder).exists():
         raise FileNotFoundError(f"No autoencoder weights at {autoencoder}.")
-    net = row.architecture(**{**row.network, **network})
+    net = row.new_network(**network)
     has_none = net.null_label is not None or net.context_shape is not None
     model = DiffusionModel(
         net,
         schedule=row.schedule,
         prediction=row.prediction,
         time_scale=row.time_scale,
+        time_sampling=row.time_sampling,
+        loss_weighting=row.loss_weighting,
         condition_dropout=row.condition_dropout if has_none else 0.0,
         latent_scale=row.latent_scale,
         ema_decay=row.ema_decay,
@@ -108,16 +110,21 @@ def _weight_file(name, row, weights):
         if row.weights is None:
             shipped = [key for key, other in PRESETS.items() if other.weights]
             raise ValueError(
-                f"{name!r} ships no weights; {shipped} do. Download the published checkpoint and "
-                "pass its path."
+                f"{name!r} ships no weights; {shipped} do. Pass the path of weights, such as a "
+                "published U-ViT's."
             )
         return SHIPPED / row.weights
     path = Path(weights)
-    kinds = (*TORCH, ".safetensors", ".weights.h5", ".keras")
+    kinds = (".weights.h5", ".keras")
+    if row.architecture.__name__ in FAMILIES:  # there are published checkpoints
+        kinds += (*TORCH, ".safetensors")
     if not path.is_file():
         raise FileNotFoundError(f'No weight file at {path}. ("pretrained" takes shipped weights.)')
     if not path.name.endswith(kinds):
-        raise ValueError(f"{path.name}: unknown kind of weight file. Expected one of {kinds}.")
+        raise ValueError(
+            f"{path.name}: unknown kind of weight file for a {row.architecture.__name__}. "
+            f"Expected one of {kinds}."
+        )
     return path
 
 

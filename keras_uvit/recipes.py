@@ -5,12 +5,15 @@ optimizer, batch size and iterations, sampler, steps, guidance, latent scale. Fa
 paper (arXiv 2209.12152, Tables 2 and 7, Appendix) and the configurations of its program; the
 published guidance `scale` s is `guidance_scale` - 1 here. FIDs are of 50,000 samples (COCO:
 30,000), of the checkpoint that was best by FID on 10,000.
+
+The last rows are of what U-ViT is compared with. Layouts of the U-Nets were not recovered: these
+are the nearest to the published parameters and cost.
 """
 
 import dataclasses
 
-from keras_uvit.networks import UViT
-from keras_uvit.process.schedules import VPCosine, VPDiscrete, VPLinear
+from keras_uvit.networks import UNet, UViT
+from keras_uvit.process.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +33,24 @@ class Preset:
     gmacs: float  # multiply-accumulates of one forward pass, 1e9
     architecture: type = UViT
     prediction: str = "epsilon"
+    time_sampling: str = "uniform"
+    loss_weighting: str = "uniform"
     condition_dropout: float = 0.0
     guidance_scale: float = 1.0
     latent_scale: float | None = None
     autoencoder: str | None = None  # file name of the published autoencoder
     text_encoder: str | None = None  # preset of keras-hub, or folder in keras_uvit/weights
     ema_decay: float = 0.9999
+    reported_cost: tuple = (None, None)  # millions of parameters, GMACs, as printed
     reported_fid: float | None = None
     our_fid: float | None = None
     weights: str | None = None  # file shipped in keras_uvit/weights
     context_encoder: str | None = None  # fingerprint of the text encoder that they have learned
     fast: dict = dataclasses.field(default_factory=lambda: dict(FAST))  # arguments of `generate`
+
+    def new_network(self, **changes):
+        """The row's network, with other arguments where there are `changes`."""
+        return self.architecture(**{**self.network, **changes})
 
 
 def _adamw(learning_rate=2e-4, beta_1=0.99, beta_2=0.99, warmup_steps=5000, **more):
@@ -77,6 +87,24 @@ LATENT_HUGE = dict(
     latent_scale=0.18215,
     autoencoder="autoencoder_kl_ema.pth",
 )
+# USiT's, by which a U-ViT-H of DC-AE's latents (arXiv 2410.10733, 512x512) came from FID 9.83 to
+# 3.80, guided from 2.53 to 1.89, at scale 1.2. Its program hands the network t itself, which hardly
+# moves a sinusoid made for 1 to 1000: here 999 t, as in U-ViT's continuous recipes. It samples by
+# dopri5, whose steps are not fixed: 25 of Heun are 49 evaluations, where other rows have 50.
+LATENT_FLOW = dict(
+    schedule=LinearPath(),
+    time_scale=999.0,
+    prediction="velocity",
+    optimizer=_adamw(1e-4, weight_decay=0.0),
+    batch_size=1024,
+    iterations=500_000,
+    sampler="heun",
+    num_steps=25,
+    condition_dropout=0.1,
+    guidance_scale=1.2,
+    latent_scale=0.18215,
+    autoencoder="autoencoder_kl_ema.pth",
+)
 COCO = dict(
     **DISCRETE,
     optimizer=_adamw(beta_1=0.9, beta_2=0.9),
@@ -103,18 +131,29 @@ SHIPPED_RECIPE = dict(
     condition_dropout=0.1,
     ema_decay=0.999,
 )
+DIGITS = dict(
+    **SHIPPED_RECIPE,
+    # With "epsilon" and learned positions only 7 digits in 10 are of the class asked for.
+    prediction="v",
+    optimizer=_adamw(2e-3, 0.9, 0.99, warmup_steps=100, decay_steps=2900),
+    iterations=3000,
+    guidance_scale=1.2,
+)
+CIFAR10 = dict(
+    **CONTINUOUS,
+    optimizer=_adamw(beta_2=0.999, warmup_steps=2500),
+    batch_size=128,
+    iterations=500_000,
+    sampler="euler_maruyama",
+    num_steps=1000,
+)
 COCO_SHAPES = dict(image_shape=(32, 32, 4), context_shape=(77, 768))
 
 PRESETS = {
     "uvit_tiny_digits": Preset(
         paper_name="none: 8x8 digits, ships with its weights",
         network=dict(image_shape=(8, 8, 1), patch_size=2, hidden_dim=80, num_classes=10, **TINY),
-        **SHIPPED_RECIPE,
-        # With "epsilon" and learned positions only 7 digits in 10 are of the class asked for.
-        prediction="v",
-        optimizer=_adamw(2e-3, 0.9, 0.99, warmup_steps=100, decay_steps=2900),
-        iterations=3000,
-        guidance_scale=1.2,
+        **DIGITS,
         params=415_534,
         gmacs=0.00764,
         weights="uvit_tiny_digits.weights.h5",
@@ -139,14 +178,10 @@ PRESETS = {
     "uvit_small_cifar10": Preset(
         paper_name="U-ViT-S/2, CIFAR10",
         network=dict(image_shape=(32, 32, 3), **SMALL),
-        **CONTINUOUS,
-        optimizer=_adamw(beta_2=0.999, warmup_steps=2500),
-        batch_size=128,
-        iterations=500_000,
-        sampler="euler_maruyama",
-        num_steps=1000,
+        **CIFAR10,
         params=44_255_328,
         gmacs=12.2,
+        reported_cost=(44, None),
         reported_fid=3.11,
     ),
     "uvit_small_celeba64": Preset(
@@ -160,6 +195,7 @@ PRESETS = {
         num_steps=1000,
         params=44_292_228,
         gmacs=12.2,
+        reported_cost=(44, None),
         reported_fid=2.87,
     ),
     "uvit_mid_imagenet64": Preset(
@@ -175,6 +211,7 @@ PRESETS = {
         num_steps=50,
         params=130_940_292,
         gmacs=35.2,
+        reported_cost=(131, None),
         reported_fid=5.85,
     ),
     "uvit_large_imagenet64": Preset(
@@ -193,6 +230,7 @@ PRESETS = {
         num_steps=50,
         params=286_827_652,
         gmacs=76.5,
+        reported_cost=(287, None),
         reported_fid=4.26,
     ),
     "uvit_large_imagenet256": Preset(
@@ -203,6 +241,7 @@ PRESETS = {
         guidance_scale=1.4,
         params=286_763_172,
         gmacs=76.5,
+        reported_cost=(287, 77),
         reported_fid=3.40,
     ),
     "uvit_huge_imagenet256": Preset(
@@ -213,7 +252,16 @@ PRESETS = {
         guidance_scale=1.4,
         params=500_832_016,
         gmacs=133.2,
+        reported_cost=(501, 133),
         reported_fid=2.29,
+    ),
+    "uvit_huge_imagenet256_flow": Preset(
+        paper_name="U-ViT-H/2 by flow matching, ImageNet 256x256; not published: USiT-H, FID 1.89 "
+        "at 512x512, is of DC-AE f32 latents",
+        network=dict(image_shape=(32, 32, 4), num_classes=1000, **HUGE),
+        **LATENT_FLOW,
+        params=500_832_016,
+        gmacs=133.2,
     ),
     "uvit_large_imagenet512": Preset(
         paper_name="U-ViT-L/4, ImageNet 512x512",
@@ -223,6 +271,7 @@ PRESETS = {
         guidance_scale=1.7,
         params=286_861_524,
         gmacs=76.5,
+        reported_cost=(287, None),
         reported_fid=4.67,
     ),
     "uvit_huge_imagenet512": Preset(
@@ -233,7 +282,16 @@ PRESETS = {
         guidance_scale=1.7,
         params=500_942_656,
         gmacs=133.2,
+        reported_cost=(501, None),
         reported_fid=4.05,
+    ),
+    "uvit_huge_imagenet512_flow": Preset(
+        paper_name="U-ViT-H/4 by flow matching, ImageNet 512x512; not published: USiT-H, FID 1.89 "
+        "at 512x512, is of DC-AE f32 latents",
+        network=dict(image_shape=(64, 64, 4), num_classes=1000, **{**HUGE, "patch_size": 4}),
+        **LATENT_FLOW,
+        params=500_942_656,
+        gmacs=133.2,
     ),
     "uvit_small_coco": Preset(
         paper_name="U-ViT-S/2, MS-COCO 256x256",
@@ -241,6 +299,7 @@ PRESETS = {
         **COCO,
         params=44_692_644,
         gmacs=16.2,
+        reported_cost=(45, None),
         reported_fid=5.95,
     ),
     "uvit_small_deep_coco": Preset(
@@ -249,6 +308,7 @@ PRESETS = {
         **COCO,
         params=58_345_636,
         gmacs=21.2,
+        reported_cost=(58, None),
         reported_fid=5.48,
     ),
     "uvit_mid_coco": Preset(
@@ -257,5 +317,74 @@ PRESETS = {
         **COCO,
         params=130_772_132,
         gmacs=46.3,
+    ),
+    "unet_tiny_digits": Preset(
+        paper_name="none: 8x8 digits, at the cost of U-ViT's",
+        architecture=UNet,
+        network=dict(
+            image_shape=(8, 8, 1),
+            base_dim=24,
+            multipliers=(1, 1, 1),
+            head_dim=12,
+            num_classes=10,
+        ),
+        **DIGITS,
+        params=416_401,
+        gmacs=0.00751,
+    ),
+    "unet_huge_imagenet256": Preset(
+        paper_name="U-Net at the cost of U-ViT-H/2 (Appendix E), ImageNet 256x256",
+        architecture=UNet,
+        network=dict(
+            image_shape=(32, 32, 4),
+            base_dim=320,
+            multipliers=(1, 4, 4),
+            attention_levels=(0, 1),
+            num_classes=1000,
+        ),
+        **LATENT_HUGE,
+        iterations=500_000,
+        guidance_scale=1.4,
+        params=644_117_764,
+        gmacs=133.7,
+        reported_cost=(646, 135),
+        reported_fid=2.66,
+    ),
+    "unet_small_coco": Preset(
+        paper_name="U-Net with cross-attention, MS-COCO 256x256",
+        architecture=UNet,
+        # The paper has no GMACs of it; here they are between those of U-ViT-S and -S Deep.
+        network=dict(
+            **COCO_SHAPES,
+            base_dim=192,
+            multipliers=(1, 1, 1),
+            num_blocks=4,
+            attention_levels=(0, 1, 2),
+        ),
+        **COCO,
+        params=53_039_620,
+        gmacs=19.5,
+        reported_cost=(53, None),
+        reported_fid=7.32,
+    ),
+    "vit_adaln_cifar10": Preset(
+        paper_name="ViT of GenViT's size (arXiv 2208.07791) with AdaLN, CIFAR10",
+        # GenViT's depth, patches, heads of 32 and MLP; 320 wide instead of 384, because AdaLN has
+        # kernels in each block here. Its FID is of a recipe of its own, this one is U-ViT's.
+        network=dict(
+            image_shape=(32, 32, 3),
+            patch_size=4,
+            hidden_dim=320,
+            num_layers=9,
+            num_heads=10,
+            mlp_dim=640,
+            skip=None,
+            time="adaln",
+        ),
+        **CIFAR10,
+        params=11_134_532,
+        gmacs=0.501,
+        reported_cost=(11, None),
+        reported_fid=20.20,
     ),
 }

@@ -62,10 +62,11 @@ INCEPTION = click.option(
     help="pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or .safetensors of it.",
 )
 
+PRECISIONS = ["float32", "mixed_bfloat16", "mixed_float16"]
 RUN_OPTIONS = options(
     click.option(
         "--precision",
-        type=click.Choice(["float32", "mixed_bfloat16", "mixed_float16"]),
+        type=click.Choice(PRECISIONS),
         default="float32",
         show_default=True,
         help="mixed_bfloat16 on accelerators that have it.",

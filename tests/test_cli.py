@@ -342,7 +342,7 @@ def asked(monkeypatch):
         seen.update(model=model, samples=samples, folder=folder, iterations=iterations, **more)
         return model
 
-    monkeypatch.setattr(cli, "train_in_folder", train)
+    monkeypatch.setattr(cli.models, "train_in_folder", train)
     return seen
 
 
@@ -509,7 +509,7 @@ class StubInception:
 
 @pytest.fixture
 def inception(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "InceptionFeatures", StubInception)
+    monkeypatch.setattr(cli.measures, "InceptionFeatures", StubInception)
     (tmp_path / "inception.pth").write_bytes(b"weights")
     return ("--inception", tmp_path / "inception.pth")
 

@@ -28,7 +28,8 @@ def command(folder, devices, *more):
 
 
 def environment(devices):
-    many = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"} if devices == "many" else {}
+    flags = "--xla_force_host_platform_device_count=8" if devices == "many" else ""
+    many = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"}
     path = os.pathsep.join([str(JOB.parents[1]), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, **many, "PYTHONPATH": path, "KERAS_BACKEND": NAME}
 

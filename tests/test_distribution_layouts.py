@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import pytest
 
-from keras_uvit import UViT, backend
+from keras_uvit import UNet, UViT, backend
 from keras_uvit.distribution import LAYOUTS, RULES, check_layouts, layout_map, model_parallel
 
 ROOT = Path(__file__).parents[1]
@@ -29,10 +29,16 @@ VARIANTS = [
     dict(patch_embed="conv", patch_size=4),
     dict(position="sinusoidal"),
     dict(position=None, output_conv=False),
-    dict(num_classes=5, qkv_bias=True),
+    dict(num_classes=5, qkv_bias=True, output_conv="before"),
     dict(context_shape=(4, 6), mlp_dim=24),
     dict(num_layers=1, num_classes=5, null_label=False),
+    dict(position="rotary", norm="rms", mlp="swiglu"),
 ]
+TINY_UNET = dict(image_shape=(4, 4, 3), base_dim=8, multipliers=(1, 2), num_blocks=1, head_dim=4)
+TINY_UNET |= dict(attention_levels=(0,))
+NETWORKS = [(UViT, {**TINY, **variant}) for variant in VARIANTS]
+NETWORKS += [(UNet, {**TINY_UNET, **more}) for more in ({}, dict(num_classes=5))]
+NETWORKS += [(UNet, {**TINY_UNET, "context_shape": (4, 6)})]
 jax_only = pytest.mark.skipif(backend.NAME != "jax", reason="weights are split on JAX only")
 
 
@@ -52,9 +58,9 @@ def devices(count):
     return [f"cpu:{i}" for i in range(count)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_every_weight_has_exactly_one_rule(variant):
-    network = UViT(**{**TINY, **variant})
+@pytest.mark.parametrize(("make", "arguments"), NETWORKS)
+def test_every_weight_has_exactly_one_rule(make, arguments):
+    network = make(**arguments)
     for weight in network.weights:
         rules = [rule for rule in RULES if re.fullmatch(rule, weight.path)]
         assert len(rules) == 1 if len(weight.shape) > 1 else len(rules) <= 1, weight.path
@@ -64,7 +70,7 @@ def test_every_weight_has_exactly_one_rule(variant):
 
 
 def test_every_rule_is_of_a_weight():
-    everything = [UViT(**{**TINY, **variant}) for variant in VARIANTS]
+    everything = [make(**arguments) for make, arguments in NETWORKS]
     everything.append(UViT(**{**TINY, "qkv_bias": True, "time": "adaln"}))
     paths = {weight.path for network in everything for weight in network.weights}
     for rule in RULES:
@@ -77,6 +83,11 @@ def test_kernels_are_split_by_columns_then_rows():
     for first, second in (("attention/qkv", "attention/proj"), ("mlp_in", "mlp_out")):
         assert tensor[f"mid_block/{first}/kernel"].axes == (None, "model")
         assert tensor[f"in_block_12/{second}/kernel"].axes == ("model",)
+    assert tensor["down_0_1/conv_1/kernel"].axes == (None, None, None, "model")
+    assert tensor["up_12_double/conv_2/kernel"].axes == (None, None, "model")
+    for name in ("mid_0_attention", "up_3_0_context"):
+        assert tensor[f"{name}/key_value/kernel"].axes == (None, "model")
+        assert tensor[f"{name}/proj/kernel"].axes == ("model",)
     assert tensor["mid_block/mlp_in/bias"].axes == ("model",)
     assert tensor["mid_block/mlp_out/bias"] is None  # added once, after the sum over devices
     assert fsdp["mid_block/attention/qkv/kernel"].axes == (None, "batch")
@@ -130,8 +141,12 @@ def test_two_rules_for_a_weight_are_an_error():
 
 
 @jax_only
-def test_heads_that_cannot_be_divided():
-    network = UViT(**{**TINY, "num_heads": 2})
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [(UViT, {**TINY, "num_heads": 2}), (UNet, TINY_UNET)],  # 2 heads; 2 in level 0, 4 in level 1
+)
+def test_heads_that_cannot_be_divided(make, arguments):
+    network = make(**arguments)
     model_parallel("tensor", 4, devices=devices(4))  # 3 D = 48 columns could be
     with pytest.raises(ValueError, match=r"num_heads=2 cannot .*=4. Choose .* from \[1, 2\]"):
         check_layouts(network)
@@ -163,21 +178,20 @@ def test_without_a_distribution_nothing_is_checked():
     check_layouts(keras.Model(network.inputs, x))
 
 
-# Trains in turn on one device and on eight, and prints losses and the shapes of one device's parts.
+# Trains in turn on one device and on eight, and prints losses and the shapes of one device's parts:
+# of some kernels, and of the last one's average and optimizer slot.
 TRAINING = """
     import json
 
     import keras
     import numpy as np
 
-    from keras_uvit import DiffusionModel, UViT
+    from keras_uvit import DiffusionModel, UNet, UViT
     from keras_uvit.distribution import check_layouts, model_parallel
 
-    TINY = dict(image_shape=(8, 8, 1), hidden_dim=48, num_layers=3, num_heads=4, num_classes=5)
     rng = np.random.default_rng(0)
     data = {"image": rng.uniform(-1, 1, (48, 8, 8, 1)).astype("float32")}
     data["label"] = np.arange(48) % 5
-    start = None
     result = {}
 
     class Losses(keras.callbacks.Callback):
@@ -194,38 +208,53 @@ TRAINING = """
         "fsdp": lambda: model_parallel("fsdp"),
         "tensor": lambda: model_parallel("tensor", model_devices=4),
     }
-    for name, choose in choices.items():
-        choose()
-        network = UViT(**TINY)
-        check_layouts(network)
-        start = start or network.get_weights()
-        network.set_weights(start)
-        model = DiffusionModel(network, optimizer=dict(learning_rate=1e-2, warmup_steps=0))
-        model.compile()
-        losses = []
-        model.fit(data, batch_size=16, shuffle=False, verbose=0, callbacks=[Losses()])
-        slots = {v.path.split("/")[-1]: v for v in model.optimizer.variables}
-        paths = {w.path: w for w in network.weights}
-        averages = {w.path: w for w in model.ema_network.weights}
-        parts = {
-            "qkv": paths["mid_block/attention/qkv/kernel"],
-            "proj": paths["mid_block/attention/proj/kernel"],
-            "kernel": paths["mid_block/mlp_in/kernel"],
-            "average": averages["mid_block/mlp_in/kernel"],
-            "slot": slots["mid_block_mlp_in_kernel_momentum"],
-        }
-        result[name] = {
-            "losses": losses,
-            "weights": float(sum(np.abs(np.array(w)).sum() for w in model.ema_network.weights)),
-            "parts": {k: v.value.addressable_shards[0].data.shape for k, v in parts.items()},
-        }
+    uvit = UViT, dict(hidden_dim=48, num_layers=3, num_heads=4)
+    unet = UNet, dict(base_dim=32, multipliers=(1,), num_blocks=1, attention_levels=(), head_dim=8)
+    parts = ("attention/qkv", "attention/proj", "mlp_in")
+    for (make, arguments), names, kernels in (
+        (uvit, choices, [f"mid_block/{part}/kernel" for part in parts]),
+        (
+            unet,
+            ("one", "fsdp", "tensor"),
+            ["mid_0_attention/query/kernel", "mid_0/conv_1/kernel", "mid_0/conv_2/kernel"],
+        ),
+    ):
+        start = None
+        for name in names:
+            choices[name]()
+            network = make((8, 8, 1), num_classes=5, **arguments)
+            check_layouts(network)
+            start = start or network.get_weights()
+            network.set_weights(start)
+            model = DiffusionModel(network, optimizer=dict(learning_rate=1e-2, warmup_steps=0))
+            model.compile()
+            losses = []
+            model.fit(data, batch_size=16, shuffle=False, verbose=0, callbacks=[Losses()])
+            slots = {v.path.split("/")[-1]: v for v in model.optimizer.variables}
+            weights = {w.path: w for w in network.weights}
+            averages = {w.path: w for w in model.ema_network.weights}
+            last = kernels[-1]
+            watched = [weights[path] for path in kernels]
+            watched += [averages[last], slots[last.replace("/", "_") + "_momentum"]]
+            result[f"{make.__name__} {name}"] = {
+                "losses": losses,
+                "weights": float(sum(np.abs(np.array(w)).sum() for w in averages.values())),
+                "parts": [v.value.addressable_shards[0].data.shape for v in watched],
+            }
     print(json.dumps(result))
 """
+PARTS = {
+    "UViT data": ([48, 144], [48, 48], [48, 192]),
+    "UViT fsdp": ([48, 18], [6, 48], [48, 24]),
+    "UViT tensor": ([48, 36], [12, 48], [48, 48]),
+    "UNet fsdp": ([32, 4], [3, 3, 32, 4], [3, 3, 4, 32]),
+    "UNet tensor": ([32, 8], [3, 3, 32, 8], [3, 3, 8, 32]),
+}
 
 
 @jax_only
 def test_eight_devices_train_as_one_does():
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(TRAINING)],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
@@ -235,20 +264,11 @@ def test_eight_devices_train_as_one_does():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    one = result.pop("one")
-    assert len(one["losses"]) == 3
-    assert one["losses"][0] != one["losses"][-1]  # it trains
-    for name, many in result.items():
+    assert result.keys() - PARTS == {"UViT one", "UNet one"}
+    for name, parts in PARTS.items():
+        many, one = result[name], result[f"{name.split()[0]} one"]
+        assert len(one["losses"]) == 3
+        assert one["losses"][0] != one["losses"][-1]  # it trains
         assert many["losses"] == pytest.approx(one["losses"], rel=1e-5), name
         assert many["weights"] == pytest.approx(one["weights"], rel=1e-5), name
-
-    whole, wide = [48, 192], [48, 144]
-    assert result["data"]["parts"]["kernel"] == whole
-    for name in ("kernel", "average", "slot"):
-        assert result["fsdp"]["parts"][name] == [48, 24]
-        assert result["tensor"]["parts"][name] == [48, 48]
-    assert result["fsdp"]["parts"]["qkv"] == [48, 18]
-    assert result["tensor"]["parts"]["qkv"] == [48, 36]
-    assert result["data"]["parts"]["qkv"] == wide
-    assert result["fsdp"]["parts"]["proj"] == [6, 48]
-    assert result["tensor"]["parts"]["proj"] == [12, 48]
+        assert many["parts"] == [*parts, parts[-1], parts[-1]], name

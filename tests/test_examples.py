@@ -1,5 +1,6 @@
 """Every example of the paper's recipes runs to its end, small, and says what it reproduces."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -45,6 +46,23 @@ def test_it_runs_to_its_end(tmp_path, name):
     assert ("shuffled prompts" in metrics) == (name in ("coco", "shapes"))
 
 
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="others compile for long")
+def test_cka_draws_maps_and_keeps_its_models(tmp_path, monkeypatch):
+    result = run("cka", "--quick", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "cka.png").stat().st_size
+    skips = json.loads((tmp_path / "cka.json").read_text())["skips"]
+    assert [len(skips[key]["layers"]) for key in ("concat", "none")] == [4, 3]
+    assert ["before and after a long skip" in skips[key] for key in skips] == [True, False]
+    (kept,) = tmp_path.glob("none-*/model.keras")
+    words = ["cka.py", "--models", str(kept), "--out", str(tmp_path / "again")]
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", words)
+    importlib.import_module("cka").main()
+    found = json.loads((tmp_path / "again" / "cka.json").read_text())["skips"]
+    assert found == {"none": skips["none"]}
+
+
 def test_without_latents_it_says_how_to_make_them_and_trains_on_digits(tmp_path):
     """Started without --quick, and stopped when it trains: what follows is that of --quick."""
     command = [sys.executable, "-u", EXAMPLES / "imagenet256.py", "--quiet", "--out", "run"]
@@ -74,9 +92,9 @@ def test_an_unfinished_cache_is_an_error_and_no_reason_for_a_stand_in(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "cka"])
 def test_help_teaches(name):
     text = (EXAMPLES / f"{name}.py").read_text().split('"""')[1]
     for word in ("Reproduces", "Expect", "Hardware", "Commands", "--quick"):
         assert word in text
-    assert ("keras-uvit " in text) == (name != "shapes")  # which makes its own data
+    assert ("keras-uvit " in text) == (name not in ("shapes", "cka"))  # whose data are there

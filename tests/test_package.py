@@ -145,6 +145,14 @@ def test_readme_latent_lines_run(tmp_path, monkeypatch):
     assert made["images"].shape == (2, 32, 32, 3)
 
 
+def test_readme_study_lines_run():
+    (block,) = blocks("Study")
+    made = {}
+    exec(compile(smaller(block, ("base_dim=64", "base_dim=32")), "README", "exec"), made)
+    assert made["flow"].prediction == "velocity"
+    assert made["rival"].network.output_shape == (None, 32, 32, 4)
+
+
 def test_readme_text_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_photos(tmp_path / "my_photos")

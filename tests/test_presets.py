@@ -1,5 +1,6 @@
 """The table of recipes against the paper, and `load` with every kind of weight file."""
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -15,7 +16,7 @@ from keras_uvit import DiffusionModel, UViT, evaluation, presets
 from keras_uvit.data import digits
 from keras_uvit.latent import AutoencoderKL
 from keras_uvit.process import samplers
-from keras_uvit.process.schedules import VPDiscrete, VPLinear
+from keras_uvit.process.schedules import LinearPath, VPDiscrete, VPLinear
 from keras_uvit.training.optimizers import adamw
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,6 +77,16 @@ PUBLISHED = {
         0.1, 2.0, "discrete", "dpm_solver_pp", 50, 0.23010, None,
     ),
 }  # fmt: skip
+# The same networks, by USiT's recipe (DC-AE's program).
+FLOW = {f"{name}_flow": name for name in ("uvit_huge_imagenet256", "uvit_huge_imagenet512")}
+# What U-ViT is compared with: the row whose recipe it has, millions of parameters and GMACs to be
+# near to (the paper's; of the digits, U-ViT's own), FID (Table 1, Appendix E, Table 4).
+COMPARED = {
+    "unet_tiny_digits": ("uvit_tiny_digits", 0.4155, 0.00764, None),
+    "unet_huge_imagenet256": ("uvit_huge_imagenet256", 646, 135, 2.66),
+    "unet_small_coco": ("uvit_small_coco", 53, None, 7.32),
+    "vit_adaln_cifar10": ("uvit_small_cifar10", 11, None, 20.20),
+}
 PROCESSES = {"continuous": (VPLinear(0.1, 20.0), 999.0), "discrete": (VPDiscrete(), 1000.0)}
 
 
@@ -83,7 +94,7 @@ PROCESSES = {"continuous": (VPLinear(0.1, 20.0), 999.0), "discrete": (VPDiscrete
 def _cost(name):
     """(parameters, multiply-accumulates) of a row's network, which never gets any memory."""
     with keras.StatelessScope(initialize_variables=False):
-        network = UViT(**presets.get(name).network)
+        network = presets.get(name).new_network()
     return evaluation.count_parameters(network), evaluation.count_macs(network)
 
 
@@ -105,12 +116,14 @@ def _output(network, labels=None):
 
 def test_every_published_recipe_is_in_the_table():
     assert presets.names() == list(presets.PRESETS)
-    assert set(presets.names()) == {*PUBLISHED, "uvit_tiny_digits", "uvit_tiny_shapes"}
+    shipped = {"uvit_tiny_digits", "uvit_tiny_shapes"}
+    assert set(presets.names()) == {*PUBLISHED, *FLOW, *COMPARED, *shipped}
 
 
 @pytest.mark.parametrize("name", presets.names())
 def test_names_say_size_and_data(name):
-    assert re.fullmatch(r"uvit_(tiny|small|mid|large|huge)(_deep)?_[a-z]+(10|64|256|512)?", name)
+    size, data = r"(tiny|small|mid|large|huge)(_deep)?", r"[a-z]+(10|64|256|512)?"
+    assert re.fullmatch(rf"((uvit|unet)_{size}|vit_adaln)_{data}(_flow)?", name)
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -126,7 +139,8 @@ def test_a_rows_sampler_takes_its_steps_on_its_schedule(name):
     row = presets.get(name)
     steps = samplers.named(row.sampler, row.schedule, row.num_steps)
     assert isinstance(steps, samplers.Steps)
-    assert steps.nfe == row.num_steps
+    # Heun looks twice at each step but the last.
+    assert steps.nfe == (2 * row.num_steps - 1 if row.sampler == "heun" else row.num_steps)
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -136,7 +150,7 @@ def test_a_rows_optimizer_is_adamw_with_its_learning_rate(name):
     peak = optimizer._learning_rate(recipe["warmup_steps"])
     # Float32 rounding of the schedule.
     assert float(ops.convert_to_numpy(peak)) == pytest.approx(recipe["learning_rate"], rel=1e-5)
-    assert optimizer.weight_decay == 0.03
+    assert optimizer.weight_decay == recipe["weight_decay"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -158,6 +172,33 @@ def test_a_row_has_the_published_facts(name):
     assert row.latent_scale == fact["latent_scale"]
     assert row.reported_fid == fact["fid"]
     assert row.weights is None
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_a_row_of_flow_matching_is_its_network_by_the_recipe_of_usit(name):
+    row, other = presets.get(name), presets.get(FLOW[name])
+    same = "network params gmacs batch_size iterations condition_dropout ema_decay latent_scale"
+    for field in (*same.split(), "autoencoder", "architecture"):
+        assert getattr(row, field) == getattr(other, field), field
+    published = dict(learning_rate=1e-4, beta_1=0.99, beta_2=0.99, weight_decay=0.0)
+    assert row.optimizer == {**published, "warmup_steps": 5000}
+    assert (row.schedule, row.prediction, row.time_scale) == (LinearPath(), "velocity", 999.0)
+    assert (row.time_sampling, row.loss_weighting) == ("uniform", "uniform")
+    assert row.guidance_scale == 1.2
+    assert row.reported_fid is None  # it is of other latents
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_row_that_is_compared_has_the_recipe_and_nearly_the_cost(name):
+    row, (other, millions, gmacs, fid) = presets.get(name), COMPARED[name]
+    fields = {field.name for field in dataclasses.fields(row)}
+    own = {"paper_name", "architecture", "network", "params", "gmacs", "weights"}
+    for field in fields - own - {"reported_fid", "reported_cost"}:
+        assert getattr(row, field) == getattr(presets.get(other), field), field
+    # 2 %: widths of whole heads and whole blocks come no nearer.
+    assert row.params / 1e6 == pytest.approx(millions, rel=0.02)
+    assert gmacs is None or row.gmacs == pytest.approx(gmacs, rel=0.02)
+    assert (row.reported_fid, row.weights) == (fid, None)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -194,11 +235,12 @@ def test_an_unknown_name_is_answered_with_the_nearest(find):
         find("uvit_smal_cifar")
 
 
-@pytest.mark.parametrize("name", ["uvit_tiny_digits", "uvit_huge_imagenet256", "uvit_small_coco"])
+@pytest.mark.parametrize("name", ["uvit_tiny_digits", *FLOW, "uvit_small_coco"])
 def test_a_loaded_model_follows_its_recipe(name):
     row, model = presets.get(name), presets.load(name, seed=7, **SMALL)
     fields = ("schedule", "prediction", "time_scale", "condition_dropout", "latent_scale")
-    for field in (*fields, "ema_decay", "sampler", "num_steps", "guidance_scale"):
+    fields += ("ema_decay", "sampler", "num_steps", "guidance_scale")
+    for field in (*fields, "time_sampling", "loss_weighting"):
         assert getattr(model, field) == getattr(row, field)
     assert (model.name, model.seed) == (name, 7)
     model.compile()
@@ -353,7 +395,7 @@ def test_a_missing_autoencoder_is_named(tmp_path):
 
 @pytest.fixture
 def nothing_is_built(monkeypatch):
-    monkeypatch.setattr(presets, "UViT", None)
+    monkeypatch.setattr(presets.Preset, "new_network", None)
 
 
 @pytest.mark.usefixtures("nothing_is_built")
@@ -377,6 +419,25 @@ def test_an_unknown_extension_is_refused_before_building(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=rf"{name}: unknown kind.*\.weights\.h5.*\.keras"):
         presets.load("uvit_huge_imagenet256", tmp_path / name)
+
+
+@pytest.mark.usefixtures("nothing_is_built")
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_unet_has_no_published_checkpoints(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"{name}: unknown kind.* for a UNet. .*\.keras"):
+        presets.load("unet_huge_imagenet256", tmp_path / name)
+
+
+def test_a_unets_own_weights_are_loaded(tmp_path):
+    small = dict(base_dim=8, multipliers=(1,), num_blocks=1, attention_levels=(), head_dim=4)
+    saved = presets.load("unet_tiny_digits", **small)
+    saved.network.get_layer("output_conv").bias.assign([2.0])
+    saved.network.save_weights(tmp_path / "w.weights.h5")
+    loaded = presets.load("unet_tiny_digits", tmp_path / "w.weights.h5", **small)
+    for network in (loaded.network, loaded.ema_network):
+        for a, b in zip(network.get_weights(), saved.network.get_weights()):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.usefixtures("nothing_is_built")

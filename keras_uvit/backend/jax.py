@@ -14,6 +14,18 @@ def has_accelerator():
     return jax.default_backend() != "cpu"
 
 
+fuses_attention = has_accelerator
+
+
+def image_by_image(function, *tensors):
+    """What one image needs in between stays in the CPU's cache; a batch's is memory that the
+    kernel maps anew at each call. Attention alone takes less than half the time so.
+    """
+    if _distribution() is not None:
+        return function(*tensors)  # a loop over what is divided among devices would gather it
+    return jax.lax.map(lambda image: function(*(a[None] for a in image))[0], tensors)
+
+
 def compiled(function):
     return jax.jit(function)
 

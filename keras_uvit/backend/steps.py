@@ -26,6 +26,10 @@ def guards_itself(optimizer):
     return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
 
 
+def image_by_image(function, *tensors):
+    return function(*tensors)
+
+
 def norm(tensors):
     """Euclidean norm of all numbers in them, float32."""
     return ops.sqrt(sum(ops.sum(ops.square(ops.cast(t, "float32"))) for t in tensors))

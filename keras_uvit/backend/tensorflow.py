@@ -11,6 +11,9 @@ def has_accelerator():
     return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
 
 
+fuses_attention = has_accelerator
+
+
 def compiled(function):
     return tf.function(function, jit_compile=True)
 

@@ -7,11 +7,17 @@ import torch
 import torch.distributed as dist
 from keras import ops
 
+from keras_uvit.backend.steps import *  # noqa: F403
 from keras_uvit.backend.steps import guards_itself, is_ok
 
 
 def has_accelerator():
     return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def fuses_attention():
+    # On a CPU only its forward pass is fast.
+    return has_accelerator() or not torch.is_grad_enabled()
 
 
 def compiled(function):

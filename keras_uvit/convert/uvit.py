@@ -21,6 +21,7 @@ def entries(network):
     c = network.config
     published = {"skip": ("concat", None), "time": ("token",), "position": ("learned",)}
     published.update(patch_embed=("linear",), qk_norm=(False,), skip_norm=(False,))
+    published.update(norm=("layer",), mlp=("gelu",), output_conv=(True, False))
     other = {key: c[key] for key, allowed in published.items() if c[key] not in allowed}
     if other:
         raise ValueError(

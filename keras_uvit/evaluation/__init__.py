@@ -1,5 +1,10 @@
 from keras_uvit.evaluation.callbacks import FIDCallback as FIDCallback
 from keras_uvit.evaluation.callbacks import SampleGridCallback as SampleGridCallback
+from keras_uvit.evaluation.cka import CKA as CKA
+from keras_uvit.evaluation.cka import block_names as block_names
+from keras_uvit.evaluation.cka import cka_of_layers as cka_of_layers
+from keras_uvit.evaluation.cka import layer_outputs as layer_outputs
+from keras_uvit.evaluation.cka import linear_cka as linear_cka
 from keras_uvit.evaluation.clip_score import CLIPScore as CLIPScore
 from keras_uvit.evaluation.cost import count_macs as count_macs
 from keras_uvit.evaluation.cost import count_parameters as count_parameters
@@ -13,6 +18,8 @@ from keras_uvit.evaluation.frechet import Reference as Reference
 from keras_uvit.evaluation.frechet import frechet_distance as frechet_distance
 from keras_uvit.evaluation.frechet import reference_statistics as reference_statistics
 from keras_uvit.evaluation.inception import InceptionFeatures as InceptionFeatures
+from keras_uvit.evaluation.memory import activation_memory as activation_memory
+from keras_uvit.evaluation.memory import state_memory as state_memory
 from keras_uvit.evaluation.metrics import inception_score as inception_score
 from keras_uvit.evaluation.metrics import precision_recall as precision_recall
 from keras_uvit.evaluation.protocol import evaluate as evaluate

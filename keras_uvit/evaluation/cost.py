@@ -4,6 +4,7 @@ import math
 
 from keras_uvit.networks.layers import Attention
 from keras_uvit.networks.patches import ConvPatchEmbedding
+from keras_uvit.networks.unet_layers import UNetAttention
 
 
 def count_parameters(network):
@@ -18,7 +19,7 @@ def count_macs(network):
     about 6 floating-point operations per MAC.
 
     Args:
-        network: `UViT`.
+        network: `UViT` or `UNet`.
 
     Returns:
         int.
@@ -29,14 +30,22 @@ def count_macs(network):
             total += _conv_stack(layer, network.image_shape)
             continue
         places = math.prod(layer.output.shape[1:-1])  # tokens or pixels: each meets the kernel once
+        keys = _attended(layer, places)
+        others = {"modulation": 1, "key_value": keys}  # once an image, once a token attended to
         for weight in layer.weights:
             if weight.name == "kernel":
-                once = "/modulation/" in weight.path  # AdaLN: once per image
-                total += (1 if once else places) * math.prod(weight.shape)
+                times = others.get(weight.path.split("/")[-2], places)
+                total += times * math.prod(weight.shape)
         for part in layer._flatten_layers():
-            if isinstance(part, Attention):
-                total += 2 * places**2 * layer.output.shape[-1]  # Q K^T and weights V
+            if isinstance(part, Attention | UNetAttention):
+                total += 2 * places * keys * layer.output.shape[-1]  # Q K^T and weights V
     return total
+
+
+def _attended(layer, places):
+    """How many tokens attention looks at: those of the text, or the layer's own."""
+    is_cross = isinstance(layer, UNetAttention) and isinstance(layer.input, list)
+    return layer.input[1].shape[1] if is_cross else places
 
 
 def _conv_stack(layer, image_shape):

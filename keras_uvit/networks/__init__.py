@@ -1,1 +1,2 @@
+from keras_uvit.networks.unet import UNet as UNet
 from keras_uvit.networks.uvit import UViT as UViT

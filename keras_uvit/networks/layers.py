@@ -1,4 +1,4 @@
-"""The layers of U-ViT: time, positions, attention, transformer block, long skip.
+"""The layers of U-ViT: time, attention, transformer block, long skip.
 
 Facts about the published network, each stated once, where it is used:
 `LayerNormalization` epsilon 1e-5 and exact GELU (`TransformerBlock`), cosine before sine
@@ -6,73 +6,20 @@ Facts about the published network, each stated once, where it is used:
 but biases (`normal_init`, `fan_in_init`).
 """
 
-import inspect
-import math
-
-import keras
 import numpy as np
-from keras import initializers, layers, ops
+from keras import layers, ops
 
 from keras_uvit import backend
+from keras_uvit.networks.basics import NORMS, dense, layer_norm, rematerialized, rms_norm
+from keras_uvit.networks.basics import Dense as Dense
+from keras_uvit.networks.basics import fan_in_init as fan_in_init
+from keras_uvit.networks.basics import serializable as serializable
+from keras_uvit.networks.positions import PositionEmbedding as PositionEmbedding
+from keras_uvit.networks.positions import SinusoidalPositions as SinusoidalPositions
+from keras_uvit.networks.positions import rotary_angles, rotate
 
 SKIPS = ("concat", "add", "add_project", "project_sum")
-
-
-def serializable(cls):
-    """Registers `cls` with Keras; its `get_config` returns the constructor's own arguments.
-
-    The constructor must store each argument as an attribute of the same name, so that the list of
-    arguments is written once and cannot drift from the config.
-    """
-    own = inspect.signature(cls.__init__).parameters if "__init__" in vars(cls) else ()
-    names = [name for name in own if name not in ("self", "kwargs")]
-
-    def get_config(self):
-        return {**super(cls, self).get_config(), **{name: getattr(self, name) for name in names}}
-
-    cls.get_config = get_config
-    return keras.saving.register_keras_serializable("keras_uvit")(cls)
-
-
-def normal_init():
-    """N(0, 0.02^2), the published `trunc_normal_(std=.02)`, which cuts at +-2, never reached."""
-    return initializers.RandomNormal(stddev=0.02)
-
-
-def fan_in_init(fan_in):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for convolutions, kernel and bias."""
-    bound = 1.0 / math.sqrt(fan_in)
-    return initializers.RandomUniform(-bound, bound)
-
-
-@serializable
-class Dense(layers.Dense):
-    """Keras' own, by the product that is fastest on each backend."""
-
-    def call(self, inputs):
-        kernel = ops.convert_to_tensor(self.kernel)
-        bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
-        x = backend.project(inputs, kernel, bias)
-        return x if self.activation is None else self.activation(x)
-
-
-def dense(units, dtype, name, use_bias=True):
-    return Dense(units, use_bias=use_bias, kernel_initializer=normal_init(), dtype=dtype, name=name)
-
-
-def layer_norm(dtype, name, affine=True):
-    return layers.LayerNormalization(
-        epsilon=1e-5, center=affine, scale=affine, dtype=dtype, name=name
-    )
-
-
-def rematerialized(function, *tensors):
-    """`function(*tensors)`, whose inside the backward pass computes again instead of keeping it.
-
-    A new closure at each call, tensors as positional arguments: the only form with right gradients
-    on all three backends. Nothing random may be drawn inside.
-    """
-    return keras.remat(lambda *values: function(*values))(*tensors)
+MLPS = ("gelu", "swiglu")
 
 
 @serializable
@@ -110,64 +57,6 @@ class TimeEmbedding(layers.Layer):
 
 
 @serializable
-class PositionEmbedding(layers.Layer):
-    """Adds a learned vector to every token: N(0, 0.02^2), 1-D over all tokens, extras first.
-
-    Call arguments:
-        tokens: `(B, L, D)`.
-
-    Returns:
-        `(B, L, D)`.
-    """
-
-    def build(self, input_shape):
-        self.embeddings = self.add_weight(
-            shape=input_shape[1:], initializer=normal_init(), name="embeddings"
-        )
-
-    def call(self, tokens):
-        return tokens + ops.cast(self.embeddings, tokens.dtype)
-
-
-@serializable
-class SinusoidalPositions(layers.Layer):
-    """Adds fixed 2-D sinusoids to the patch tokens: half the width for rows, half for columns.
-
-    The extra tokens in front (time, label, context) get none: each kind has its own embedding.
-
-    Args:
-        grid: pair of ints `(H/P, W/P)`.
-
-    Call arguments:
-        tokens: `(B, L, D)`, the last `H/P * W/P` of them patches; D divisible by 4.
-
-    Returns:
-        `(B, L, D)`.
-    """
-
-    def __init__(self, grid, **kwargs):
-        super().__init__(**kwargs)
-        self.grid = tuple(grid)
-
-    def build(self, input_shape):
-        _, length, dim = input_shape
-        if dim % 4:
-            raise ValueError(
-                'position="sinusoidal" splits the width in four (rows and columns, cosine and '
-                f"sine). Received: hidden_dim={dim}; choose a multiple of 4."
-            )
-        frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-        rows, columns = np.meshgrid(*(np.arange(n) for n in self.grid), indexing="ij")
-        angles = [axis.reshape(-1, 1) * frequencies for axis in (rows, columns)]
-        table = np.concatenate([f(a) for a in angles for f in (np.cos, np.sin)], axis=-1)
-        self.table = np.zeros((length, dim), "float32")
-        self.table[length - len(table) :] = table
-
-    def call(self, tokens):
-        return tokens + ops.cast(self.table, tokens.dtype)
-
-
-@serializable
 class Attention(layers.Layer):
     """Multi-head self-attention: softmax(Q K^T / sqrt(K)) V, softmax in float32.
 
@@ -180,6 +69,8 @@ class Attention(layers.Layer):
             scale `(K,)` shared by the heads, so that products cannot grow until the softmax is
             one-hot and training diverges (ViT-22B, arXiv 2302.05442, Section 2: LayerNorm
             without bias and centring; the RMSNorm of Stable Diffusion 3, arXiv 2403.03206).
+        grid: pair of ints `(H/P, W/P)`: queries and keys of the patches, the last tokens, are
+            turned by their place; see `positions.rotary_angles`. `None`: they are not.
 
     Call arguments:
         tokens: `(B, L, D)`.
@@ -188,24 +79,27 @@ class Attention(layers.Layer):
         `(B, L, D)`.
     """
 
-    def __init__(self, num_heads, qkv_bias=False, qk_norm=False, **kwargs):
+    def __init__(self, num_heads, qkv_bias=False, qk_norm=False, grid=None, **kwargs):
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
+        self.grid = grid
 
     def build(self, input_shape):
-        dim = input_shape[-1]
+        _, length, dim = input_shape
+        head_dim = dim // self.num_heads
         self.qkv = dense(3 * dim, self.dtype_policy, "qkv", use_bias=self.qkv_bias)
         self.proj = dense(dim, self.dtype_policy, "proj")
         self.qkv.build(input_shape)
         self.proj.build(input_shape)
         if self.qk_norm:
-            norm = dict(epsilon=1e-6, dtype=self.dtype_policy)
-            self.query_norm = layers.RMSNormalization(name="query_norm", **norm)
-            self.key_norm = layers.RMSNormalization(name="key_norm", **norm)
+            self.query_norm = rms_norm(self.dtype_policy, "query_norm")
+            self.key_norm = rms_norm(self.dtype_policy, "key_norm")
             for layer in (self.query_norm, self.key_norm):
-                layer.build((None, None, self.num_heads, dim // self.num_heads))
+                layer.build((None, None, self.num_heads, head_dim))
+        if self.grid is not None:
+            self.angles = rotary_angles(self.grid, length, head_dim)
 
     def call(self, tokens):
         length, dim = tokens.shape[1:]
@@ -215,6 +109,8 @@ class Attention(layers.Layer):
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, L, N, K)
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
+        if self.grid is not None:
+            query, key = rotate(query, self.angles), rotate(key, self.angles)
         x = backend.attention(query, key, value)  # (B, L, N, K)
         return self.proj(ops.reshape(x, (-1, length, dim)))
 
@@ -223,17 +119,25 @@ class Attention(layers.Layer):
 class TransformerBlock(layers.Layer):
     """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    Layer norm epsilon 1e-5, exact (erf) GELU, no dropout. With `adaln` each norm is modulated by
+    | mlp | result | |
+    |---|---|---|
+    | "gelu" | Linear(GELU(Linear(x))), exact (erf) | the published model |
+    | "swiglu" | Linear(SiLU(Linear(x)) Linear(x)) | Shazeer 2020, arXiv 2002.05202, Eq. 6 |
+
+    Layer norm epsilon 1e-5, no dropout. With `adaln` each norm is modulated by
     the time embedding e: (1 + scale(e)) norm(x) + shift(e), both linear in e (the paper's AdaLN,
     y_s LayerNorm(h) + y_b, with the constant part of y_s written out).
 
     Args:
         num_heads: int N, divides D.
-        mlp_dim: int. Hidden width of the MLP.
+        mlp_dim: int. Hidden width of the MLP; "swiglu" has `gated_width(mlp_dim)`.
         qkv_bias: bool.
         adaln: bool. Whether `call` takes the time embedding.
         qk_norm: bool; see `Attention`.
         remat: bool. Recompute the block in the backward pass instead of storing it.
+        norm: "layer" or "rms"; see `basics.RMSNorm`.
+        mlp: one of the above.
+        grid: pair of ints or None; see `Attention`.
 
     Call arguments:
         tokens: `(B, L, D)`.
@@ -251,6 +155,9 @@ class TransformerBlock(layers.Layer):
         adaln=False,
         qk_norm=False,
         remat=False,
+        norm="layer",
+        mlp="gelu",
+        grid=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -260,19 +167,26 @@ class TransformerBlock(layers.Layer):
         self.adaln = adaln
         self.qk_norm = qk_norm
         self.remat = remat
+        self.norm = norm
+        self.mlp = mlp
+        self.grid = grid
 
     def build(self, tokens_shape, time_shape=None):
         policy, dim = self.dtype_policy, tokens_shape[-1]
-        self.norm_1 = layer_norm(policy, "norm_1", affine=not self.adaln)
+        self.norm_1 = NORMS[self.norm](policy, "norm_1", affine=not self.adaln)
         self.attention = Attention(
-            self.num_heads, self.qkv_bias, self.qk_norm, dtype=policy, name="attention"
+            self.num_heads, self.qkv_bias, self.qk_norm, self.grid, dtype=policy, name="attention"
         )
-        self.norm_2 = layer_norm(policy, "norm_2", affine=not self.adaln)
-        self.mlp_in = dense(self.mlp_dim, policy, "mlp_in")
+        self.norm_2 = NORMS[self.norm](policy, "norm_2", affine=not self.adaln)
+        width = self.mlp_dim if self.mlp == "gelu" else gated_width(self.mlp_dim)
+        self.mlp_in = dense(width, policy, "mlp_in")
         self.mlp_out = dense(dim, policy, "mlp_out")
         for layer in (self.norm_1, self.attention, self.norm_2, self.mlp_in):
             layer.build(tokens_shape)
-        self.mlp_out.build((*tokens_shape[:-1], self.mlp_dim))
+        self.mlp_out.build((*tokens_shape[:-1], width))
+        if self.mlp == "swiglu":
+            self.mlp_gate = dense(width, policy, "mlp_gate")
+            self.mlp_gate.build(tokens_shape)
         if self.adaln:
             self.modulation = dense(4 * dim, policy, "modulation")
             self.modulation.build((None, dim))
@@ -288,11 +202,24 @@ class TransformerBlock(layers.Layer):
         if self.adaln:
             parts = ops.split(self.modulation(time)[:, None], 4, axis=-1)  # each (B, 1, D)
         x = x + self.attention(_modulate(self.norm_1(x), *parts[:2]))
-        h = ops.gelu(self.mlp_in(_modulate(self.norm_2(x), *parts[2:])), approximate=False)
+        y = _modulate(self.norm_2(x), *parts[2:])
+        if self.mlp == "swiglu":
+            h = ops.silu(self.mlp_gate(y)) * self.mlp_in(y)
+        else:
+            h = ops.gelu(self.mlp_in(y), approximate=False)
         return x + self.mlp_out(h)
 
     def compute_output_shape(self, tokens_shape, time_shape=None):
         return tokens_shape
+
+
+def gated_width(mlp_dim):
+    """2/3, so that three kernels have the weights of two; a multiple of 8, for tensor cores.
+
+    >>> gated_width(4608), gated_width(2048)
+    (3072, 1368)
+    """
+    return max(8, 8 * round(mlp_dim / 12))
 
 
 def _modulate(x, scale, shift):

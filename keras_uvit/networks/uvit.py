@@ -5,17 +5,21 @@ from keras import layers, ops
 
 from keras_uvit.networks import layers as parts
 from keras_uvit.networks import patches
+from keras_uvit.networks.network import Network, config_of, inputs_of, label_embedding
 
 CHOICES = {
     "skip": (*parts.SKIPS, None),
     "time": ("token", "adaln"),
-    "position": ("learned", "sinusoidal", None),
+    "position": ("learned", "sinusoidal", "rotary", None),
     "patch_embed": ("linear", "conv"),
+    "output_conv": (True, "before", False),
+    "norm": tuple(parts.NORMS),
+    "mlp": parts.MLPS,
 }
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
-class UViT(keras.Model):
+class UViT(Network):
     """The backbone of "All are Worth Words" (Bao et al. 2023, arXiv 2209.12152, Figure 1).
 
     Every input becomes a token: [label, time, context, patches] (the published models have label
@@ -23,6 +27,9 @@ class UViT(keras.Model):
     ones; the k-th shallow block is joined to the k-th deep block from the end by a long skip.
     A last norm and a linear layer give each patch its pixels (row, column, channel), and a 3x3
     convolution may smooth the seams.
+
+    What came after U-ViT, one by one: `mlp="swiglu"`, `norm="rms"` and `position="rotary"` took a
+    DiT-XL/1 from FID 12.5 to 10.1, 9.3 and 7.1 (Yao et al. 2025, arXiv 2501.01423, LightningDiT).
 
     A functional Keras model: `summary()` shows every block and long skip, and
     `keras.Model(net.inputs, net.get_layer("mid_block").output)` taps any of them.
@@ -42,11 +49,15 @@ class UViT(keras.Model):
         time: "token", or "adaln" for modulated norms instead of a time token.
         time_mlp: bool. Two dense layers (4 D, SiLU, D) after the sinusoid of the timestep.
         qkv_bias: bool. Bias on query, key and value.
-        output_conv: bool. The 3x3 convolution at the end.
-        position: "learned" (one vector a token), "sinusoidal" (2-D, patches only) or None.
+        output_conv: bool, or "before". A 3x3 convolution at the end, of the image; "before" the
+            head, of the patches' features (the paper's ablation).
+        position: "learned" (one vector a token), "sinusoidal" (2-D, patches only), "rotary" (2-D,
+            patches only, in each attention; `hidden_dim / num_heads` divisible by 4) or None.
         patch_embed: "linear", or "conv" (3x3 convolutions; P a power of two).
         qk_norm: bool. Norms of query and key; see `layers.Attention`. For long runs in bfloat16.
-        skip_norm: bool. A norm after each long skip; see `layers.LongSkip`. For float16.
+        skip_norm: bool. A layer norm after each long skip; see `layers.LongSkip`. For float16.
+        norm: "layer" or "rms", in the blocks and before the head; see `basics.RMSNorm`.
+        mlp: "gelu", or "swiglu" with as many weights; see `layers.TransformerBlock`.
         remat: bool. Recompute blocks and long skips in the backward pass: much less memory, a
             third more work.
         dtype: policy of every layer; `None` is the global policy.
@@ -90,47 +101,19 @@ class UViT(keras.Model):
         patch_embed="linear",
         qk_norm=False,
         skip_norm=False,
+        norm="layer",
+        mlp="gelu",
         remat=False,
         dtype=None,
         name="uvit",
     ):
-        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        config["image_shape"] = _tuple(image_shape)
-        config["context_shape"] = _tuple(context_shape)
-        config["dtype"] = keras.dtype_policies.get(dtype).name
+        config = config_of(locals())
         _check(config)
-        inputs, outputs = _build(config)
-        super().__init__(inputs, outputs, name=name)
-        self.dtype_policy = keras.dtype_policies.get(config["dtype"])
-        self.autocast = False  # mixed precision must not round the timestep
-        self.config = config
-        self.image_shape = config["image_shape"]
-        self.context_shape = config["context_shape"]
-        self.num_classes = num_classes
-        self.null_label = num_classes if num_classes is not None and null_label else None
-
-    def get_config(self):
-        return dict(self.config)
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)
-
-
-def _tuple(shape):
-    return tuple(shape) if isinstance(shape, list | tuple) else shape
-
-
-def _is_shape(shape, length):
-    return isinstance(shape, tuple) and len(shape) == length and min(shape) >= 1
+        super().__init__(config, *_build(config))
 
 
 def _check(config):
     shape, patch = config["image_shape"], config["patch_size"]
-    if not _is_shape(shape, 3):
-        raise ValueError(
-            f"image_shape must be (height, width, channels), channels last. Received: {shape}."
-        )
     if patch < 1 or shape[0] % patch or shape[1] % patch:
         near = [n for n in range(1, min(shape[:2]) + 1) if shape[0] % n == shape[1] % n == 0]
         sizes = tuple(max(patch, round(n / max(patch, 1)) * patch) for n in shape[:2])
@@ -158,15 +141,6 @@ def _check(config):
             "skip_norm=True norms what the long skips join, and skip=None has none. Received both; "
             f"leave skip_norm out, or choose skip from {parts.SKIPS}."
         )
-    if config["num_classes"] is not None and config["num_classes"] < 1:
-        raise ValueError(
-            f"num_classes must be at least 1, or None for a network without labels. "
-            f"Received: {config['num_classes']}."
-        )
-    if config["context_shape"] is not None and not _is_shape(config["context_shape"], 2):
-        raise ValueError(
-            f"context_shape must be (length, width). Received: {config['context_shape']}."
-        )
 
 
 def _build(c):
@@ -174,14 +148,10 @@ def _build(c):
     dtype, dim, adaln = c["dtype"], c["hidden_dim"], c["time"] == "adaln"
     (height, width, channels), patch = c["image_shape"], c["patch_size"]
     grid = (height // patch, width // patch)
-    inputs = {
-        "image": keras.Input(c["image_shape"], dtype="float32", name="image"),
-        "timestep": keras.Input((), dtype="float32", name="timestep"),
-    }
+    inputs = inputs_of(c)
     embed = patches.PatchEmbedding if c["patch_embed"] == "linear" else patches.ConvPatchEmbedding
     tokens = [embed(dim, patch, dtype=dtype, name="patch_embed")(inputs["image"])]
     if c["context_shape"]:
-        inputs["context"] = keras.Input(c["context_shape"], dtype="float32", name="context")
         tokens.insert(0, parts.dense(dim, dtype, "context_embed")(inputs["context"]))
     time = parts.TimeEmbedding(dim, dtype=dtype, name="time_embed")(inputs["timestep"])
     if c["time_mlp"]:
@@ -190,16 +160,8 @@ def _build(c):
     if not adaln:
         tokens.insert(0, layers.Reshape((1, dim), dtype=dtype, name="time_token")(time))
     if c["num_classes"] is not None:
-        inputs["label"] = keras.Input((), dtype="int32", name="label")
-        table = layers.Embedding(
-            c["num_classes"] + int(c["null_label"]),
-            dim,
-            embeddings_initializer=keras.initializers.RandomNormal(stddev=1.0),  # PyTorch's default
-            dtype=dtype,
-            name="label_embed",
-        )
-        label = layers.Reshape((1, dim), dtype=dtype, name="label_token")(table(inputs["label"]))
-        tokens.insert(0, label)
+        label = label_embedding(c, dim)(inputs["label"])
+        tokens.insert(0, layers.Reshape((1, dim), dtype=dtype, name="label_token")(label))
     x = tokens[0]
     if len(tokens) > 1:
         x = layers.Concatenate(axis=1, dtype=dtype, name="tokens")(tokens)  # (B, L, D)
@@ -207,27 +169,36 @@ def _build(c):
         x = parts.PositionEmbedding(dtype=dtype, name="position")(x)
     elif c["position"] == "sinusoidal":
         x = parts.SinusoidalPositions(grid, dtype=dtype, name="position")(x)
-    x = _trunk(x, time, c)
+    x = _trunk(x, time, c, grid if c["position"] == "rotary" else None)
     # The norm and the head work token by token, so the extra tokens are dropped before them.
     extras = x.shape[1] - grid[0] * grid[1]
     x = layers.Cropping1D((extras, 0), dtype=dtype, name="patches")(x)
-    x = parts.layer_norm(dtype, "norm")(x)
+    x = parts.NORMS[c["norm"]](dtype, "norm")(x)
+    if c["output_conv"] == "before":
+        x = layers.Reshape((*grid, dim), dtype=dtype, name="feature_map")(x)
+        x = _smoothing(dim, dtype, "feature_conv")(x)
+        x = layers.Reshape((-1, dim), dtype=dtype, name="features")(x)
     x = parts.dense(patch * patch * channels, dtype, "head")(x)
     x = patches.Unpatchify(patch, c["image_shape"], dtype=dtype, name="unpatchify")(x)
-    if c["output_conv"]:
-        x = layers.Conv2D(
-            channels,
-            3,
-            padding="same",
-            kernel_initializer=parts.fan_in_init(9 * channels),
-            bias_initializer=parts.fan_in_init(9 * channels),
-            dtype="float32",
-            name="output_conv",
-        )(x)
+    if c["output_conv"] is True:
+        x = _smoothing(channels, "float32", "output_conv")(x)
     return inputs, layers.Activation("linear", dtype="float32", name="output")(x)
 
 
-def _trunk(x, time, c):
+def _smoothing(channels, dtype, name):
+    """A 3x3 convolution of as many channels, initialised like PyTorch's."""
+    return layers.Conv2D(
+        channels,
+        3,
+        padding="same",
+        kernel_initializer=parts.fan_in_init(9 * channels),
+        bias_initializer=parts.fan_in_init(9 * channels),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def _trunk(x, time, c, grid):
     """The U of blocks: shallow ones, the middle one, deep ones joined by long skips."""
     adaln, half = c["time"] == "adaln", c["num_layers"] // 2
     mlp_dim = c["mlp_dim"] or 4 * c["hidden_dim"]
@@ -240,6 +211,9 @@ def _trunk(x, time, c):
             adaln,
             c["qk_norm"],
             c["remat"],
+            c["norm"],
+            c["mlp"],
+            grid,
             dtype=c["dtype"],
             name=name,
         )

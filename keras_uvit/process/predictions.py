@@ -32,23 +32,23 @@ def target(prediction, schedule, t, x0, noise):
     Returns:
         `(B, ...)`.
     """
-    a, b = (_column(c, x0) for c in PREDICTIONS[prediction](schedule, t))
+    a, b = (column(c, x0) for c in PREDICTIONS[prediction](schedule, t))
     return a * x0 + b * noise
 
 
 def denoised(prediction, schedule, t, x, output):
     """The x0 estimate from noisy `x` and the network's `output`, `(B, ...)` each; t is `(B,)`."""
-    a, b = (_column(c, x) for c in PREDICTIONS[prediction](schedule, t))
-    alpha, sigma = _column(schedule.alpha(t), x), _column(schedule.sigma(t), x)
+    a, b = (column(c, x) for c in PREDICTIONS[prediction](schedule, t))
+    alpha, sigma = column(schedule.alpha(t), x), column(schedule.sigma(t), x)
     return (b * x - sigma * output) / (b * alpha - a * sigma)
 
 
 def add_noise(schedule, t, x0, noise):
     """x_t = alpha(t) x0 + sigma(t) noise, `(B, ...)`; t is `(B,)`."""
-    return _column(schedule.alpha(t), x0) * x0 + _column(schedule.sigma(t), x0) * noise
+    return column(schedule.alpha(t), x0) * x0 + column(schedule.sigma(t), x0) * noise
 
 
-def _column(c, like):
+def column(c, like):
     """`(B,)` to `(B, 1, ...)` so that it multiplies `like`; numbers stay numbers."""
     if isinstance(c, float):
         return c

@@ -1,26 +1,31 @@
 """A network, a noise schedule and a loss: a Keras model to `fit` and `generate` with."""
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_uvit import backend, distribution
-from keras_uvit.process import predictions
+from keras_uvit.process.predictions import PREDICTIONS
 from keras_uvit.process.schedules import VPLinear
+from keras_uvit.process.weighting import LOSS_WEIGHTINGS, TIME_SAMPLINGS
 from keras_uvit.training import (
     batches,
     bookkeeping,
     fitting,
     generation,
     latent_space,
+    objective,
     text_space,
 )
 from keras_uvit.training.checkpoints import atomically
 from keras_uvit.training.optimizers import adamw
 
-DRAWS = 4  # random tensors of a step: posterior, time, noise, condition drop-out
 TRAIN, TEST = 0, 1  # streams of randomness
 FROZEN = ("autoencoder", "text_encoder")
+CHOICES = {
+    "prediction": PREDICTIONS,
+    "time_sampling": TIME_SAMPLINGS,
+    "loss_weighting": LOSS_WEIGHTINGS,
+}
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
@@ -29,9 +34,9 @@ class DiffusionModel(keras.Model):
 
     Loss of one image: draw t, noise; x_t = alpha(t) x0 + sigma(t) noise; the mean over pixels of
     (network(x_t, time_scale t, condition) - target)^2, target by `prediction` (Ho et al. 2020,
-    arXiv 2006.11239, Eq. 14, for "epsilon"). With probability `condition_dropout` the condition is
-    replaced by "none", which classifier-free guidance needs (Ho and Salimans 2022, arXiv
-    2207.12598).
+    arXiv 2006.11239, Eq. 14, for "epsilon"), times a weight by `loss_weighting`. With probability
+    `condition_dropout` the condition is replaced by "none", which classifier-free guidance needs
+    (Ho and Salimans 2022, arXiv 2207.12598).
 
     Two sets of weights: `network`, which the optimizer moves, and `ema_network`, a moving average
     of it, which `generate` and `evaluate` use. The average moves on optimizer steps only.
@@ -39,13 +44,16 @@ class DiffusionModel(keras.Model):
     Randomness is a function of (seed, step): a saved and loaded model goes on as if never stopped.
 
     Args:
-        network: `UViT`, or any functional Keras model of inputs "image", "timestep" and maybe
-            "label" and "context" with the attributes `image_shape`, `num_classes`, `null_label`,
-            `context_shape`.
+        network: `UViT`, `UNet`, or any functional Keras model of inputs "image", "timestep" and
+            maybe "label" and "context" with the attributes `image_shape`, `num_classes`,
+            `null_label`, `context_shape`.
         schedule: see `process.schedules`; default `VPLinear()`.
         prediction: "epsilon", "x0", "v" or "velocity": what the network predicts.
         time_scale: float. The network gets `time_scale * t`; `None` is the published value, 1000
             for `VPDiscrete` and 999 for the others.
+        time_sampling: "uniform", "logit_normal" or "cosmap": how often training draws each t.
+        loss_weighting: "uniform" or "min_snr": how much an error at t counts in training; for both
+            see `process.weighting`.
         condition_dropout: float in [0, 1]; `None` is 0.1 where the network knows "none", else 0.
         latent_scale: float, what latents are multiplied by (0.18215 for Stable Diffusion);
             `None` for models of pixels.
@@ -78,6 +86,8 @@ class DiffusionModel(keras.Model):
         schedule=None,
         prediction="epsilon",
         time_scale=None,
+        time_sampling="uniform",
+        loss_weighting="uniform",
         condition_dropout=None,
         latent_scale=None,
         latent_encoder=None,
@@ -102,6 +112,7 @@ class DiffusionModel(keras.Model):
         self.schedule = schedule if schedule is not None else VPLinear()
         self.prediction = prediction
         self.time_scale = time_scale if time_scale is not None else self.schedule.time_scale
+        self.time_sampling, self.loss_weighting = time_sampling, loss_weighting
         self.condition_dropout = condition_dropout
         self.latent_scale = latent_scale
         self.latent_encoder, self.context_encoder = latent_encoder, context_encoder
@@ -137,11 +148,11 @@ class DiffusionModel(keras.Model):
         self.built = True
 
     def _check_arguments(self, has_null):
-        if self.prediction not in predictions.PREDICTIONS:
-            raise ValueError(
-                f"prediction must be one of {list(predictions.PREDICTIONS)}. "
-                f"Received: {self.prediction!r}."
-            )
+        for key, known in CHOICES.items():
+            if getattr(self, key) not in known:
+                raise ValueError(
+                    f"{key} must be one of {list(known)}. Received: {getattr(self, key)!r}."
+                )
         if not 0 <= self.condition_dropout <= 1 or not 0 <= self.ema_decay < 1:
             raise ValueError(
                 "condition_dropout is in [0, 1] and ema_decay in [0, 1). Received: "
@@ -157,8 +168,9 @@ class DiffusionModel(keras.Model):
         serialize = keras.saving.serialize_keras_object
         parts = {"network": serialize(self.network), "schedule": serialize(self.schedule)}
         own = (
-            "prediction time_scale condition_dropout latent_scale latent_encoder context_encoder "
-            "ema_decay ema_warmup sampler num_steps guidance_scale max_skipped_steps seed name"
+            "prediction time_scale time_sampling loss_weighting condition_dropout latent_scale "
+            "latent_encoder context_encoder ema_decay ema_warmup sampler num_steps guidance_scale "
+            "max_skipped_steps seed name"
         )
         return {
             **parts,
@@ -281,78 +293,20 @@ class DiffusionModel(keras.Model):
         return self._loss(batch, self.network, training=True)
 
     def test_loss_of(self, batch):
-        """Loss of a validation batch by the moving average; batch k always draws the same."""
+        """Loss of a validation batch by the moving average; batch k always draws the same.
+
+        Of uniform times and unweighted, so that models of one prediction and schedule compare.
+        """
         self._seed_random(TEST, self.test_step_count)
         self.test_step_count.assign_add(1)
         return self._loss(batch, self.ema_network, training=False)
 
-    def _seed_random(self, stream, count):
-        # Hashed, because torch adds the two halves of the state: neighbouring seeds would overlap.
-        base = np.random.SeedSequence([self.seed, stream]).generate_state(1)[0] >> 2
-        state = ops.stack([ops.convert_to_tensor(int(base), "int32"), count * DRAWS])
-        self.random.state.assign(ops.cast(state, self.random.state.dtype))
-
-    def _loss(self, batch, network, training):
-        x0 = self.clean(batch)
-        t, noise, dropped = self.draw(x0)
-        inputs = {
-            "image": predictions.add_noise(self.schedule, t, x0, noise),
-            "timestep": self.time_scale * t,
-            **self.condition(batch, dropped if training else None),
-        }
-        output = ops.cast(network(inputs, training=training), "float32")
-        target = predictions.target(self.prediction, self.schedule, t, x0, noise)
-        loss = ops.mean(ops.square(output - target))
-        if "label" in inputs:
-            # A lookup out of range is silent on some devices, and label K would read as "none";
-            # NaN makes the step skipped and counted.
-            label = ops.cast(batch["label"], "int32")
-            valid = ops.all((label >= 0) & (label < network.num_classes))
-            loss = ops.where(valid, loss, float("nan"))
-        return loss
-
-    def clean(self, batch):
-        """x0, float32: images to [-1, 1], moments to a posterior sample times `latent_scale`."""
-        if "image" in batch:
-            image = ops.convert_to_tensor(batch["image"])
-            is_bytes = keras.backend.standardize_dtype(image.dtype) == "uint8"
-            image = ops.cast(image, "float32")
-            return image / 127.5 - 1.0 if is_bytes else image
-        if "latent" in batch:
-            return ops.cast(batch["latent"], "float32")
-        mean, log_variance = ops.split(ops.cast(batch["moments"], "float32"), 2, axis=-1)
-        noise = self._drawn(keras.random.normal, ops.shape(mean))
-        std = ops.exp(0.5 * ops.clip(log_variance, -30.0, 20.0))
-        return self.latent_scale * (mean + std * noise)
-
-    def draw(self, x0):
-        """Random t `(B,)`, noise like x0, and which conditions to drop, `(B,)` bool."""
-        count = ops.shape(x0)[:1]
-        t = self.schedule.training_time(self._drawn(keras.random.uniform, count))
-        noise = self._drawn(keras.random.normal, ops.shape(x0))
-        dropped = self._drawn(keras.random.uniform, count) < self.condition_dropout
-        return t, noise, dropped
-
-    def _drawn(self, distribution, shape):
-        # For the global batch, of which each replica takes its part: the numbers of a step do not
-        # depend on how many devices there are.
-        return backend.drawn(lambda shape: distribution(shape, seed=self.random), shape)
-
-    def condition(self, batch, dropped=None):
-        """The network's "label" and "context" inputs, replaced by "none" where `dropped`."""
-        inputs = {}
-        if self.network.num_classes is not None:
-            label = ops.cast(batch["label"], "int32")
-            if dropped is not None and self.network.null_label is not None:
-                label = ops.where(dropped, self.network.null_label, label)
-            inputs["label"] = label
-        if self.network.context_shape is not None:
-            context = ops.cast(batch["context"], "float32")
-            if dropped is not None:
-                null = ops.convert_to_tensor(self.null_context)
-                context = ops.where(dropped[:, None, None], null, context)
-            inputs["context"] = context
-        return inputs
+    # What is differentiated.
+    _seed_random = objective.seed_random
+    _loss = objective.loss
+    clean = objective.clean
+    draw = objective.draw
+    condition = objective.condition
 
     # What `backend.train_step` does around the gradient.
     gradient_norm = bookkeeping.gradient_norm
@@ -393,6 +347,8 @@ def _check_parts(network, schedule):
     needed = ("image_shape", "num_classes", "null_label", "context_shape")
     missing = [name for name in needed if not hasattr(network, name)]
     if missing:
-        raise TypeError(f"The network must be a UViT or have {needed}. It lacks {missing}.")
+        raise TypeError(
+            f"The network must be a UViT, a UNet, or have {needed}. It lacks {missing}."
+        )
     if schedule is not None and not hasattr(schedule, "half_log_snr"):
         raise TypeError(f"schedule must be such as process.schedules.VPLinear(). Got {schedule!r}.")

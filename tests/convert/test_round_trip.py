@@ -196,6 +196,9 @@ def test_bfloat16_weights_come_back_exactly(tmp_path, name):
         {"patch_embed": "conv"},
         {"qk_norm": True},
         {"skip_norm": True},
+        {"position": "rotary"},
+        {"norm": "rms"},
+        {"mlp": "swiglu"},
     ],
     ids=str,
 )

@@ -1,18 +1,21 @@
 """Parameters and multiply-accumulates against a count by hand and the published table."""
 
 import keras
+import numpy as np
 import pytest
+import torch_unet
+from torch.utils.flop_counter import FlopCounterMode
 
-from keras_uvit import UViT
+from keras_uvit import UNet, UViT
 from keras_uvit.evaluation import count_macs, count_parameters
 
 PATCHES, DIM, PIXELS = 16, 16, 64  # an 8x8x3 image in 2x2 patches
 TINY = dict(image_shape=(8, 8, 3), patch_size=2, hidden_dim=DIM, num_layers=3, num_heads=2)
 
 
-def block(tokens, mlp_dim=4 * DIM):
-    """qkv and projection, the MLP's two layers, and Q K^T and weights V."""
-    return tokens * (3 * DIM**2 + DIM**2 + 2 * DIM * mlp_dim) + 2 * tokens**2 * DIM
+def block(tokens, mlp_dim=4 * DIM, kernels=2):
+    """qkv and projection, the MLP's layers, and Q K^T and weights V."""
+    return tokens * (3 * DIM**2 + DIM**2 + kernels * DIM * mlp_dim) + 2 * tokens**2 * DIM
 
 
 def by_hand(
@@ -33,10 +36,20 @@ CASES = {
     "biases are free": (dict(qkv_bias=True), by_hand(PATCHES + 1)),
     "positions are free": (dict(position="sinusoidal"), by_hand(PATCHES + 1)),
     "heads are free": (dict(num_heads=4), by_hand(PATCHES + 1)),
-    "norms are free": (dict(qk_norm=True, skip_norm=True), by_hand(PATCHES + 1)),
+    "turning is free": (dict(position="rotary"), by_hand(PATCHES + 1)),
+    "norms are free": (dict(qk_norm=True, skip_norm=True, norm="rms"), by_hand(PATCHES + 1)),
+    # 40: 2/3 of 64, to a multiple of 8.
+    "gated mlp": (
+        dict(mlp="swiglu"),
+        by_hand(PATCHES + 1, blocks=3 * block(PATCHES + 1, 40, kernels=3)),
+    ),
     "recomputing is not counted": (dict(remat=True), by_hand(PATCHES + 1)),
     "mlp width": (dict(mlp_dim=24), by_hand(PATCHES + 1, blocks=3 * block(PATCHES + 1, 24))),
     "no output conv": (dict(output_conv=False), by_hand(PATCHES + 1, conv=False)),
+    "conv of the features": (
+        dict(output_conv="before"),
+        by_hand(PATCHES + 1, conv=False, extra=PATCHES * 9 * DIM * DIM),
+    ),
     "skip add_project": (dict(skip="add_project"), by_hand(PATCHES + 1, skip=DIM**2)),
     "skip project_sum": (dict(skip="project_sum"), by_hand(PATCHES + 1, skip=DIM**2)),
     "skip add": (dict(skip="add"), by_hand(PATCHES + 1, skip=0)),
@@ -75,6 +88,50 @@ def test_macs_do_not_depend_on_the_compute_dtype():
 def test_parameters_are_the_ones_keras_counts(arguments):
     network = UViT(**{**TINY, **arguments})
     assert count_parameters(network) == network.count_params()
+
+
+def unet_block(pixels, width, dim, embedding=64):
+    """Two convolutions at the size of the result, scale and shift, and what changes the width."""
+    shortcut = width * dim if width != dim else 0
+    return pixels * (9 * width * dim + 9 * dim * dim + shortcut) + embedding * 2 * dim
+
+
+def unet_attention(pixels, dim, keys=None, key_width=None):
+    """Query and projection a pixel, key and value a key, Q K^T and weights V."""
+    keys, key_width = keys or pixels, key_width or dim
+    return pixels * 2 * dim**2 + keys * key_width * 2 * dim + 2 * pixels * keys * dim
+
+
+SMALL_UNET = dict(image_shape=(4, 8, 3), base_dim=16, multipliers=(1, 2), num_blocks=1)
+SMALL_UNET |= dict(attention_levels=(1,), head_dim=8, num_classes=5, context_shape=(3, 7))
+
+
+def test_macs_of_a_unet_are_those_counted_by_hand():
+    fine, coarse = 4 * 8, 2 * 4
+    both = unet_attention(coarse, 32) + unet_attention(coarse, 32, keys=3, key_width=7)
+    blocks = [
+        unet_block(fine, 16, 16),  # the encoder
+        unet_block(coarse, 16, 16),  # halves
+        unet_block(coarse, 16, 32) + both,
+        unet_block(coarse, 32, 32) + both,  # the middle
+        unet_block(coarse, 32, 32),
+        unet_block(coarse, 32 + 32, 32) + both,  # the decoder
+        unet_block(coarse, 32 + 16, 32) + both,
+        unet_block(fine, 32, 32),  # doubles
+        unet_block(fine, 32 + 16, 16),
+        unet_block(fine, 16 + 16, 16),
+    ]
+    others = 16 * 64 + 64 * 64 + 2 * fine * 9 * 3 * 16  # time, first and last convolution
+    assert count_macs(UNet(**SMALL_UNET)) == sum(blocks) + others
+
+
+def test_macs_of_a_unet_are_those_that_torch_counts():
+    network = UNet(**{**SMALL_UNET, "num_blocks": 2, "attention_levels": (0,), "remat": True})
+    twin = torch_unet.take(torch_unet.UNet(network.config), network)
+    inputs = {name: np.zeros((1, *x.shape[1:]), x.dtype) for name, x in network.input.items()}
+    with FlopCounterMode(display=False) as counter:
+        torch_unet.answer(twin, inputs)
+    assert counter.get_total_flops() == 2 * count_macs(network)
 
 
 # arguments, parameters of the published checkpoint (None: not published), "GFLOPs" of the paper.

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_uvit.networks import basics, patches
 from keras_uvit.networks import layers as parts
-from keras_uvit.networks import patches
 
 
 def random(*shape, seed=0):
@@ -33,7 +33,14 @@ LAYERS = [
     (lambda **k: parts.SinusoidalPositions((2, 3), **k), [(2, 7, 12)]),
     (lambda **k: parts.Attention(3, True, **k), [(2, 5, 12)]),
     (lambda **k: parts.Attention(3, qk_norm=True, **k), [(2, 5, 12)]),
+    (lambda **k: parts.Attention(3, qk_norm=True, grid=(2, 2), **k), [(2, 5, 12)]),
+    (lambda **k: basics.RMSNorm(**k), [(2, 5, 12)]),
+    (lambda **k: basics.RMSNorm(affine=False, **k), [(2, 5, 12)]),
     (lambda **k: parts.TransformerBlock(3, 20, True, qk_norm=True, **k), [(2, 5, 12)]),
+    (
+        lambda **k: parts.TransformerBlock(3, 20, norm="rms", mlp="swiglu", grid=(1, 5), **k),
+        [(2, 5, 12)],
+    ),
     (lambda **k: parts.TransformerBlock(3, 20, adaln=True, remat=True, **k), [(2, 5, 12), (2, 12)]),
     *[(lambda m=m, **k: parts.LongSkip(m, **k), [(2, 5, 12), (2, 5, 12)]) for m in parts.SKIPS],
     (lambda **k: parts.LongSkip("concat", True, True, **k), [(2, 5, 12), (2, 5, 12)]),
@@ -96,9 +103,10 @@ def test_time_embedding_is_not_rounded_in_mixed_precision():
     assert np.abs(out[0] - out[1]).max() > 0.5
 
 
+@pytest.mark.parametrize("grid", [None, (2, 2)])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_attention_is_softmax_of_scaled_products_per_head(qk_norm):
-    x, layer = random(2, 5, 12), parts.Attention(3, True, qk_norm)
+def test_attention_is_softmax_of_scaled_products_per_head(qk_norm, grid):
+    x, layer = random(2, 5, 12), parts.Attention(3, True, qk_norm, grid)
     layer.build(x.shape)
     randomize(layer)
     values = (numpy(w).astype("float64") for w in layer.weights)
@@ -108,6 +116,11 @@ def test_attention_is_softmax_of_scaled_products_per_head(qk_norm):
     for i, scale in enumerate(scales):
         mean_square = np.mean(qkv[i] ** 2, axis=-1, keepdims=True)
         qkv[i] *= scale / np.sqrt(mean_square + 1e-6)
+    if grid:
+        # Heads of 4 are two complex numbers: one turns by the row, one by the column.
+        turns = np.exp(1j * np.array([[0, 0], [0, 0], [0, 1], [1, 0], [1, 1]]))
+        turned = (qkv[:2, ..., :2] + 1j * qkv[:2, ..., 2:]) * turns
+        qkv[:2] = np.concatenate([turned.real, turned.imag], -1)
     scores = qkv[0] @ qkv[1].swapaxes(-1, -2) / 2.0
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -119,33 +132,45 @@ def test_attention_is_softmax_of_scaled_products_per_head(qk_norm):
 def test_both_forms_of_attention_agree(monkeypatch):
     q, k, v = (random(2, 7, 3, 4, seed=i) for i in range(3))
     plain = numpy(parts.backend.attention(q, k, v))
-    monkeypatch.setattr(parts.backend, "has_accelerator", lambda: True)
+    monkeypatch.setattr(parts.backend, "fuses_attention", lambda: True)
     fused = parts.backend.attention(*(ops.convert_to_tensor(a) for a in (q, k, v)))
     np.testing.assert_allclose(plain, numpy(fused), atol=1e-6)  # rounding of values of size one
 
 
+@pytest.mark.parametrize(("kind", "mlp"), [("layer", "gelu"), ("rms", "swiglu")])
 @pytest.mark.parametrize("adaln", [False, True])
-def test_block_is_pre_norm_with_exact_gelu(adaln):
+def test_block_is_pre_norm_with_exact_gelu_or_gated(adaln, kind, mlp):
     x, time = random(2, 5, 12), random(2, 12, seed=1)
-    block = parts.TransformerBlock(3, 20, adaln=adaln)
+    block = parts.TransformerBlock(3, 20, adaln=adaln, norm=kind, mlp=mlp)
     inputs = (x, time) if adaln else (x,)
     block(*inputs)
     randomize(block)
 
     def norm(h, layer, scale, shift):
-        h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
+        if kind == "layer":
+            h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
+        else:
+            h = h / np.sqrt(np.mean(h**2, axis=-1, keepdims=True) + 1e-6)
         if adaln:
             return (1 + scale) * h + shift
-        return h * numpy(layer.gamma) + numpy(layer.beta)
+        if kind == "layer":
+            return h * numpy(layer.gamma) + numpy(layer.beta)
+        return h * numpy(layer.scale)
 
     parts4 = [None] * 4
     if adaln:
         e = time @ numpy(block.modulation.kernel) + numpy(block.modulation.bias)
         parts4 = np.split(e[:, None], 4, axis=-1)
     h = x + numpy(block.attention(norm(x, block.norm_1, *parts4[:2]).astype("float32")))
-    z = norm(h, block.norm_2, *parts4[2:]) @ numpy(block.mlp_in.kernel) + numpy(block.mlp_in.bias)
-    erf = np.vectorize(__import__("math").erf)
-    z = z * 0.5 * (1 + erf(z / np.sqrt(2)))
+    y = norm(h, block.norm_2, *parts4[2:])
+    z = y @ numpy(block.mlp_in.kernel) + numpy(block.mlp_in.bias)
+    if mlp == "swiglu":
+        assert z.shape == (2, 5, 16)  # 2/3 of 20, to a multiple of 8
+        gate = y @ numpy(block.mlp_gate.kernel) + numpy(block.mlp_gate.bias)
+        z = z * gate / (1 + np.exp(-gate))
+    else:
+        erf = np.vectorize(__import__("math").erf)
+        z = z * 0.5 * (1 + erf(z / np.sqrt(2)))
     expected = h + z @ numpy(block.mlp_out.kernel) + numpy(block.mlp_out.bias)
     # float32 rounding on values up to about 10; the tanh form of GELU would be off by 1e-4.
     np.testing.assert_allclose(numpy(block(*inputs)), expected, atol=2e-5)

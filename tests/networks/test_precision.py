@@ -57,12 +57,13 @@ def test_statistics_of_norms_are_float32(policy):
     np.testing.assert_allclose(numpy(rms.query_norm(x)), expected, rtol=0.005)  # one rounding
 
 
-@pytest.mark.parametrize("fused", [False, True])
+# Keras' fused form on TensorFlow's CPU rounds sums or not, by the processor; it is not used there.
+@pytest.mark.parametrize("fused", [False] if BACKEND == "tensorflow" else [False, True])
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 def test_attention_weights_are_a_float32_softmax(half, fused, monkeypatch):
     # Equal scores of 300 keys, values 1: each weight is 1/300 and the result is 1. Sums rounded to
     # bfloat16 on the way stop growing at 256 and miss it by 15 %.
-    monkeypatch.setattr(parts.backend, "has_accelerator", lambda: fused)
+    monkeypatch.setattr(parts.backend, "fuses_attention", lambda: fused)
     inside, softmax = [], ops.softmax
     monkeypatch.setattr(
         parts.backend.ops, "softmax", lambda x, *a: inside.append(dtype_of(x)) or softmax(x, *a)
@@ -77,7 +78,7 @@ def test_attention_weights_are_a_float32_softmax(half, fused, monkeypatch):
 def test_fused_attention_keeps_large_scores_apart(monkeypatch):
     # Scores near 100 differ by less than bfloat16's spacing there, 0.5: rounded, they would be
     # equal or twice as far apart.
-    monkeypatch.setattr(parts.backend, "has_accelerator", lambda: True)
+    monkeypatch.setattr(parts.backend, "fuses_attention", lambda: True)
     query = np.full((1, 1, 1, 16), 5.0)
     key = np.full((1, 8, 1, 16), 5.0)
     key[0, :, 0, 0] += np.arange(8) / 32  # exact in bfloat16
@@ -181,10 +182,12 @@ def gradients(network):
     return [v.value.grad for v in network.trainable_variables]
 
 
-@pytest.mark.parametrize("time", ["token", "adaln"])
-@pytest.mark.parametrize("skip", [*parts.SKIPS, None])
+@pytest.mark.parametrize(
+    ("skip", "time"), list(zip([*parts.SKIPS, None], ["token", "adaln", "token", "adaln", "token"]))
+)
 def test_recomputing_changes_no_gradient(skip, time):
-    extras = dict(qk_norm=True, skip_norm=skip is not None) if time == "token" else {}
+    later = dict(norm="rms", mlp="swiglu", position="rotary")
+    extras = dict(qk_norm=True, skip_norm=skip is not None) if time == "token" else later
     plain, remat = (gradients(n) for n in pair(skip=skip, time=time, **extras))
     assert len(plain) == len(remat) > 30
     for a, b in zip(plain, remat):

@@ -14,9 +14,10 @@ TINY = dict(image_shape=(4, 6, 3), patch_size=2, hidden_dim=16, num_layers=5, nu
 OTHER = dict(
     mlp_dim=24, num_classes=7, null_label=False, context_shape=(3, 5), skip="add_project",
     time="adaln", time_mlp=True, qkv_bias=True, output_conv=False, position="sinusoidal",
-    patch_embed="conv", qk_norm=True, skip_norm=True, remat=True,
+    patch_embed="conv", qk_norm=True, skip_norm=True, norm="rms", mlp="swiglu", remat=True,
     dtype="mixed_bfloat16", name="other",
 )  # fmt: skip
+ROTARY = [{"position": "rotary"}, {**OTHER, "position": "rotary"}]
 
 
 def inputs_for(network, count=2):
@@ -33,7 +34,16 @@ def inputs_for(network, count=2):
     return values
 
 
-@pytest.mark.parametrize("switch", [{}, *[{key: value} for key, value in OTHER.items()], OTHER])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {},
+        *[{key: value} for key, value in OTHER.items()],
+        OTHER,
+        *ROTARY,
+        {"output_conv": "before"},
+    ],
+)
 def test_every_switch_runs_and_survives_its_config(switch):
     network = UViT(**{**TINY, **switch})
     x = inputs_for(network)
@@ -53,10 +63,11 @@ def test_no_argument_is_left_out_of_the_switch_test():
     assert arguments == {*TINY, *OTHER}
 
 
-def test_a_config_saved_before_the_norms_were_switches_still_loads():
+def test_a_config_saved_before_there_were_more_switches_still_loads():
     network = UViT(**TINY)
     config = network.get_config()
-    old = {key: value for key, value in config.items() if key not in ("qk_norm", "skip_norm")}
+    new = ("qk_norm", "skip_norm", "norm", "mlp")
+    old = {key: value for key, value in config.items() if key not in new}
     copy = UViT.from_config(old)
     assert copy.get_config() == config
     assert [w.path for w in copy.weights] == [w.path for w in network.weights]
@@ -118,6 +129,17 @@ def test_published_sizes_of_the_initial_weights():
     assert not ops.convert_to_numpy(block.mlp_in.bias).any()
 
 
+@pytest.mark.parametrize("dim", [512, 768, 1024, 1152])
+def test_later_switches_leave_the_number_of_weights_nearly_as_it_was(dim):
+    later = dict(norm="rms", mlp="swiglu", position="rotary")
+    sizes = dict(image_shape=(32, 32, 4), hidden_dim=dim, num_layers=3)
+    with keras.StatelessScope(initialize_variables=False):  # shapes only
+        plain, other = (UViT(**sizes, **more).count_params() for more in ({}, later))
+    # 0.2 %: of the MLP's width rounded to 8, of the norms' biases. (2.5 %: the learned positions.)
+    positions = 257 * dim
+    assert other + positions == pytest.approx(plain, rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -128,7 +150,10 @@ def test_published_sizes_of_the_initial_weights():
         (dict(num_heads=3), r"num_heads=3 does not divide hidden_dim=16.*\[1, 2, 4, 8, 16\]"),
         (dict(skip="concatenate"), "skip must be one of .*'concatenate'"),
         (dict(time="film"), "time must be one of"),
-        (dict(position="rotary"), "position must be one of"),
+        (dict(position="relative"), "position must be one of .*'rotary'"),
+        (dict(position="rotary", num_heads=8), "hidden_dim / num_heads = 2; .* multiple of 4"),
+        (dict(norm="batch"), "norm must be one of"),
+        (dict(mlp="relu"), "mlp must be one of"),
         (dict(patch_embed="mlp"), "patch_embed must be one of"),
         (dict(skip_norm=True, skip=None), "skip_norm=True .* skip=None has none"),
         (dict(num_classes=0), "num_classes must be at least 1"),

@@ -321,17 +321,23 @@ def test_config_holds_every_argument():
     model = make(
         compiled=False, schedule=schedules.VPCosine(s=0.01), prediction="v", time_scale=500.0,
         condition_dropout=0.2, latent_scale=0.3, ema_decay=0.5, ema_warmup=False, sampler="ddim",
-        num_steps=7, guidance_scale=2.0, max_skipped_steps=3,
+        num_steps=7, guidance_scale=2.0, max_skipped_steps=3, time_sampling="cosmap",
+        loss_weighting="min_snr",
     )  # fmt: skip
-    copy = DiffusionModel.from_config(model.get_config())
-    assert copy.get_config() == model.get_config()
+    config = model.get_config()
+    copy = DiffusionModel.from_config(config)
+    assert copy.get_config() == config
     assert copy.schedule == model.schedule
+    old = {k: v for k, v in config.items() if k not in ("time_sampling", "loss_weighting")}
+    assert DiffusionModel.from_config(old).time_sampling == "uniform"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (dict(prediction="noise"), r"prediction must be one of \['epsilon', 'x0'.*'noise'"),
+        (dict(time_sampling="cosine"), r"time_sampling must be one of \['uniform', .*'cosine'"),
+        (dict(loss_weighting="snr"), r"loss_weighting must be one of \['uniform', 'min_snr'\]"),
         (dict(condition_dropout=1.5), r"in \[0, 1\].*condition_dropout=1.5"),
         (dict(ema_decay=1.0), "ema_decay=1.0"),
         (dict(condition_dropout=0.1, network=dict(null_label=False)), "knows 'none'"),

@@ -104,8 +104,9 @@ def test_work_counts_blocks():
         dict(context_shape=(3, 5)),
         dict(time="adaln", num_classes=2, dtype="mixed_bfloat16"),
         dict(skip="add", skip_norm=True),
+        dict(position="rotary", norm="rms", mlp="swiglu"),
     ],
-    ids=["label", "context", "adaln", "add"],
+    ids=["label", "context", "adaln", "add", "rotary"],
 )
 @pytest.mark.parametrize("outer_blocks", [1, 2])
 def test_the_outer_blocks_end_as_the_whole_network_does(arguments, outer_blocks):

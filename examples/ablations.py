@@ -1,0 +1,251 @@
+"""Ablations: one thing changed at a time, several seeds, on data that a CPU can learn.
+
+Reproduces   "All are Worth Words", Section 3.1 and Figures 2, 3, 8: how to join a long skip, feed
+             the time, end, cut and place patches; how deep, how wide, which patch size. And what
+             came after: objectives, blocks, the CNN of equal cost.
+Expect       docs/science.md, which has what came out on the bundled digits, with its spread.
+Hardware     digits: 2 CPU cores, a minute a run (3,000 steps); CIFAR-10 and latents want a GPU.
+Commands     python examples/ablations.py                         (everything, three seeds, hours)
+             python examples/ablations.py --axes skip time --seeds 0 1 2 3 4
+             python examples/ablations.py --data shapes --axes skip
+             python examples/ablations.py --data cifar10 --inception pt_inception.pth \\
+                 --reference cifar10.npz --iterations 50000
+             python examples/ablations.py --data CACHE ...        (a folder of `keras-uvit encode`)
+             python examples/ablations.py --process 0/2           (and 1/2: two divide the runs)
+             python examples/ablations.py --quick                 (a minute, poor numbers)
+
+Every variant differs from "base" in what its name says. Base is the paper's network at the size of
+the data's preset (concatenated skips, time token, learned positions, 3x3 convolution), trained by
+that preset's recipe: on digits v-prediction, for noise prediction draws poor ones in 3,000 steps.
+
+Runs that are done are kept, so the same command goes on where it was, and another one only adds
+what is missing. Writes into --out: runs/VARIANT-SEED.json, table.md, ablations.png.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import flags  # noqa: E402
+import keras  # noqa: E402
+import matplotlib  # noqa: E402
+import tasks  # noqa: E402
+
+from keras_uvit import UNet, training  # noqa: E402
+from keras_uvit.evaluation import count_macs  # noqa: E402
+from keras_uvit.progress import say  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+# axis: {variant: changes of the task's arguments}. "network" changes arguments of UViT, "model" of
+# DiffusionModel; depth and width are those of the base, scaled.
+OBJECTIVES = {
+    "epsilon, VP linear": dict(prediction="epsilon", schedule="VPLinear"),
+    "x0, VP cosine": dict(prediction="x0", schedule="VPCosine"),
+    "v, VP cosine, min-SNR": dict(prediction="v", schedule="VPCosine", loss_weighting="min_snr"),
+    "flow": dict(prediction="velocity", schedule="LinearPath"),
+    "flow, logit-normal": dict(
+        prediction="velocity", schedule="LinearPath", time_sampling="logit_normal"
+    ),
+    "flow, cosmap": dict(prediction="velocity", schedule="LinearPath", time_sampling="cosmap"),
+}
+AXES = {
+    "skip": {
+        "Linear(x + s)": dict(network=dict(skip="add_project")),
+        "x + Linear(s)": dict(network=dict(skip="project_sum")),
+        "x + s": dict(network=dict(skip="add")),
+        "no skip": dict(network=dict(skip=None)),
+    },
+    "time": {"AdaLN": dict(network=dict(time="adaln"))},
+    "output": {
+        "conv before": dict(network=dict(output_conv="before")),
+        "no conv": dict(network=dict(output_conv=False)),
+    },
+    "patches": {"conv patches": dict(network=dict(patch_embed="conv"))},
+    "position": {
+        "2-D sinusoids": dict(network=dict(position="sinusoidal")),
+        "rotary": dict(network=dict(position="rotary")),
+        "no position": dict(network=dict(position=None)),
+    },
+    "depth": {
+        "3 layers": dict(network=dict(num_layers=3)),
+        "9 layers": dict(network=dict(num_layers=9)),
+    },
+    "width": {"half width": dict(width=0.5), "twice the width": dict(width=2)},
+    "patch size": {"half patch": dict(patch=0.5), "twice the patch": dict(patch=2)},
+    "objective": {name: dict(model=change) for name, change in OBJECTIVES.items()},
+    "block": {
+        "RMS norm": dict(network=dict(norm="rms")),
+        "SwiGLU": dict(network=dict(mlp="swiglu")),
+        "qk norm": dict(network=dict(qk_norm=True)),
+    },
+    "network": {"U-Net": dict(architecture=UNet)},
+}
+
+
+def main():
+    options = parse()
+    task = tasks.make(options)
+    runs = [
+        (axis, name, change, seed)
+        for seed in options.seeds
+        for axis, name, change in [("base", "base", {}), *variants(options.axes)]
+    ]
+    folder = Path(options.out) / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    index, count = map(int, options.process.split("/"))
+    for number, (axis, name, change, seed) in enumerate(runs[index::count]):
+        path = folder / f"{name.replace(' ', '_')}-{seed}.json"
+        if path.exists():
+            continue
+        say(f"Run {number + 1} of {len(runs[index::count])}: {name}, seed {seed}")
+        row = {"axis": axis, "variant": name, **train(task, change, seed, options, path)}
+        keep(path, row)
+        keras.utils.clear_session()
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    summary = summarize(rows)
+    text = table(summary)
+    (Path(options.out) / "table.md").write_text(text)
+    draw(summary, task.better, Path(options.out) / "ablations.png")
+    print(text)
+    print(f"Look at {Path(options.out) / 'ablations.png'}")
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="digits", help="digits, shapes, cifar10 or a cache (%(default)s)")
+    add("--axes", nargs="+", default=list(AXES), choices=AXES, help="what to change (all)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    add("--num-steps", nargs="+", type=int, help="of sampling, each measured (the preset's)")
+    add("--iterations", type=int, help="optimizer steps (the preset's)")
+    add("--num-images", type=int, default=1000, help="drawn a run (%(default)s)")
+    add("--inception", help="Inception weights; with --reference, measures FID")
+    add("--reference", help="reference statistics of `keras-uvit statistics`")
+    add("--autoencoder", help="of a cache of latents, for FID")
+    add("--process", default="0/1", help="K/N: every N-th run from the K-th (%(default)s)")
+    add("--out", default="runs/ablations", help="folder to write into (%(default)s)")
+    add("--precision", default="float32", choices=flags.PRECISIONS, help="(%(default)s)")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints (%(default)s)")
+    add("--quick", action="store_true", help="44 steps, 50 images, one seed: try the path")
+    options = parser.parse_args()
+    if options.quick:
+        options.iterations, options.num_images, options.seeds = 44, 50, [0]
+    keras.config.set_dtype_policy(options.precision)
+    return options
+
+
+def variants(axes):
+    return [(axis, name, change) for axis in axes for name, change in AXES[axis].items()]
+
+
+def train(task, change, seed, options, path):
+    """One run, from its checkpoint if it was interrupted; what it measured, as a dict."""
+    keras.utils.set_random_seed(seed)
+    model, dataset = task.model(change, seed), task.dataset(seed)
+    model.compile()
+    kept = path.with_suffix("")
+    epochs = -(-task.iterations // len(dataset))
+    history = model.fit(
+        dataset,
+        epochs=epochs,
+        callbacks=[training.Checkpoint(kept, options.save_every)],
+        verbose=0,
+    )
+    row = {"seed": seed, "steps": epochs * len(dataset), "loss": task.loss(model)}
+    row["train_loss"] = history.history.get("loss", [None])[-1]
+    row["parameters"], row["macs"] = model.network.count_params(), count_macs(model.network)
+    row["scores"] = {
+        steps: task.score(model, seed, steps) for steps in options.num_steps or [model.num_steps]
+    }
+    shutil.rmtree(kept, ignore_errors=True)
+    return row
+
+
+def keep(path, row):
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(row))
+    os.replace(beside, path)
+
+
+def summarize(rows):
+    """A row for each variant and number of sampling steps: means and deviations over its seeds."""
+    summary = []
+    for axis, name in dict.fromkeys((row["axis"], row["variant"]) for row in rows):
+        own = [row for row in rows if row["variant"] == name]
+        for steps in own[0]["scores"]:
+            values = {"loss": [row["loss"] for row in own]}
+            for score in own[0]["scores"][steps]:
+                values[score] = [
+                    row["scores"][steps][score] for row in own if steps in row["scores"]
+                ]
+            summary.append(
+                {
+                    "axis": axis,
+                    "variant": name,
+                    "steps": int(steps),
+                    "seeds": len(own),
+                    "parameters": own[0]["parameters"],
+                    "macs": own[0]["macs"],
+                    "scores": {key: spread(value) for key, value in values.items()},
+                }
+            )
+    order = ["base", *AXES]
+    return sorted(summary, key=lambda row: (order.index(row["axis"]), row["variant"] != "base"))
+
+
+def spread(values):
+    """(mean, standard deviation over seeds or None)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def table(summary):
+    scores = list(summary[0]["scores"])
+    head = ["axis", "variant", "parameters", "MMACs", "sampling steps", *scores, "seeds"]
+    lines = [head, ["---"] * len(head)]
+    for row in summary:
+        cells = [row["axis"], row["variant"], f"{row['parameters']:,}", f"{row['macs'] / 1e6:.2f}"]
+        lines.append(
+            [*cells, str(row["steps"]), *map(cell, row["scores"].values()), str(row["seeds"])]
+        )
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def cell(value):
+    mean, deviation = value
+    return f"{mean:.4f}" if deviation is None else f"{mean:.4f} +- {deviation:.4f}"
+
+
+def draw(summary, better, path):
+    """Each score, a line a variant, beside the base's band; seeds' deviations as bars."""
+    steps = max(row["steps"] for row in summary)
+    rows = [row for row in summary if row["steps"] == steps][::-1]
+    scores = list(better)
+    figure, axes = plt.subplots(
+        1, len(scores), figsize=(5 * len(scores) + 2, 0.26 * len(rows) + 1.5), sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, score in zip(axes[0], scores):
+        for place, row in enumerate(rows):
+            mean, deviation = row["scores"][score]
+            color = "C1" if row["variant"] == "base" else "C0"
+            axis.errorbar(mean, place, xerr=deviation or 0, marker="o", capsize=3, color=color)
+            if row["variant"] == "base":
+                axis.axvspan(mean - (deviation or 0), mean + (deviation or 0), color="0.9")
+        axis.set(xlabel=f"{score} ({'higher' if better[score] > 0 else 'lower'} is better)")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_yticks(range(len(rows)), [f"{row['axis']}: {row['variant']}" for row in rows])
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

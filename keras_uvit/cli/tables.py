@@ -1,0 +1,121 @@
+"""What the recipes are, and what they cost."""
+
+import click
+
+from keras_uvit import evaluation, presets
+from keras_uvit.networks import UViT
+from keras_uvit.specs import PRECISIONS
+
+GIB = 2**30
+
+
+@click.command("presets")
+def show_presets():
+    """Lists the published recipes.
+
+    \b
+    Example:
+      keras-uvit presets
+    """
+    click.echo(f"{'name':26}{'parameters':>12}{'GMACs':>8}{'FID':>7}  paper")
+    for name, row in presets.PRESETS.items():
+        reported = f"{row.reported_fid:.2f}" if row.reported_fid else "-"
+        size = f"{row.params / 1e6:.1f}M"
+        click.echo(f"{name:26}{size:>12}{row.gmacs:8.1f}{reported:>7}  {row.paper_name}")
+
+
+@click.command("cost")
+@click.argument("preset", required=False)
+@click.option("--batch-size", type=click.IntRange(1), help="Images on a device; the preset's.")
+@click.option("--dtype", type=click.Choice(PRECISIONS), default="float32", show_default=True)
+def show_cost(preset, batch_size, dtype):
+    """Parameters, multiply-accumulates and memory of training PRESET, or of one image of all.
+
+    Counts are of the network as it is built here, beside what the paper prints. Memory is an
+    estimate, of U-ViTs alone.
+
+    \b
+    Examples:
+      keras-uvit cost
+      keras-uvit cost uvit_large_imagenet256 --batch-size 32 --dtype mixed_bfloat16
+    """
+    if preset is None:
+        _all_costs(batch_size or 1, dtype)
+    else:
+        row = presets.get(preset)
+        click.echo(f"{preset}: {row.paper_name}\n")
+        _work(row)
+        _memory(row, batch_size or row.batch_size, dtype)
+
+
+def _all_costs(batch_size, dtype):
+    head = ("parameters", "paper", "GMACs", "paper", "GFLOPs", "state", "kept", "remat")
+    click.echo(_line("name", *head))
+    for name, row in presets.PRESETS.items():
+        millions, gmacs = row.reported_cost
+        state = sum(evaluation.state_memory(row.params, dtype).values())
+        memory = [_gib(x) for x in (state, *_kept(row, batch_size, dtype)[::2])]
+        counts = (f"{row.params:,}", _or_dash(millions, "M"), f"{row.gmacs:.3g}", _or_dash(gmacs))
+        click.echo(_line(name, *counts, f"{6 * row.gmacs:.3g}", *memory))
+    click.echo(
+        f"""
+GMACs: multiply-accumulates of an image's forward pass, 1e9; the papers' "GFLOPs" are these.
+GFLOPs: of training on an image, 6 x GMACs. Paper: as printed, - where nothing is.
+State: GiB of weights, gradients, AdamW and moving average. Kept: GiB of activations of a batch of
+{batch_size}, {dtype}, fused attention; remat: with remat=True, at 8 x GMACs. Both are estimates."""
+    )
+
+
+def _line(name, params, millions, gmacs, paper, flops, *memory):
+    counts = f"{name:27}{params:>12}{millions:>7}{gmacs:>9}{paper:>7}{flops:>8}"
+    return counts + "".join(f"{x:>10}" for x in memory)
+
+
+def _work(row):
+    millions, gmacs = row.reported_cost
+    rows = [
+        ("", "counted", "paper", ""),
+        ("parameters", f"{row.params:,}", _or_dash(millions, "M"), ""),
+        ("GMACs", f"{row.gmacs:.4g}", _or_dash(gmacs), 'an image, forward; the papers\' "GFLOPs"'),
+        ("GFLOPs", f"{6 * row.gmacs:.4g}", "", "an image in training: 6 x GMACs; with remat 8 x"),
+    ]
+    for name, counted, paper, note in rows:
+        click.echo(f"{name:26}{counted:>12}{paper:>8}  {note}".rstrip())
+
+
+def _memory(row, batch_size, dtype):
+    state = evaluation.state_memory(row.params, dtype)
+    tokens, attention, remat = _kept(row, batch_size, dtype)
+    notes = {name: f"{size // row.params} bytes a weight" for name, size in state.items()}
+    rows = {
+        **state,
+        "activations": tokens,
+        "activations with remat": remat,
+        "attention not fused": attention,
+    }
+    notes["activations"] = "kept for the backward pass; fused attention"
+    notes["attention not fused"] = "more of them, without remat, on a CPU"
+    click.echo(f"\n{f'{dtype}, batch {batch_size}':26}{'GiB':>12}          estimates")
+    for name, size in rows.items():
+        click.echo(f"{name:26}{_gib(size):>12}          {notes.get(name, '')}".rstrip())
+    if tokens is not None:
+        fixed = sum(state.values())
+        click.echo(f"{'together':26}{_gib(fixed + tokens):>12}")
+        click.echo(f"{'together with remat':26}{_gib(fixed + remat):>12}")
+
+
+def _kept(row, batch_size, dtype):
+    """Bytes of activations, of attention that is not fused, of activations with `remat`."""
+    if row.architecture is not UViT:
+        return None, None, None
+    config = {**row.network, "dtype": dtype}
+    remat = evaluation.activation_memory({**config, "remat": True}, batch_size)
+    return *evaluation.activation_memory(config, batch_size), remat.tokens
+
+
+def _gib(size):
+    return "-" if size is None else f"{size / GIB:.3g}"
+
+
+def _or_dash(number, unit=""):
+    return "-" if number is None else f"{number}{unit}"

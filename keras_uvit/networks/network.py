@@ -1,0 +1,83 @@
+"""What U-ViT and U-Net share: their conditions, and how a config makes them again."""
+
+import keras
+from keras import initializers, layers
+
+
+class Network(keras.Model):
+    """A functional Keras model that its config makes again.
+
+    Args:
+        config: arguments of the subclass, as `config_of` gives them.
+        inputs: of the functional graph, as `inputs_of` gives them.
+        output: of the functional graph, `(B, H, W, C)` float32.
+    """
+
+    def __init__(self, config, inputs, output):
+        super().__init__(inputs, output, name=config["name"])
+        self.dtype_policy = keras.dtype_policies.get(config["dtype"])
+        self.autocast = False  # mixed precision must not round the timestep
+        self.config = config
+        self.image_shape, self.context_shape = config["image_shape"], config["context_shape"]
+        self.num_classes = config["num_classes"]
+        self.null_label = self.num_classes if config["null_label"] else None
+
+    def get_config(self):
+        return dict(self.config)
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+
+def config_of(arguments):
+    """The `locals()` of a constructor as a config: shapes are tuples, the policy has a name.
+
+    Raises:
+        ValueError: if the shapes or the number of classes cannot be.
+    """
+    config = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
+    for key, value in config.items():
+        config[key] = tuple(value) if isinstance(value, list) else value
+    config["dtype"] = keras.dtype_policies.get(config["dtype"]).name
+    image, context, classes = (config[k] for k in ("image_shape", "context_shape", "num_classes"))
+    if not _is_shape(image, 3):
+        raise ValueError(
+            f"image_shape must be (height, width, channels), channels last. Received: {image}."
+        )
+    if classes is not None and classes < 1:
+        raise ValueError(
+            "num_classes must be at least 1, or None for a network without labels. "
+            f"Received: {classes}."
+        )
+    if context is not None and not _is_shape(context, 2):
+        raise ValueError(f"context_shape must be (length, width). Received: {context}.")
+    return config
+
+
+def _is_shape(shape, length):
+    return isinstance(shape, tuple) and len(shape) == length and min(shape) >= 1
+
+
+def inputs_of(config):
+    """The inputs of a network by name: "image", "timestep" and its conditions."""
+    inputs = {
+        "image": keras.Input(config["image_shape"], dtype="float32", name="image"),
+        "timestep": keras.Input((), dtype="float32", name="timestep"),
+    }
+    if config["context_shape"]:
+        inputs["context"] = keras.Input(config["context_shape"], dtype="float32", name="context")
+    if config["num_classes"] is not None:
+        inputs["label"] = keras.Input((), dtype="int32", name="label")
+    return inputs
+
+
+def label_embedding(config, dim):
+    """The table of labels, with a last row for "no label" if `null_label`: N(0, 1) as PyTorch's."""
+    return layers.Embedding(
+        config["num_classes"] + int(config["null_label"]),
+        dim,
+        embeddings_initializer=initializers.RandomNormal(stddev=1.0),
+        dtype=config["dtype"],
+        name="label_embed",
+    )

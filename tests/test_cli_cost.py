@@ -1,0 +1,109 @@
+"""`keras-uvit cost`: what is counted, what is published, what is estimated."""
+
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from keras_uvit import UViT, cli, evaluation, presets
+
+LARGE = "uvit_large_imagenet256"
+MEMORY = (
+    *("weights", "gradients", "AdamW's two moments", "moving average"),
+    *("activations", "activations with remat", "together", "together with remat"),
+)
+
+
+def run(*words):
+    result = CliRunner().invoke(cli.main, ["cost", *map(str, words)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def table(text):
+    """Lines as {name: cells}; cells are what two blanks part."""
+    rows = [re.split(r" {2,}", line.strip()) for line in text.splitlines() if line.strip()]
+    return {name: cells for name, *cells in rows}
+
+
+def test_a_presets_counts_are_beside_the_papers():
+    rows = table(run(LARGE))
+    assert rows["parameters"] == ["286,763,172", "287M"]
+    assert rows["GMACs"][:2] == ["76.5", "77"]
+    assert rows["GFLOPs"][0] == "459"  # 6 x 76.5
+    assert "-" in table(run("uvit_mid_coco"))["parameters"]  # which is not in the paper
+
+
+def test_memory_is_that_of_the_batch_and_adds_up():
+    rows = table(run(LARGE, "--batch-size", 8))
+    sizes = {name: float(cells[0]) for name, cells in rows.items() if name in MEMORY}
+    assert sizes["weights"] == 1.07  # 4 bytes x 286,763,172 / 2^30
+    assert sizes["AdamW's two moments"] == 2.14
+    assert sizes["activations"] == 2.80  # as in tests/evaluation/test_memory.py, without attention
+    fixed = sum(sizes[name] for name in MEMORY[:4])
+    # Three digits each.
+    assert sizes["together"] == pytest.approx(fixed + sizes["activations"], abs=0.03)
+    assert sizes["together with remat"] == pytest.approx(
+        fixed + sizes["activations with remat"], abs=0.03
+    )
+    half = table(run(LARGE, "--batch-size", 8, "--dtype", "mixed_bfloat16"))
+    assert half["weights in half precision"][0] == "0.534"
+    assert float(half["activations"][0]) < sizes["activations"]
+
+
+def test_the_batch_is_the_presets_unless_another_is_given():
+    text = run("uvit_small_cifar10")
+    assert "float32, batch 128" in text
+    one = table(run("uvit_small_cifar10", "--batch-size", 1))
+    # Three digits each.
+    assert float(table(text)["activations"][0]) == pytest.approx(
+        128 * float(one["activations"][0]), rel=0.01
+    )
+
+
+def test_without_a_preset_all_are_listed():
+    rows = {line.split()[0]: line.split()[1:] for line in run().splitlines() if line}
+    assert set(presets.names()) <= set(rows)
+    for name in presets.names():
+        row, cells = presets.get(name), rows[name]
+        assert cells[0] == f"{row.params:,}"
+        assert float(cells[2]) == pytest.approx(row.gmacs, rel=0.005)  # three digits
+        assert float(cells[5]) == pytest.approx(20 * row.params / 2**30, rel=0.005)
+        is_known = row.architecture is UViT
+        assert (cells[6:] == ["-", "-"]) == (not is_known)
+        if is_known:
+            kept = evaluation.activation_memory(row.network).tokens / 2**30
+            assert float(cells[6]) == pytest.approx(kept, rel=0.005)
+
+
+def test_networks_without_an_estimate_say_so():
+    others = [name for name in presets.names() if presets.get(name).architecture is not UViT]
+    for name in others[:1]:
+        rows = table(run(name))
+        assert rows["activations"][0] == "-"
+        assert "together" not in rows
+
+
+def test_counts_are_those_that_the_paper_prints():
+    known = {name: row for name, row in presets.PRESETS.items() if row.reported_cost[0]}
+    assert len(known) >= 10
+    for name, row in known.items():
+        millions, gmacs = row.reported_cost
+        # U-ViTs are the paper's own; what they are compared with is near.
+        near = 0.5 if row.architecture is UViT else 0.01 * millions
+        assert row.params / 1e6 == pytest.approx(millions, abs=near), name
+        assert gmacs is None or row.gmacs == pytest.approx(gmacs, rel=0.01), name
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("uvit_large",), 1, "Unknown preset 'uvit_large'"),
+        ((LARGE, "--batch-size", "0"), 2, "0 is not in the range x>=1"),
+        ((LARGE, "--dtype", "float8"), 2, "'float8' is not one of"),
+    ],
+)
+def test_bad_input_gets_one_line(words, code, message):
+    result = CliRunner().invoke(cli.main, ["cost", *words])
+    assert result.exit_code == code
+    assert message in result.stderr.splitlines()[-1]
