@@ -54,7 +54,8 @@ def _all_costs(batch_size, dtype):
     for name, row in presets.PRESETS.items():
         millions, gmacs = row.reported_cost
         state = sum(evaluation.state_memory(row.params, dtype).values())
-        memory = [_gib(x) for x in (state, *_kept(row, batch_size, dtype)[::2])]
+        tokens, _, remat = _kept(row, batch_size, dtype)
+        memory = [_gib(size) for size in (state, tokens, remat)]
         counts = (f"{row.params:,}", _or_dash(millions, "M"), f"{row.gmacs:.3g}", _or_dash(gmacs))
         click.echo(_line(name, *counts, f"{6 * row.gmacs:.3g}", *memory))
     click.echo(
