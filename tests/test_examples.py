@@ -12,6 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = ["imagenet256", "imagenet512", "imagenet64", "cifar10", "celeba64", "coco", "shapes"]
+NAMES += ["ablations", "cka"]
 # They share their code: each is run on one backend, and on each backend one of text.
 CHOSEN = {
     "jax": ["imagenet512", "shapes"],
@@ -63,6 +64,28 @@ def test_cka_draws_maps_and_keeps_its_models(tmp_path, monkeypatch):
     assert found == {"none": skips["none"]}
 
 
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="elsewhere two compilations")
+def test_ablations_measure_each_variant_once(tmp_path):
+    options = ["--quick", "--out", tmp_path, "--num-steps", "2", "4", "--axes"]
+    result = run("ablations", *options, "time")
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("runs/*.json")}
+    assert sorted(rows) == ["AdaLN-0", "base-0"]
+    for row in rows.values():
+        assert row["steps"] == 44
+        assert sorted(row["scores"]) == ["2", "4"]
+        assert set(row["scores"]["4"]) == {"agreement", "distance"}
+    # AdaLN: four vectors a block instead of a token.
+    assert rows["AdaLN-0"]["parameters"] > rows["base-0"]["parameters"]
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + 2 * 2
+    assert (tmp_path / "ablations.png").stat().st_size
+    dates = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*.json")}
+    again = run("ablations", *options, "time")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "Run " not in again.stdout  # nothing is trained twice
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*.json")} == dates
+
+
 def test_without_latents_it_says_how_to_make_them_and_trains_on_digits(tmp_path):
     """Started without --quick, and stopped when it trains: what follows is that of --quick."""
     command = [sys.executable, "-u", EXAMPLES / "imagenet256.py", "--quiet", "--out", "run"]
@@ -92,7 +115,7 @@ def test_an_unfinished_cache_is_an_error_and_no_reason_for_a_stand_in(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "cka"])
+@pytest.mark.parametrize("name", NAMES)
 def test_help_teaches(name):
     text = (EXAMPLES / f"{name}.py").read_text().split('"""')[1]
     for word in ("Reproduces", "Expect", "Hardware", "Commands", "--quick"):

@@ -36,6 +36,9 @@ def norm(tensors):
 
 
 def blend(averages, weights, decay):
-    """average <- decay average + (1 - decay) weight, pair by pair of variables."""
+    """average <- decay average + (1 - decay) weight, pair by pair of variables.
+
+    Written as a step towards the weight, which rounds numbers of the weight's size once.
+    """
     for average, weight in zip(averages, weights):
-        average.assign(decay * average.value + (1.0 - decay) * weight.value)
+        average.assign(average.value + (1.0 - decay) * (weight.value - average.value))
