@@ -4,7 +4,7 @@ Reproduces   on 8x8 digits what the paper (arXiv 2209.12152) says of its ablatio
              added to the main branch, or left out, neighbouring blocks stay alike; concatenated,
              the tokens after a long skip differ from those before it.
 Expect       1,000 steps, one seed, t = 0.5: neighbouring deep blocks are alike by 0.86 where skips
-             are concatenated, by 0.95 where they are added, by 0.96 where there are none. The tokens
+             are concatenated, by 0.95 where they are added, by 0.96 where there are none. Tokens
              before and after a long skip: 0.95 and 0.97, hardly less where it concatenates.
 Hardware     2 CPU cores, JAX: 2.4 CPU minutes a model, of which there are nine; no GPU needed.
 Commands     python examples/cka.py                (KERAS_BACKEND=jax, tensorflow or torch)
