@@ -7,7 +7,7 @@ the same questions, each in its own way:
 |---|---|
 | `has_accelerator()` | whether the backend sees a GPU or TPU |
 | `fuses_attention()` | whether Keras' fused attention is the fastest there is, now |
-| `image_by_image(f, *tensors)` | `f` of them, an image at a time where that is faster |
+| `image_by_image(attend, q, k, v)` | `attend(q, k, v)`, an image at a time where that is faster |
 | `compiled(f)` | `f` of nested arrays, without gradients; one program where there is XLA |
 | `project(x, kernel, bias)` | a dense layer: `(..., D)` by `(D, M)`, plus `(M,)` or None |
 | `norm(tensors)` | Euclidean norm of all their numbers |

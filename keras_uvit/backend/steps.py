@@ -26,8 +26,8 @@ def guards_itself(optimizer):
     return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
 
 
-def image_by_image(function, *tensors):
-    return function(*tensors)
+def image_by_image(attend, query, key, value):
+    return attend(query, key, value)
 
 
 def norm(tensors):

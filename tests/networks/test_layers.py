@@ -1,5 +1,7 @@
 """Each layer against the formula in its docstring, and Keras' contract for all of them."""
 
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -135,6 +137,28 @@ def test_both_forms_of_attention_agree(monkeypatch):
     monkeypatch.setattr(parts.backend, "fuses_attention", lambda: True)
     fused = parts.backend.attention(*(ops.convert_to_tensor(a) for a in (q, k, v)))
     np.testing.assert_allclose(plain, numpy(fused), atol=1e-6)  # rounding of values of size one
+
+
+@pytest.mark.skipif(parts.backend.NAME != "jax", reason="the others take the batch as one")
+def test_attention_image_by_image_is_that_of_the_batch(monkeypatch):
+    import jax
+
+    qkv = [jax.numpy.asarray(random(3, 5, 2, 4, seed=i)) for i in range(3)]
+
+    def loops_and_gradients():
+        def total(*qkv):  # a new function each time: JAX keeps what it has traced
+            return (parts.backend.attention(*qkv) ** 2).sum()
+
+        loops = "scan" in str(jax.make_jaxpr(total)(*qkv))
+        return loops, jax.value_and_grad(total, argnums=(0, 1, 2))(*qkv)
+
+    looped, batch = loops_and_gradients()
+    assert not looped
+    monkeypatch.setattr(sys.modules["keras_uvit.backend.jax"], "LARGE", 0)
+    looped, images = loops_and_gradients()
+    assert looped
+    # Rounding of numbers of size one, sums of 24.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), images, batch)
 
 
 @pytest.mark.parametrize(("kind", "mlp"), [("layer", "gelu"), ("rms", "swiglu")])
