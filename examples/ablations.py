@@ -4,7 +4,7 @@ Reproduces   "All are Worth Words", Section 3.1 and Figures 2, 3, 8: how to join
              the time, end, cut and place patches; how deep, how wide, which patch size. And what
              came after: objectives, blocks, the CNN of equal cost.
 Expect       docs/science.md, which has what came out on the bundled digits, with its spread.
-Hardware     digits: 2 CPU cores, a minute a run (3,000 steps); CIFAR-10 and latents want a GPU.
+Hardware     digits: 2 CPU cores, HOW_LONG; CIFAR-10 and latents want a GPU.
 Commands     python examples/ablations.py                         (everything, three seeds, hours)
              python examples/ablations.py --axes skip time --seeds 0 1 2 3 4
              python examples/ablations.py --data shapes --axes skip
@@ -12,7 +12,7 @@ Commands     python examples/ablations.py                         (everything, t
                  --reference cifar10.npz --iterations 50000
              python examples/ablations.py --data CACHE ...        (a folder of `keras-uvit encode`)
              python examples/ablations.py --process 0/2           (and 1/2: two divide the runs)
-             python examples/ablations.py --quick                 (a minute, poor numbers)
+             python examples/ablations.py --quick                 (poor numbers, the same path)
 
 Every variant differs from "base" in what its name says. Base is the paper's network at the size of
 the data's preset (concatenated skips, time token, learned positions, 3x3 convolution), trained by
@@ -36,7 +36,7 @@ import keras  # noqa: E402
 import matplotlib  # noqa: E402
 import tasks  # noqa: E402
 
-from keras_uvit import UNet, training  # noqa: E402
+from keras_uvit import training  # noqa: E402
 from keras_uvit.evaluation import count_macs  # noqa: E402
 from keras_uvit.progress import say  # noqa: E402
 
@@ -44,7 +44,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 # axis: {variant: changes of the task's arguments}. "network" changes arguments of UViT, "model" of
-# DiffusionModel; depth and width are those of the base, scaled.
+# DiffusionModel; width and patch size are the base's times these. "network" is the task's own.
 OBJECTIVES = {
     "epsilon, VP linear": dict(prediction="epsilon", schedule="VPLinear"),
     "x0, VP cosine": dict(prediction="x0", schedule="VPCosine"),
@@ -85,13 +85,18 @@ AXES = {
         "SwiGLU": dict(network=dict(mlp="swiglu")),
         "qk norm": dict(network=dict(qk_norm=True)),
     },
-    "network": {"U-Net": dict(architecture=UNet)},
+    "network": {"U-Net": dict(unet=True)},
 }
 
 
 def main():
     options = parse()
     task = tasks.make(options)
+    if task.unet is None:
+        if "network" in (options.axes or []):
+            raise SystemExit(f"No U-Net of equal cost is known for --data {options.data}.")
+        del AXES["network"]
+    options.axes = options.axes or list(AXES)
     runs = [
         (axis, name, change, seed)
         for seed in options.seeds
@@ -99,7 +104,7 @@ def main():
     ]
     folder = Path(options.out) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    index, count = map(int, options.process.split("/"))
+    index, count = options.process
     for number, (axis, name, change, seed) in enumerate(runs[index::count]):
         path = folder / f"{name.replace(' ', '_')}-{seed}.json"
         if path.exists():
@@ -123,24 +128,50 @@ def parse():
     )
     add = parser.add_argument
     add("--data", default="digits", help="digits, shapes, cifar10 or a cache (%(default)s)")
-    add("--axes", nargs="+", default=list(AXES), choices=AXES, help="what to change (all)")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
-    add("--num-steps", nargs="+", type=int, help="of sampling, each measured (the preset's)")
-    add("--iterations", type=int, help="optimizer steps (the preset's)")
-    add("--num-images", type=int, default=1000, help="drawn a run (%(default)s)")
+    add("--axes", nargs="+", choices=AXES, help="what to change (all)")
+    add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="(0 1 2)")
+    add("--num-steps", nargs="+", type=at_least(2), help="of sampling, each measured (preset's)")
+    add("--iterations", type=at_least(1), help="optimizer steps (the preset's)")
+    add("--num-images", type=at_least(20), default=1000, help="drawn a run (%(default)s)")
     add("--inception", help="Inception weights; with --reference, measures FID")
     add("--reference", help="reference statistics of `keras-uvit statistics`")
     add("--autoencoder", help="of a cache of latents, for FID")
-    add("--process", default="0/1", help="K/N: every N-th run from the K-th (%(default)s)")
+    add(
+        "--process", type=part, default="0/1", help="K/N: each N-th run from the K-th (%(default)s)"
+    )
     add("--out", default="runs/ablations", help="folder to write into (%(default)s)")
     add("--precision", default="float32", choices=flags.PRECISIONS, help="(%(default)s)")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints (%(default)s)")
+    add(
+        "--save-every",
+        type=at_least(1),
+        default=1000,
+        help="steps between checkpoints (%(default)s)",
+    )
     add("--quick", action="store_true", help="44 steps, 50 images, one seed: try the path")
     options = parser.parse_args()
+    if bool(options.inception) != bool(options.reference):
+        parser.error("FID needs --inception and --reference.")
     if options.quick:
         options.iterations, options.num_images, options.seeds = 44, 50, [0]
     keras.config.set_dtype_policy(options.precision)
     return options
+
+
+def at_least(least):
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, is {text}")
+        return int(text)
+
+    return number
+
+
+def part(text):
+    """(K, N) of "K/N"."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be K/N, K from 0 to N - 1, is {text!r}")
+    return int(index), int(count)
 
 
 def variants(axes):

@@ -16,7 +16,7 @@ HELD_OUT = 2048  # images of which a loss is taken, at most
 
 
 def make(options):
-    """The task that `--data` names: one of `TASKS`, or a cache of latents or pixels."""
+    """The task that `--data` names: one of `TASKS`, or a cache of latents."""
     if options.data not in TASKS and not Path(options.data).is_dir():
         raise SystemExit(
             f"--data is one of {list(TASKS)} or the folder of a cache. Received: {options.data!r}."
@@ -27,10 +27,11 @@ def make(options):
 class Task:
     """Base: the preset's recipe, with the paper's choices for the network.
 
-    `better` says which way each score is better: 1 up, -1 down.
+    `better` says which way each score is better: 1 up, -1 down. `unet` is the preset of the CNN of
+    equal cost, where there is one.
     """
 
-    preset = None
+    preset = unet = None
     better = {"loss": -1}
 
     def __init__(self, options):
@@ -57,7 +58,7 @@ class Task:
         optimizer = dict(row.optimizer)
         if "decay_steps" in optimizer:
             optimizer["decay_steps"] = max(1, self.iterations - optimizer["warmup_steps"])
-        network = change.get("architecture", UViT)(**self._arguments(change))
+        network = self._network(change)
         dropout = row.condition_dropout if network.null_label or network.context_shape else 0.0
         model = DiffusionModel(
             network, optimizer=optimizer, condition_dropout=dropout, seed=seed, **own
@@ -66,14 +67,14 @@ class Task:
             setattr(model, name, encoder)
         return model
 
-    def _arguments(self, change):
-        if "architecture" in change:
-            return presets.get(f"unet_{self.preset.split('_', 1)[1]}").network
+    def _network(self, change):
+        if "unet" in change:
+            return presets.get(self.unet).new_network()
         own = {**self.network, **change.get("network", {})}
         heads = own["num_heads"]
         own["hidden_dim"] = round(own["hidden_dim"] * change.get("width", 1) / heads) * heads
         own["patch_size"] = round(own["patch_size"] * change.get("patch", 1))
-        return own
+        return UViT(**own)
 
     def loss(self, model):
         """Of pictures held out, by the averaged weights; comparable for one objective only."""
@@ -105,7 +106,7 @@ class Task:
 
 
 class Digits(Task):
-    preset = "uvit_tiny_digits"
+    preset, unet = "uvit_tiny_digits", "unet_tiny_digits"
     better = {"loss": -1, "agreement": 1, "distance": -1}
 
     def __init__(self, options):
@@ -162,7 +163,7 @@ class Cifar10(Task):
 
 
 class Cache(Task):
-    """Latents or pixels of `keras-uvit encode`, a network of U-ViT-S's size, U-ViT-L's recipe."""
+    """Latents that `keras-uvit encode` wrote, a network of U-ViT-S's size, U-ViT-L's recipe."""
 
     preset = "uvit_large_imagenet256"
 

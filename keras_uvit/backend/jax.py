@@ -22,13 +22,19 @@ LARGE = 2**20  # bytes of an image's weights; below it a batch takes as long, it
 
 def image_by_image(attend, query, key, value):
     """What one image needs in between stays in the CPU's cache; a batch's is memory that the
-    kernel maps anew at each call. With 258 tokens it takes less than half the time.
+    kernel maps anew at each call. With 258 tokens it takes less than half the time. The gradient
+    computes it again, which takes no longer than to keep it.
     """
     size = 4 * query.shape[1] * key.shape[1] * query.shape[2]
     # A loop over what is divided among devices would gather it.
     if size < LARGE or _distribution() is not None:
         return attend(query, key, value)
-    return jax.lax.map(lambda image: attend(*(a[None] for a in image))[0], (query, key, value))
+
+    @jax.checkpoint
+    def one(image):
+        return attend(*(a[None] for a in image))[0]
+
+    return jax.lax.map(one, (query, key, value))
 
 
 def compiled(function):
@@ -42,31 +48,11 @@ def normal_per_image(seeds, step, shape):
     return jax.vmap(draw)(seeds)
 
 
-# Differentiable in reverse only.
-@jax.custom_vjp
-def _product(x, kernel):
-    return x @ kernel
-
-
-def _gradients(kept, dy):
-    """As JAX' own, but the weight's asks for the transpose of the narrower of x and dy.
-
-    JAX always transposes dy, which XLA's CPU code does element by element inside what computes
-    dy: for the wide layer of an MLP this took as long as the product.
-    """
-    x, kernel = kept
-    rows = tuple(range(x.ndim - 1))
-    first, second = (x, dy) if x.shape[-1] <= dy.shape[-1] else (dy, x)
-    d_kernel = jax.lax.dot_general(first, second, ((rows, rows), ((), ())))
-    dx = jax.lax.dot_general(dy, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    return dx, d_kernel if first is x else d_kernel.T
-
-
-_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _gradients)
-
-
 def project(x, kernel, bias=None):
-    y = ops.matmul(x, kernel) if has_accelerator() else _product(x, kernel)
+    # Rows in one axis: the weight's gradient sums over them, and for two of them XLA's CPU code
+    # transposes x, element by element inside what computes it.
+    y = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), kernel)
+    y = ops.reshape(y, (*x.shape[:-1], kernel.shape[-1]))
     return y if bias is None else y + bias
 
 

@@ -16,6 +16,8 @@ A step whose loss or gradient norm is not finite changes no weight and no optimi
 import keras
 from keras import ops
 
+AdamW = keras.optimizers.AdamW
+
 
 def is_ok(loss, norm):
     return ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))

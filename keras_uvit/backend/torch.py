@@ -2,6 +2,7 @@
 
 import os
 
+import keras
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -47,6 +48,30 @@ def norm(tensors):
 def blend(averages, weights, decay):
     averages, weights = ([v.value.data for v in variables] for variables in (averages, weights))
     torch._foreach_lerp_(averages, weights, [1.0 - decay] * len(averages))
+
+
+class AdamW(type(keras.optimizers.AdamW())):
+    def _parallel_update_step(self, grads, variables, learning_rate):
+        def values(slots):
+            return [slots[self._get_variable_index(v)].value for v in variables]
+
+        # One pass. Keras' own makes a dozen, and temporary copies of all weights: half of the time
+        # of a step of 287M.
+        torch._fused_adamw_(
+            [v.value.data for v in variables],
+            grads,
+            values(self._momentums),
+            values(self._velocities),
+            [],
+            [ops.cast(self.iterations + 1, "float32")] * len(variables),
+            lr=ops.convert_to_tensor(learning_rate),
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            weight_decay=0.0,  # was applied before
+            eps=self.epsilon,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 # Training -----------------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ class DiffusionModel(keras.Model):
             null = dict(initializer="zeros", trainable=False, name="null_context")
             self.null_context = self.add_weight(shape=network.context_shape, **null)
         self.random = keras.random.SeedGenerator(seed)
+        objective.begin_random(self)
         self.norm_tracker = keras.metrics.Mean(name="grad_norm")
         # Set by whoever has them: such as latent.AutoencoderKL and latent.CLIPText.
         self.autoencoder = self.text_encoder = None

@@ -8,14 +8,24 @@ from keras_uvit import backend
 from keras_uvit.process import predictions, weighting
 
 DRAWS = 4  # random tensors of a step: posterior, time, noise, condition drop-out
+STREAM = 2**30  # numbers of a stream, of which each draw takes one
+
+
+def begin_random(model):
+    """Makes the draws a function of `model.seed`: half of the state, the other half counts steps.
+
+    The seed is no constant of a program, so models that differ in it share a compiled one.
+    """
+    # Hashed, because torch adds the two halves: neighbouring seeds would overlap.
+    base = int(np.random.SeedSequence(model.seed).generate_state(1)[0] >> 2)
+    model.random.state.assign(np.array([base, 0], model.random.state.dtype))
 
 
 def seed_random(model, stream, count):
     """Sets the state that a step draws from: a function of the seed, the stream and its count."""
-    # Hashed, because torch adds the two halves of the state: neighbouring seeds would overlap.
-    base = np.random.SeedSequence([model.seed, stream]).generate_state(1)[0] >> 2
-    state = ops.stack([ops.convert_to_tensor(int(base), "int32"), count * DRAWS])
-    model.random.state.assign(ops.cast(state, model.random.state.dtype))
+    state = model.random.state
+    place = ops.cast(stream * STREAM + count * DRAWS, state.dtype)
+    state.assign(ops.stack([state.value[0], place]))
 
 
 def loss(model, batch, network, training):

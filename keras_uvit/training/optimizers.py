@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_uvit import backend
+
 
 @keras.saving.register_keras_serializable("keras_uvit")
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
@@ -44,6 +46,11 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         return dict(self.config)
 
 
+@keras.saving.register_keras_serializable("keras_uvit")
+class AdamW(backend.AdamW):
+    """`keras.optimizers.AdamW`, under one name in files of all backends."""
+
+
 def adamw(
     learning_rate=2e-4,
     beta_1=0.99,
@@ -56,9 +63,10 @@ def adamw(
 ):
     """AdamW as in the published recipes: decay on every weight, linear warm-up from 0.
 
-    Keras adds epsilon to sqrt(v), PyTorch to the bias-corrected sqrt(v / (1 - beta_2^k)); at step
-    k Keras' 1e-8 acts like PyTorch's 1e-8 / sqrt(1 - beta_2^k): 1e-7 at the first step for beta_2
-    = 0.99, equal later. Both are far below any gradient that matters, so 1e-8 it is.
+    Keras adds epsilon to sqrt(v), PyTorch (there the update is its own, fused) to the
+    bias-corrected sqrt(v / (1 - beta_2^k)); at step k Keras' 1e-8 acts like PyTorch's 1e-8 /
+    sqrt(1 - beta_2^k): 1e-7 at the first step for beta_2 = 0.99, equal later. Both are far below
+    any gradient that matters, so 1e-8 it is.
 
     Args:
         learning_rate: float, after the warm-up.
@@ -72,13 +80,13 @@ def adamw(
         clipnorm: float or None. Largest norm of each weight's gradient.
 
     Returns:
-        `keras.optimizers.AdamW`.
+        `AdamW`.
     """
     schedule = learning_rate
     if warmup_steps or decay_steps:
         batches = gradient_accumulation_steps or 1
         schedule = WarmUp(learning_rate, warmup_steps, decay_steps, batches)
-    return keras.optimizers.AdamW(
+    return AdamW(
         schedule,
         beta_1=beta_1,
         beta_2=beta_2,

@@ -139,6 +139,14 @@ def test_both_forms_of_attention_agree(monkeypatch):
     np.testing.assert_allclose(plain, numpy(fused), atol=1e-6)  # rounding of values of size one
 
 
+def test_attention_of_huge_scores_picks_the_largest():
+    # exp(1e4) overflows float32; the weights are one-hot.
+    q, k, v = (random(2, 7, 3, 4, seed=i) for i in range(3))
+    scores = np.einsum("blnk,bmnk->bnlm", q, k)
+    expected = np.take_along_axis(v, scores.argmax(-1).transpose(0, 2, 1)[..., None], axis=1)
+    np.testing.assert_allclose(numpy(parts.backend.attention(1e4 * q, k, v)), expected, atol=1e-5)
+
+
 @pytest.mark.skipif(parts.backend.NAME != "jax", reason="the others take the batch as one")
 def test_attention_image_by_image_is_that_of_the_batch(monkeypatch):
     import jax

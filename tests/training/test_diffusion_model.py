@@ -139,6 +139,16 @@ def test_every_step_draws_anew_and_the_same_step_the_same():
     assert np.abs(first[:1] - draws_of_other_seed()) > 0
 
 
+def test_the_seed_is_a_part_of_the_state_that_training_keeps():
+    """As a constant of the program each seed would be compiled anew."""
+    model, other = make(), make(seed=1)
+    base = ops.convert_to_numpy(model.random.state)[0]
+    fit(model)
+    model.evaluate({key: value[:8] for key, value in DATA.items()}, batch_size=8, verbose=0)
+    assert ops.convert_to_numpy(model.random.state)[0] == base
+    assert ops.convert_to_numpy(other.random.state)[0] != base
+
+
 def draws_of_other_seed():
     model = make(compiled=False, seed=1)
     model._seed_random(0, model.step)
