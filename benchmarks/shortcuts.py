@@ -1,8 +1,10 @@
 """How much less work can sampling do, and what does it cost in quality?
 
     KERAS_BACKEND=jax python benchmarks/shortcuts.py --out runs/shortcuts   (20 minutes, 2 cores)
+    python examples/digits.py --num-layers 13 --out runs/deep               (a deep network)
+    python benchmarks/shortcuts.py --digits runs/deep/model.keras --out runs/deep
 
-The two models that ship with weights draw the same images in many ways, each with several seeds:
+The two models that ship with weights, or a saved one, draw the same images in many ways, each with several seeds:
 
     work       evaluations of the whole network for one image, a guided one being two, and an
                evaluation of the outer blocks alone their share of the blocks
@@ -88,11 +90,16 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/shortcuts"), help="(%(default)s)")
     parser.add_argument("--images", type=int, default=500, help="digits a seed (%(default)s)")
     parser.add_argument("--seeds", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--digits", help="a saved model of digits instead of those that ship")
     parser.add_argument("--only", nargs="+", help="names of ways; all")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for task in (Digits(options.images), Shapes(options.images // 4)):
+    if options.digits:
+        tasks = [Digits(options.images, keras.saving.load_model(options.digits))]
+    else:
+        tasks = [Digits(options.images), Shapes(options.images // 4)]
+    for task in tasks:
         rows += compare(task, options)
     (options.out / "rows.json").write_text(json.dumps(rows, indent=1))
     draw(rows, options.out / "shortcuts.png")
@@ -156,8 +163,8 @@ def unit(images):
 
 
 class Task:
-    def __init__(self):
-        self.model = presets.load(self.name, weights="pretrained")
+    def __init__(self, model=None):
+        self.model = model or presets.load(self.name, weights="pretrained")
 
     def draw(self, seed, way):
         start = time.perf_counter()
@@ -182,8 +189,8 @@ class Digits(Task):
     name = "uvit_tiny_digits"
     better = {"agreement": 1, "distance": -1}
 
-    def __init__(self, count):
-        super().__init__()
+    def __init__(self, count, model=None):
+        super().__init__(model)
         self.wanted = {"labels": np.arange(count) % 10}
         train, test = data.digits("train"), data.digits("test")
         self.real = features(test["image"])
@@ -216,9 +223,14 @@ def features(images):
 
 def draw(rows, path):
     """Each score over the work, a colour a family, the base's band behind them."""
-    panels = [("uvit_tiny_digits", "agreement"), ("uvit_tiny_digits", "distance"),
-              ("uvit_tiny_shapes", "attributes")]  # fmt: skip
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    panels = [
+        (task.name, score)
+        for task in (Digits, Shapes)
+        for score in task.better
+        if any(row["model"] == task.name for row in rows)
+    ]
+    size = (5 * len(panels), 4.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
     families = list(dict.fromkeys(row["family"] for row in rows))
     for axis, (model, score) in zip(axes, panels):
         own = [row for row in rows if row["model"] == model]

@@ -4,8 +4,9 @@ Reproduces   "All are Worth Words", Section 3.1 and Figures 2, 3, 8: how to join
              the time, end, cut and place patches; how deep, how wide, which patch size. And what
              came after: objectives, blocks, the CNN of equal cost.
 Expect       docs/science.md, which has what came out on the bundled digits, with its spread.
-Hardware     digits: 2 CPU cores, HOW_LONG; CIFAR-10 and latents want a GPU.
+Hardware     digits: 2 CPU cores, 2 CPU minutes for a run of 1,500 steps; the rest wants a GPU.
 Commands     python examples/ablations.py                         (everything, three seeds, hours)
+             python examples/ablations.py --iterations 1500       (what docs/science.md shows)
              python examples/ablations.py --axes skip time --seeds 0 1 2 3 4
              python examples/ablations.py --data shapes --axes skip
              python examples/ablations.py --data cifar10 --inception pt_inception.pth \\
@@ -19,7 +20,8 @@ the data's preset (concatenated skips, time token, learned positions, 3x3 convol
 that preset's recipe: on digits v-prediction, for noise prediction draws poor ones in 3,000 steps.
 
 Runs that are done are kept, so the same command goes on where it was, and another one only adds
-what is missing. Writes into --out: runs/VARIANT-SEED.json, table.md, ablations.png.
+what is missing. Writes into --out: runs/VARIANT-SEED.json, table.md, ablations.png and, of several
+--num-steps, steps.png.
 """
 
 import argparse
@@ -104,6 +106,7 @@ def main():
     ]
     folder = Path(options.out) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
+    agree(options, task)
     index, count = options.process
     for number, (axis, name, change, seed) in enumerate(runs[index::count]):
         path = folder / f"{name.replace(' ', '_')}-{seed}.json"
@@ -119,6 +122,8 @@ def main():
     (Path(options.out) / "table.md").write_text(text)
     draw(summary, task.better, Path(options.out) / "ablations.png")
     print(text)
+    if len(options.num_steps or []) > 1 and len(task.better) > 1:
+        draw_steps(summary, task.better, Path(options.out) / "steps.png")
     print(f"Look at {Path(options.out) / 'ablations.png'}")
 
 
@@ -155,6 +160,17 @@ def parse():
         options.iterations, options.num_images, options.seeds = 44, 50, [0]
     keras.config.set_dtype_policy(options.precision)
     return options
+
+
+def agree(options, task):
+    """One table compares runs of equal settings."""
+    path, now = Path(options.out) / "settings.json", {"iterations": task.iterations}
+    now |= {key: getattr(options, key) for key in ("data", "num_steps", "num_images", "precision")}
+    then = json.loads(path.read_text()) if path.exists() else now
+    other = {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
+    if other:
+        raise SystemExit(f"{options.out} has runs of other settings, (then, now): {other}.")
+    keep(path, now)
 
 
 def at_least(least):
@@ -214,10 +230,10 @@ def summarize(rows):
         own = [row for row in rows if row["variant"] == name]
         for steps in own[0]["scores"]:
             values = {"loss": [row["loss"] for row in own]}
+            if axis == "objective":
+                del values["loss"]  # of another objective: of another size
             for score in own[0]["scores"][steps]:
-                values[score] = [
-                    row["scores"][steps][score] for row in own if steps in row["scores"]
-                ]
+                values[score] = [row["scores"][steps][score] for row in own]
             summary.append(
                 {
                     "axis": axis,
@@ -244,13 +260,14 @@ def table(summary):
     lines = [head, ["---"] * len(head)]
     for row in summary:
         cells = [row["axis"], row["variant"], f"{row['parameters']:,}", f"{row['macs'] / 1e6:.2f}"]
-        lines.append(
-            [*cells, str(row["steps"]), *map(cell, row["scores"].values()), str(row["seeds"])]
-        )
+        lines.append([*cells, str(row["steps"]), *(cell(row["scores"].get(key)) for key in scores)])
+        lines[-1].append(str(row["seeds"]))
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def cell(value):
+    if value is None:
+        return "-"
     mean, deviation = value
     return f"{mean:.4f}" if deviation is None else f"{mean:.4f} +- {deviation:.4f}"
 
@@ -266,6 +283,8 @@ def draw(summary, better, path):
     )  # fmt: skip
     for axis, score in zip(axes[0], scores):
         for place, row in enumerate(rows):
+            if score not in row["scores"]:
+                continue
             mean, deviation = row["scores"][score]
             color = "C1" if row["variant"] == "base" else "C0"
             axis.errorbar(mean, place, xerr=deviation or 0, marker="o", capsize=3, color=color)
@@ -274,6 +293,27 @@ def draw(summary, better, path):
         axis.set(xlabel=f"{score} ({'higher' if better[score] > 0 else 'lower'} is better)")
         axis.grid(alpha=0.3)
     axes[0][0].set_yticks(range(len(rows)), [f"{row['axis']}: {row['variant']}" for row in rows])
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_steps(summary, better, path):
+    """What is drawn, over sampling steps: the objectives and the base."""
+    scores = [score for score in better if score != "loss"]
+    figure, axes = plt.subplots(
+        1, len(scores), figsize=(5 * len(scores) + 2, 4), squeeze=False, layout="constrained"
+    )
+    rows = [row for row in summary if row["axis"] in ("base", "objective")]
+    for axis, score in zip(axes[0], scores):
+        for name in dict.fromkeys(row["variant"] for row in rows):
+            own = sorted((row for row in rows if row["variant"] == name), key=lambda r: r["steps"])
+            mean, deviation = zip(*(row["scores"][score] for row in own))
+            bars = [value or 0 for value in deviation]
+            steps = [row["steps"] for row in own]
+            axis.errorbar(steps, mean, bars, marker="o", capsize=3, label=name)
+        axis.set(xlabel="sampling steps", ylabel=score)
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

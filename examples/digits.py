@@ -43,7 +43,8 @@ def main():
     row = keras_uvit.presets.get("uvit_tiny_digits")
     steps = 44 if options.quick else options.steps or row.iterations
     train, test = keras_uvit.data.digits("train"), keras_uvit.data.digits("test")
-    model = keras_uvit.presets.load("uvit_tiny_digits", seed=options.seed)
+    layers = {} if options.num_layers is None else {"num_layers": options.num_layers}
+    model = keras_uvit.presets.load("uvit_tiny_digits", seed=options.seed, **layers)
     model.recipe["decay_steps"] = max(steps - model.recipe["warmup_steps"], 1)
     model.compile()
 
@@ -96,6 +97,7 @@ def parse():
     )
     parser.add_argument("--out", default="runs/digits", help="folder to write into (%(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps (the preset's)")
+    parser.add_argument("--num-layers", type=int, help="transformer blocks, odd (the preset's)")
     # One process, because `shuffled` gives whole batches; and a demo begins anew each time.
     flags.add_to(parser, devices=("one", "all"), resume=OFF, off=[OFF])
     parser.add_argument("--quick", action="store_true", help="44 steps, 100 images: try the path")

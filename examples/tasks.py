@@ -136,12 +136,13 @@ class Shapes(Task):
     def dataset(self, seed):
         return data.image_shards(self.cache, self.row.batch_size, seed=seed)
 
-    def held_out(self):
+    def loss(self, model):
         scenes = shapes.scenes(256, "test", seed=1)
         pictures = np.stack([shapes.draw(scene, k) for k, scene in enumerate(scenes)])
         contexts = self.encoders["text_encoder"]([str(scene) for scene in scenes])
         batch = {"image": pictures, "context": keras.ops.convert_to_numpy(contexts)}
-        return in_batches(batch, self.row.batch_size)
+        options = dict(batch_size=self.row.batch_size, verbose=0, return_dict=True)
+        return model.evaluate(batch, **options)["loss"]
 
     def wanted(self, count):
         return {"prompts": [str(scene) for scene in shapes.scenes(count, "test", seed=0)]}
@@ -200,13 +201,6 @@ def in_memory(images, batch_size, seed=0):
     """Whole batches of arrays, in an order that is a function of (seed, epoch)."""
     source = data.sources.arrays(images, "digits")
     return data.images.in_memory(source, batch_size, flip=False, seed=seed, verbose=0)
-
-
-def in_batches(arrays, batch_size):
-    """Whole batches of a dict of arrays, in their order."""
-    count = len(next(iter(arrays.values())))
-    for first in range(0, count - batch_size + 1, batch_size):
-        yield {key: value[first : first + batch_size] for key, value in arrays.items()}
 
 
 if __name__ == "__main__":

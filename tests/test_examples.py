@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,12 +79,35 @@ def test_ablations_measure_each_variant_once(tmp_path):
     # AdaLN: four vectors a block instead of a token.
     assert rows["AdaLN-0"]["parameters"] > rows["base-0"]["parameters"]
     assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + 2 * 2
-    assert (tmp_path / "ablations.png").stat().st_size
+    assert all((tmp_path / name).stat().st_size for name in ("ablations.png", "steps.png"))
     dates = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*.json")}
     again = run("ablations", *options, "time")
     assert again.returncode == 0, again.stderr[-2000:]
     assert "Run " not in again.stdout  # nothing is trained twice
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*.json")} == dates
+
+
+BAD = {
+    "--process 2/2": "K from 0 to N - 1",
+    "--num-steps 1": "must be 2 or more",
+    "--iterations 0": "must be 1 or more",
+    "--reference r.npz": "FID needs --inception and --reference",
+    "--data nowhere": "the folder of a cache",
+    "--data cifar10 --axes network": "No U-Net of equal cost is known",
+    "--iterations 5": r"other settings.*'iterations': \(3000, 5\)",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_ablations_refuse_before_they_train(tmp_path, monkeypatch, capsys, words):
+    settings = dict(iterations=3000, data="digits", num_steps=None, num_images=1000)
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "precision": "float32"}))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--out", str(tmp_path), *words.split()])
+    with pytest.raises(SystemExit) as error:
+        importlib.import_module("ablations").main()
+    assert re.search(BAD[words], f"{error.value} {capsys.readouterr().err}")
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_without_latents_it_says_how_to_make_them_and_trains_on_digits(tmp_path):
