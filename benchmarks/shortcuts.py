@@ -4,7 +4,8 @@
     python examples/digits.py --num-layers 13 --out runs/deep               (a deep network)
     python benchmarks/shortcuts.py --digits runs/deep/model.keras --out runs/deep
 
-The two models that ship with weights, or a saved one, draw the same images in many ways, each with several seeds:
+The two models that ship with weights, or a saved one, draw the same images in many ways, each with
+several seeds:
 
     work       evaluations of the whole network for one image, a guided one being two, and an
                evaluation of the outer blocks alone their share of the blocks
