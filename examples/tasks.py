@@ -1,5 +1,6 @@
 """What `ablations.py` learns and measures: data with their recipe, scores of what is drawn."""
 
+import dataclasses
 from pathlib import Path
 
 import digits
@@ -172,11 +173,12 @@ class Cache(Task):
         super().__init__(options)
         small = presets.get("uvit_small_cifar10").network
         cache = self.dataset(0)
+        scale = cache.scale or self.row.latent_scale  # where the cache does not say
+        self.row = dataclasses.replace(self.row, latent_scale=scale)
         shape = cache.sample_shape
         self.network = {**small, "image_shape": (*shape[:2], shape[2] // 2)}
         self.network |= {"num_classes": cache.num_classes, "position": "learned"}
         if options.autoencoder:
-            scale = self.row.latent_scale
             encoder = AutoencoderKL.from_file(options.autoencoder, scale=scale)
             self.encoders = {"autoencoder": encoder}
         elif "FID" in self.better:
@@ -187,8 +189,9 @@ class Cache(Task):
 
     def loss(self, model):
         """Of images that it was trained on: a cache holds nothing out."""
-        steps = max(1, HELD_OUT // 256)
-        return model.evaluate(self.dataset(0), steps=steps, verbose=0, return_dict=True)["loss"]
+        dataset = self.dataset(0)
+        steps = min(len(dataset), HELD_OUT // 256)
+        return model.evaluate(dataset, steps=steps, verbose=0, return_dict=True)["loss"]
 
     def score(self, model, seed, num_steps):
         return super().score(model, seed, num_steps) if self.encoders else {}
