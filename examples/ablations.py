@@ -312,6 +312,8 @@ def draw_steps(summary, better, path):
             steps = [row["steps"] for row in own]
             axis.errorbar(steps, mean, bars, marker="o", capsize=3, label=name)
         axis.set(xlabel="sampling steps", ylabel=score)
+        if better[score] < 0:
+            axis.set_yscale("log")  # the worst is many times the best
         axis.grid(alpha=0.3)
     axes[0][-1].legend()
     figure.savefig(path, dpi=100)
