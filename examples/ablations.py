@@ -6,7 +6,7 @@ Reproduces   "All are Worth Words", Section 3.1 and Figures 2, 3, 8: how to join
 Expect       docs/science.md, which has what came out on the bundled digits, with its spread.
 Hardware     digits: 2 CPU cores, 2 CPU minutes for a run of 1,500 steps; the rest wants a GPU.
 Commands     python examples/ablations.py                         (everything, three seeds, hours)
-             python examples/ablations.py --iterations 1500       (what docs/science.md shows)
+             python examples/ablations.py --iterations 1500 --num-steps 5 10 25   (docs/science.md)
              python examples/ablations.py --axes skip time --seeds 0 1 2 3 4
              python examples/ablations.py --data shapes --axes skip
              python examples/ablations.py --data cifar10 --inception pt_inception.pth \\
@@ -165,11 +165,14 @@ def parse():
 def agree(options, task):
     """One table compares runs of equal settings."""
     path, now = Path(options.out) / "settings.json", {"iterations": task.iterations}
-    now |= {key: getattr(options, key) for key in ("data", "num_steps", "num_images", "precision")}
+    names = "data num_steps num_images precision inception reference autoencoder"
+    now |= {name: getattr(options, name) for name in names.split()}
     then = json.loads(path.read_text()) if path.exists() else now
     other = {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
     if other:
-        raise SystemExit(f"{options.out} has runs of other settings, (then, now): {other}.")
+        raise SystemExit(
+            f"{options.out} has runs of other settings, (then, now): {other}. Choose another --out."
+        )
     keep(path, now)
 
 
@@ -218,7 +221,7 @@ def train(task, change, seed, options, path):
 
 
 def keep(path, row):
-    beside = path.with_suffix(".part")
+    beside = path.with_suffix(f".{os.getpid()}.part")
     beside.write_text(json.dumps(row))
     os.replace(beside, path)
 

@@ -52,6 +52,9 @@ def blend(averages, weights, decay):
 
 class AdamW(type(keras.optimizers.AdamW())):
     def _parallel_update_step(self, grads, variables, learning_rate):
+        if self.amsgrad:
+            return super()._parallel_update_step(grads, variables, learning_rate)
+
         def values(slots):
             return [slots[self._get_variable_index(v)].value for v in variables]
 

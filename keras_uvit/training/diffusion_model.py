@@ -275,6 +275,7 @@ class DiffusionModel(keras.Model):
         if not kwargs.get("_use_cached_eval_dataset"):
             x = batches.check_source(self, x, y, batch_size)
         self.test_step_count.assign(0)
+        objective.begin_random(self)
         if getattr(x, "shuffles_itself", False):
             x.epoch = x.epoch  # begins it anew: each evaluation reads the same
         return super().evaluate(x, y, batch_size, **kwargs)

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_uvit import backend, progress
 from keras_uvit.data.shuffled import ShuffledDataset
-from keras_uvit.training import batches, checkpoints, text_space
+from keras_uvit.training import batches, checkpoints, objective, text_space
 from keras_uvit.training.callbacks import Checkpoint, StopOnNonFinite
 from keras_uvit.training.checkpoints import CheckpointError, Place
 
@@ -40,6 +40,7 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
     options["verbose"] = options["verbose"] if backend.is_first() else 0
     guard = StopOnNonFinite(model)
     model.skipped_in_row.assign(0)
+    objective.begin_random(model)  # weights loaded from another model brought its seed with them
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks.append(guard)
     else:

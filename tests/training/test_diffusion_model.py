@@ -147,6 +147,9 @@ def test_the_seed_is_a_part_of_the_state_that_training_keeps():
     model.evaluate({key: value[:8] for key, value in DATA.items()}, batch_size=8, verbose=0)
     assert ops.convert_to_numpy(model.random.state)[0] == base
     assert ops.convert_to_numpy(other.random.state)[0] != base
+    model.random.state.assign(other.random.state)  # as loading its weights does
+    fit(model)
+    assert ops.convert_to_numpy(model.random.state)[0] == base
 
 
 def draws_of_other_seed():
