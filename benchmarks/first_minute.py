@@ -37,10 +37,8 @@ start = time.perf_counter()
 model = presets.load(sys.argv[1])
 model.compile(jit_compile=keras.config.backend() != "torch")
 shape, classes = model.network.image_shape, model.network.num_classes
-if model.latent_scale:
-    batch = {"latent": np.ones((2, *shape), "float32")}
-else:
-    batch = {"image": np.ones((2, *shape), "float32")}
+noise = np.random.default_rng(0).standard_normal((2, *shape), "float32")
+batch = {"latent": noise} if model.latent_scale else {"image": noise.clip(-1, 1)}
 if classes:
     batch["label"] = np.zeros(2, "int32")
 model.fit(batch, batch_size=2, verbose=0)

@@ -9,6 +9,7 @@ the same questions, each in its own way:
 | `fuses_attention()` | whether Keras' fused attention is the fastest there is, now |
 | `image_by_image(attend, q, k, v)` | `attend(q, k, v)`, an image at a time where that is faster |
 | `compiled(f)` | `f` of nested arrays, without gradients; one program where there is XLA |
+| `images_at_once(size)` | how many to draw together, with tensors of `size` bytes for each |
 | `project(x, kernel, bias)` | a dense layer: `(..., D)` by `(D, M)`, plus `(M,)` or None |
 | `norm(tensors)` | Euclidean norm of all their numbers |
 | `blend(averages, weights, decay)` | moves each average towards its weight, in place |

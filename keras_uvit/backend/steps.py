@@ -32,6 +32,10 @@ def image_by_image(attend, query, key, value):
     return attend(query, key, value)
 
 
+def images_at_once(size):
+    return 64
+
+
 def norm(tensors):
     """Euclidean norm of all numbers in them, float32."""
     return ops.sqrt(sum(ops.sum(ops.square(ops.cast(t, "float32"))) for t in tensors))

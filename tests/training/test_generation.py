@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 from words import Words
 
-from keras_uvit import DiffusionModel, UViT
+from keras_uvit import DiffusionModel, UViT, backend
 from keras_uvit.process import samplers
 from keras_uvit.training import generation
 
@@ -66,6 +66,22 @@ def test_several_calls_share_what_one_draws(model, sampler):
     np.testing.assert_allclose(with_numpy, large[2:4], atol=rounding)
     elsewhere = draw(model, labels[:1], sampler=sampler, seed=3, first=3)
     assert np.abs(elsewhere - large[:1]).max() > 0.05  # `first` is not passed over
+
+
+def test_the_backend_says_how_many_images_at_once(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(backend, "images_at_once", lambda size: asked.append(size) or 2)
+    np.testing.assert_array_equal(draw(model, seed=3), draw(model, seed=3, batch_size=2))
+    tokens = 1 + 1 + 4  # time, label, patches
+    assert asked == [2 * 4 * 4 * tokens * TINY["hidden_dim"]]
+
+
+def test_images_at_once_stay_below_what_is_mapped_anew():
+    for size in (1, 3000, 4_210_688, 2**25, 2**40):
+        count = backend.images_at_once(size)
+        assert 1 <= count <= 64
+        if BACKEND == "torch" and not backend.has_accelerator():
+            assert count in (1, 64) or 2**24 < count * size <= 2**25
 
 
 def test_large_indices_have_noise_of_their_own():

@@ -227,6 +227,13 @@ def of_std(key, std):
 
 
 @pytest.mark.usefixtures("nothing_is_compiled")
+def test_equal_numbers_are_no_latents():
+    assert "All numbers in the first batch of 'latent' are equal" in refusal(
+        make(latent_scale=1.0), {"latent": np.ones_like(NOISE)}
+    )
+
+
+@pytest.mark.usefixtures("nothing_is_compiled")
 @pytest.mark.parametrize("std", [5.5, 0.18])
 @pytest.mark.parametrize("key", ["latent", "moments"])
 def test_latents_of_the_wrong_standard_deviation_are_refused_with_the_scale_that_fits(key, std):
