@@ -82,6 +82,14 @@ WAYS = {
         for n in (25, 20, 15)
     },
 }
+# Of networks with more than two pairs of blocks around a middle.
+DEEP = {
+    f"2m, {n}, middle 1 in {k}, 2 outer": (
+        "middle kept, two outer blocks",
+        dict(sampler=TWO, num_steps=n, middle_every=k, outer_blocks=2),
+    )
+    for n, k in ((25, 2), (20, 2), (15, 2), (20, 3))
+}
 
 
 def main():
@@ -107,7 +115,8 @@ def main():
 
 
 def compare(task, options):
-    ways = {name: way for name, way in WAYS.items() if name == "base" or not options.only
+    ways = WAYS | (DEEP if task.model.network.config["num_layers"] > 5 else {})
+    ways = {name: way for name, way in ways.items() if name == "base" or not options.only
             or name in options.only}  # fmt: skip
     exact = [task.draw(seed, dict(sampler=TWO, num_steps=200))[0] for seed in range(1)]
     rows = []
@@ -181,7 +190,7 @@ class Task:
             way.get("guidance_interval", (0.0, 1.0)),
             way.get("guidance_every", 1),
             way.get("middle_every", 1),
-            outer_blocks=1,
+            way.get("outer_blocks", 1),
         )
         return len(steps) * float(work(plan, steps.t, self.model.network.config["num_layers"]))
 
