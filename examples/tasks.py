@@ -123,7 +123,7 @@ class Digits(Task):
 
 
 class Shapes(Task):
-    preset = "uvit_tiny_shapes"
+    preset, unet = "uvit_tiny_shapes", "unet_tiny_shapes"
     better = {"loss": -1, "attributes": 1}
 
     def __init__(self, options):

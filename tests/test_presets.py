@@ -80,9 +80,10 @@ PUBLISHED = {
 # The same networks, by USiT's recipe (DC-AE's program).
 FLOW = {f"{name}_flow": name for name in ("uvit_huge_imagenet256", "uvit_huge_imagenet512")}
 # What U-ViT is compared with: the row whose recipe it has, millions of parameters and GMACs to be
-# near to (the paper's; of the digits, U-ViT's own), FID (Table 1, Appendix E, Table 4).
+# near to (the paper's; of digits and shapes, U-ViT's own), FID (Table 1, Appendix E, Table 4).
 COMPARED = {
     "unet_tiny_digits": ("uvit_tiny_digits", 0.4155, 0.00764, None),
+    "unet_tiny_shapes": ("uvit_tiny_shapes", 0.6107, 0.0519, None),
     "unet_huge_imagenet256": ("uvit_huge_imagenet256", 646, 135, 2.66),
     "unet_small_coco": ("uvit_small_coco", 53, None, 7.32),
     "vit_adaln_cifar10": ("uvit_small_cifar10", 11, None, 20.20),
@@ -192,12 +193,13 @@ def test_a_row_of_flow_matching_is_its_network_by_the_recipe_of_usit(name):
 def test_a_row_that_is_compared_has_the_recipe_and_nearly_the_cost(name):
     row, (other, millions, gmacs, fid) = presets.get(name), COMPARED[name]
     fields = {field.name for field in dataclasses.fields(row)}
-    own = {"paper_name", "architecture", "network", "params", "gmacs", "weights"}
+    own = {"paper_name", "architecture", "network", "params", "gmacs", "weights", "context_encoder"}
     for field in fields - own - {"reported_fid", "reported_cost"}:
         assert getattr(row, field) == getattr(presets.get(other), field), field
-    # 2 %: widths of whole heads and whole blocks come no nearer.
-    assert row.params / 1e6 == pytest.approx(millions, rel=0.02)
-    assert gmacs is None or row.gmacs == pytest.approx(gmacs, rel=0.02)
+    # Widths of whole heads and whole blocks come no nearer.
+    near = 0.035 if "tiny" in name else 0.02
+    assert row.params / 1e6 == pytest.approx(millions, rel=near)
+    assert gmacs is None or row.gmacs == pytest.approx(gmacs, rel=near)
     assert (row.reported_fid, row.weights) == (fid, None)
 
 
