@@ -1,7 +1,7 @@
 """How much less work can sampling do, and what does it cost in quality?
 
     KERAS_BACKEND=jax python benchmarks/shortcuts.py --out runs/shortcuts   (20 minutes, 2 cores)
-    python examples/digits.py --num-layers 13 --out runs/deep               (a deep network)
+    python examples/digits.py --num-layers 13 --out runs/deep     (a deep network, 9 minutes)
     python benchmarks/shortcuts.py --digits runs/deep/model.keras --out runs/deep
 
 The two models that ship with weights, or a saved one, draw the same images in many ways, each with
