@@ -293,11 +293,17 @@ def draw(summary, better, path):
             axis.errorbar(mean, place, xerr=deviation or 0, marker="o", capsize=3, color=color)
             if row["variant"] == "base":
                 axis.axvspan(mean - (deviation or 0), mean + (deviation or 0), color="0.9")
-        axis.set(xlabel=f"{score} ({'higher' if better[score] > 0 else 'lower'} is better)")
+        direction = "higher" if better[score] > 0 else "lower"
+        axis.set(xlabel=f"{score} ({direction} is better)", xscale=scale_of(score, better))
         axis.grid(alpha=0.3)
     axes[0][0].set_yticks(range(len(rows)), [f"{row['axis']}: {row['variant']}" for row in rows])
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def scale_of(score, better):
+    """Of distances the worst is many times the best."""
+    return "log" if better[score] < 0 and score != "loss" else "linear"
 
 
 def draw_steps(summary, better, path):
@@ -314,9 +320,7 @@ def draw_steps(summary, better, path):
             bars = [value or 0 for value in deviation]
             steps = [row["steps"] for row in own]
             axis.errorbar(steps, mean, bars, marker="o", capsize=3, label=name)
-        axis.set(xlabel="sampling steps", ylabel=score)
-        if better[score] < 0:
-            axis.set_yscale("log")  # the worst is many times the best
+        axis.set(xlabel="sampling steps", ylabel=score, yscale=scale_of(score, better))
         axis.grid(alpha=0.3)
     axes[0][-1].legend()
     figure.savefig(path, dpi=100)
