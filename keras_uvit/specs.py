@@ -45,7 +45,7 @@ SAMPLING_OPTIONS = options(
     click.option("--guidance-scale", type=float, help="1.0 is off; the model's."),
     click.option("--fast", is_flag=True, help="Few steps, guided where it matters: presets.FAST."),
     click.option("--seed", type=int, default=0, show_default=True),
-    click.option("--batch-size", type=int, default=64, show_default=True),
+    click.option("--batch-size", type=int, help="Images at a time; what is fast here."),
     click.option("--raw", is_flag=True, help="The weights themselves, not their moving average."),
 )
 RESIZE = click.option(
