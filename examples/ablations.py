@@ -4,8 +4,8 @@ Reproduces   "All are Worth Words", Section 3.1 and Figures 2, 3, 8: how to join
              the time, end, cut and place patches; how deep, how wide, which patch size. And what
              came after: objectives, blocks, the CNN of equal cost.
 Expect       docs/science.md, which has what came out on the bundled digits, with its spread.
-Hardware     2 CPU cores: digits 2 CPU minutes for a run of 1,500 steps, shapes 5 for 1,000 (the U-Net
-             17); the rest wants a GPU.
+Hardware     2 CPU cores: digits 2 CPU minutes for a run of 1,500 steps, shapes 5 for 1,000 (the
+             U-Net 17); the rest wants a GPU.
 Commands     python examples/ablations.py                         (everything, three seeds, hours)
              python examples/ablations.py --iterations 1500 --num-steps 5 10 25   (docs/science.md)
              python examples/ablations.py --axes skip time --seeds 0 1 2 3 4
