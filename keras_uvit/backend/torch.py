@@ -38,8 +38,8 @@ def normal_per_image(seeds, step, shape):
 def images_at_once(size):
     if has_accelerator():
         return 64
-    # glibc maps what is larger than 32 MiB anew each time: a sixth of U-ViT-S/2's sampling. XLA
-    # makes one mapping for the whole loop. A power of two divides what people ask for.
+    # glibc maps what is larger than 32 MiB anew each time: a sixth of U-ViT-S/2's sampling. A power
+    # of two divides what people ask for.
     return min(64, 2 ** int(math.log2(max(1, 2**25 // size))))
 
 

@@ -147,8 +147,11 @@ def _checked(
     for name, value in (("seed", seed), ("first", first)):
         if not isinstance(value, int | np.integer) or value < 0:
             raise ValueError(f"{name} must be an int >= 0. Received: {value!r}.")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1. Received: {batch_size}.")
+    is_int = isinstance(batch_size, int | np.integer)
+    if batch_size is not None and not (is_int and batch_size >= 1):
+        raise ValueError(
+            f"batch_size must be at least 1, an int or None. Received: {batch_size!r}."
+        )
     steps = _steps(model, sampler, num_steps)
     plan = Plan(
         _scale(model, guidance_scale), guidance_interval, guidance_every, middle_every, outer_blocks

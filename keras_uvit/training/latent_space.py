@@ -76,14 +76,17 @@ def check_std(model, key, value):
     value = np.asarray(value, "float32")
     if value.size < 1000:
         return
+    if value.min() == value.max():
+        raise ValueError(
+            f"All numbers in the first batch of {key!r} are equal: {value.flat[0]:g}. Pass what an "
+            "autoencoder makes of images, such as a cache of `keras-uvit encode`."
+        )
     if key == "latent":
         std = value.std()
     else:
         mean, log_variance = np.split(value, 2, axis=-1)
         noise = np.exp(np.clip(log_variance, -30.0, 20.0)).mean()
         std = model.latent_scale * np.sqrt(mean.var() + noise)
-    if std == 0:
-        raise ValueError(f"All numbers in the first batch of {key!r} are equal: no latents.")
     if not STD[0] < std < STD[1]:
         times = "" if key == "latent" else f", times latent_scale={model.latent_scale},"
         raise ValueError(
