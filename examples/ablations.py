@@ -37,6 +37,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import flags  # noqa: E402
 import keras  # noqa: E402
 import matplotlib  # noqa: E402
+import run_bar  # noqa: E402
 import tasks  # noqa: E402
 
 from keras_uvit import training  # noqa: E402
@@ -208,7 +209,7 @@ def train(task, change, seed, options, path):
     history = model.fit(
         dataset,
         epochs=epochs,
-        callbacks=[training.Checkpoint(kept, options.save_every)],
+        callbacks=[training.Checkpoint(kept, options.save_every), run_bar.RunBar()],
         verbose=0,
     )
     row = {"seed": seed, "steps": epochs * len(dataset), "loss": task.loss(model)}

@@ -27,6 +27,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import keras  # noqa: E402
 import matplotlib  # noqa: E402
 import numpy as np  # noqa: E402
+import run_bar  # noqa: E402
 
 import keras_uvit  # noqa: E402
 from keras_uvit import data, evaluation, presets, training  # noqa: E402
@@ -98,7 +99,8 @@ def trained(options, out):
             model.recipe["decay_steps"] = max(steps - model.recipe["warmup_steps"], 1)
             size = presets.get(PRESET).batch_size
             digits = data.images.in_memory(scans, size, flip=False, seed=seed, verbose=0)
-            yield training.train(model, digits, folder, steps, verbose=0)
+            bar = [run_bar.RunBar()]
+            yield training.train(model, digits, folder, steps, callbacks=bar, verbose=0)
 
 
 def pairs(names):

@@ -6,6 +6,7 @@ from pathlib import Path
 import digits
 import keras
 import numpy as np
+import run_bar
 import shapes as shapes_example
 
 from keras_uvit import DiffusionModel, UViT, data, evaluation, presets
@@ -88,12 +89,12 @@ class Task:
     def score(self, model, seed, num_steps):
         what = self.wanted(self.options.num_images)
         size = min(self.options.num_images, 500)
-        options = dict(num_steps=int(num_steps), seed=seed, batch_size=size, verbose=0)
-        images = model.generate(**what, **options)
+        options = dict(num_steps=int(num_steps), seed=seed, batch_size=size)
+        images = model.generate(**what, **options, verbose=run_bar.VERBOSE)
         scores = self.measure(images, what)
         if "FID" in self.better:
             scores["FID"] = evaluation.fid(
-                images, self.reference, self.inception, allow_few=True, verbose=0
+                images, self.reference, self.inception, allow_few=True, verbose=run_bar.VERBOSE
             )
         return scores
 

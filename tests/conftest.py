@@ -1,5 +1,6 @@
 """Shared by all tests: the backend's banner, independence of tests, compiled programs kept."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -11,12 +12,18 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # The same programs, translated with less care: another third of the time off on JAX.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import keras  # noqa: E402
 import pytest  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Only the youngest garbage is collected: walking through all that a backend has traced, and freeing
+# TensorFlow's graphs one by one, take minutes; the gigabytes go with the process.
+gc.set_threshold(100_000, 1_000_000, 1_000_000)
 
 
 def pytest_report_header():
@@ -30,6 +37,24 @@ def _independent():
     keras.utils.clear_session(free_memory=False)
     if keras.config.backend() == "tensorflow":
         _forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def _eager(request):
+    """Tests marked `eager`, and not `compiled` too, run op by op on TensorFlow.
+
+    Tracing and XLA take seconds a program there, tests of numbers milliseconds. That a program
+    computes what its operations do has tests of its own.
+    """
+    marks = {mark.name for mark in request.node.iter_markers()}
+    if keras.config.backend() != "tensorflow" or marks & {"eager", "compiled"} != {"eager"}:
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 def _forget_programs():

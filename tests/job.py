@@ -2,8 +2,14 @@
 
 import argparse
 import json
+import os
 import random
+import sys
 from pathlib import Path
+
+if os.environ["KERAS_BACKEND"] != "tensorflow":
+    # As where it is not installed. Keras would import it to write a checkpoint, for seconds.
+    sys.modules["tensorflow"] = None
 
 import keras
 import numpy as np
@@ -82,7 +88,7 @@ def make(options):
     # On JAX all processes must make the same weights; torch takes those of process 0. (Keras' seeds
     # come from here; its own set_random_seed imports TensorFlow for seconds.)
     random.seed(1 + (backend.NAME == "torch") * backend.process()[0])
-    size = dict(num_layers=3, num_heads=2, num_classes=3)
+    size = dict(num_layers=1, num_heads=2, num_classes=3)
     network = UViT((8, 8, 1), 2, 16, **size, dtype=options.dtype)
     model = DiffusionModel(network, optimizer=dict(learning_rate=1e-2, warmup_steps=2))
     start = options.folder.parent / "start.npz"

@@ -298,6 +298,7 @@ def test_convert_an_autoencoder(tmp_path, small_default):
         np.testing.assert_array_equal(value, there[name])
 
 
+@pytest.mark.eager
 def test_converted_weights_are_generated_from(tmp_path):
     run("convert", "uvit_golden_class", GOLDEN / "uvit_class.pth", tmp_path / "w.weights.h5")
     images = []
@@ -443,6 +444,7 @@ def test_generate_from_a_trained_model_into_arrays_and_files(tmp_path, trained):
     np.testing.assert_array_equal(images, expected)
 
 
+@pytest.mark.eager
 def test_the_same_seed_gives_the_same_images_and_the_options_arrive(tmp_path, trained):
     model = keras.saving.load_model(trained[0] / "model.keras")
     for weight in model.ema_network.weights:
@@ -467,6 +469,7 @@ def test_the_same_seed_gives_the_same_images_and_the_options_arrive(tmp_path, tr
     )
 
 
+@pytest.mark.eager
 def test_the_average_of_a_run_is_its_model_for_generate(tmp_path, trained):
     images = []
     average = ("uvit_nano_digits", "--weights", trained[0] / "ema.weights.h5")

@@ -12,6 +12,8 @@ from keras_uvit.convert import inception, load_torch_weights, save_torch_weights
 from keras_uvit.convert.files import read_tensors
 from keras_uvit.evaluation import InceptionFeatures, count_parameters
 
+pytestmark = pytest.mark.eager
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 MADE = runpy.run_path(str(GOLDEN / "make_inception.py"))
 PACKAGES = {"half_pixel": "pytorch_fid", "tf1": "torch_fidelity"}
@@ -83,6 +85,7 @@ def test_logits_are_a_linear_layer_of_pool_with_its_bias_and_without(found, tens
     np.testing.assert_allclose(found["logits"], unbiased + tensors["fc.bias"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.compiled
 def test_the_batch_size_does_not_matter(features):
     images = np.concatenate([PHOTO, 255 - PHOTO[:1]])
     whole = features(images, batch_size=3, verbose=0)

@@ -15,6 +15,8 @@ from keras_uvit.convert import autoencoder as names
 from keras_uvit.convert import load_torch_weights, save_torch_weights
 from keras_uvit.latent import AutoencoderKL, SpaceToDepth
 
+pytestmark = pytest.mark.eager
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = {"base_dim": 32, "multipliers": (1, 1), "num_res_blocks": 1}
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
@@ -110,6 +112,7 @@ def golden():
         return types.SimpleNamespace(network=network, scale=float(file["scale_factor"]), **data)
 
 
+@pytest.mark.compiled
 def test_moments_are_the_published_programs(golden):
     assert _error(golden.network.encode(golden.image, verbose=0), golden.moments) <= PARITY
 
@@ -119,6 +122,7 @@ def test_decoded_latents_are_the_published_programs(golden):
     assert _error(ours, golden.decoded) <= PARITY
 
 
+@pytest.mark.compiled
 def test_decoded_images_are_the_published_programs(golden):
     assert golden.network.scale == 0.18215 == pytest.approx(golden.scale)  # float32 there
     _assert_same_images(golden.network.decode(golden.z), _levels(golden.decoded))
@@ -398,6 +402,7 @@ def test_decoded_images_do_not_depend_on_the_batch_size(tiny):
         _assert_same_images(tiny.decode(tiny.scale * latents, batch_size=batch_size), expected)
 
 
+@pytest.mark.compiled
 def test_a_ragged_last_batch_is_filled_up_not_compiled_anew(tiny, monkeypatch):
     shapes = []
     for frozen in (tiny._encode, tiny._decode):
@@ -564,6 +569,7 @@ def test_another_decoder_leaves_the_fingerprint():
     assert network.fingerprint == before
 
 
+@pytest.mark.compiled
 def test_weights_loaded_after_a_first_run_are_the_ones_used(tmp_path):
     network, other = _tiny(), _tiny(seed=1)
     images, latents = _images(), np.random.default_rng(0).standard_normal((2, 4, 4, 4), "float32")

@@ -8,6 +8,8 @@ from keras import ops
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.networks import layers as parts
 
+pytestmark = pytest.mark.eager
+
 BACKEND = keras.config.backend()
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=3, num_heads=2)
 RNG = np.random.default_rng(0)

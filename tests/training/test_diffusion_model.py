@@ -139,6 +139,7 @@ def test_every_step_draws_anew_and_the_same_step_the_same():
     assert np.abs(first[:1] - draws_of_other_seed()) > 0
 
 
+@pytest.mark.eager
 def test_the_seed_is_a_part_of_the_state_that_training_keeps():
     """As a constant of the program each seed would be compiled anew."""
     model, other = make(), make(seed=1)
@@ -166,6 +167,7 @@ def test_it_learns_one_batch_by_heart():
     assert np.mean(history["loss"][-10:]) < 0.1 * history["loss"][0]
 
 
+@pytest.mark.eager
 def test_moving_average_follows_its_recurrence():
     model = make(ema_decay=0.5, ema_warmup=False)
     average = weights(model.network)
@@ -177,6 +179,7 @@ def test_moving_average_follows_its_recurrence():
     assert not any(w.trainable for w in model.ema_network.weights)
 
 
+@pytest.mark.eager
 def test_warm_up_of_the_moving_average_is_logged():
     history = fit(make(ema_decay=0.25), epochs=2)  # 3 steps an epoch; the log is after the step
     # Decay of the next step k: min(0.25, (1 + k) / (10 + k)), k = 3 and 6.
@@ -248,6 +251,7 @@ def test_non_finite_steps_change_nothing_and_are_counted():
     assert int(model.optimizer.iterations) == 2
 
 
+@pytest.mark.eager
 def test_training_stops_with_an_error_after_too_many_and_keeps_the_weights():
     model = Poisoned(
         UViT(**TINY, num_classes=3), optimizer=dict(warmup_steps=0), max_skipped_steps=4
@@ -279,6 +283,7 @@ def test_the_label_after_the_last_is_an_error_not_no_label(monkeypatch):
     assert fit(model, bad)["skipped_steps"] == [1]
 
 
+@pytest.mark.eager
 def test_evaluation_uses_the_average_repeats_itself_and_does_not_disturb_training():
     a, b = make(), make()
     first = a.evaluate(DATA, batch_size=8, verbose=0)
@@ -291,6 +296,7 @@ def test_evaluation_uses_the_average_repeats_itself_and_does_not_disturb_trainin
     assert a.evaluate(DATA, batch_size=8, verbose=0) != first
 
 
+@pytest.mark.eager
 def test_saved_and_loaded_goes_on_as_if_uninterrupted(tmp_path):
     whole, half = make(), make()
     fit(whole, epochs=2)
@@ -305,6 +311,7 @@ def test_saved_and_loaded_goes_on_as_if_uninterrupted(tmp_path):
     assert_equal(weights(resumed.ema_network), weights(whole.ema_network))
 
 
+@pytest.mark.eager
 def test_weight_files_round_trip(tmp_path):
     a, b = make(), make(seed=1)
     fit(a)
@@ -373,6 +380,7 @@ def test_compile_refuses_another_loss():
         make(compiled=False).compile(loss="mse")
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_trains_like_float32(policy):
     full, mixed = make(), make(network=dict(dtype=policy))
@@ -397,6 +405,7 @@ def test_loss_scaling_skips_an_overflow_and_lowers_the_scale():
     assert float(model.optimizer.dynamic_scale) == 2.0**59
 
 
+@pytest.mark.eager
 def test_remat_changes_no_gradient():
     a, b = make(network=dict(num_layers=3)), make(network=dict(num_layers=3, remat=True))
     b.network.set_weights(a.network.get_weights())

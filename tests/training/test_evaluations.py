@@ -10,6 +10,8 @@ from keras_uvit.networks import halves
 from keras_uvit.process import samplers
 from keras_uvit.training.evaluations import Kind, Plan, work
 
+pytestmark = pytest.mark.eager
+
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=5, num_heads=2)
 WHOLE, OUTER = True, False
 
@@ -197,6 +199,7 @@ def test_what_is_kept_is_off_by_one_step(model, choice):
     np.testing.assert_allclose(errors[0] / errors[1], 2, rtol=0.2)
 
 
+@pytest.mark.compiled
 def test_unconditional_models_keep_the_middle():
     model = make(num_classes=None)
     options = dict(num_images=3, decode=False, verbose=0, sampler=still(model))
@@ -206,6 +209,7 @@ def test_unconditional_models_keep_the_middle():
     )
 
 
+@pytest.mark.compiled
 def test_image_k_is_the_same_in_any_batch(model):
     choices = dict(guidance_every=2, middle_every=2, num_steps=8)
     all_at_once, in_pieces = draw(model, **choices), draw(model, batch_size=2, **choices)

@@ -70,6 +70,7 @@ def test_a_batch_that_overflows_float16_is_skipped_and_training_goes_on():
     assert np.mean(moved) > 0.9  # all but the learning rate
 
 
+@pytest.mark.eager
 def test_float32_and_bfloat16_survive_the_same_batch():
     for dtype in ("float32", "mixed_bfloat16"):  # so it is float16 that the test above bursts
         model = Bursting(UViT(**TINY, dtype=dtype), optimizer=dict(warmup_steps=0))
@@ -78,6 +79,7 @@ def test_float32_and_bfloat16_survive_the_same_batch():
         assert fit(model, IMAGES[:8])["skipped_steps"] == [0]
 
 
+@pytest.mark.eager
 def test_a_weight_that_overflows_float16_stops_training_with_its_name_for_it():
     model = bursting([], max_skipped_steps=3)
     fit(model, IMAGES)
@@ -117,6 +119,7 @@ def trained(batch_size, accumulated):
     return start, values(network.weights), values(model.ema_network.weights)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("parts", [2, 6])
 def test_accumulated_gradients_are_the_large_batch(parts):
     start, whole, whole_average = trained(24, None)

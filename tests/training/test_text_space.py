@@ -9,6 +9,8 @@ from words import Words
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.data.contexts import Contexts
 
+pytestmark = pytest.mark.eager
+
 TINY = dict(patch_size=2, hidden_dim=16, num_layers=3, num_heads=2)
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), "uint8")
 

@@ -1,0 +1,24 @@
+"""A progress bar over a whole run, for examples whose epochs are too short to have one each."""
+
+import sys
+
+import keras
+
+VERBOSE = int(sys.stdout.isatty())  # a file would get thousands of bars
+
+
+class RunBar(keras.callbacks.Callback):
+    """Counts optimizer steps, from where the run goes on."""
+
+    def on_train_begin(self, logs=None):
+        steps = self.params["epochs"] * self.params["steps"]
+        self._bar = keras.utils.Progbar(steps, verbose=VERBOSE, unit_name="step")
+        self._done = int(keras.ops.convert_to_numpy(self.model.step))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._done += 1
+        self._bar.update(self._done)
+
+
+if __name__ == "__main__":
+    raise SystemExit("This file is a part of ablations.py and cka.py.")
