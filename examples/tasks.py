@@ -160,9 +160,8 @@ class Cifar10(Task):
         return data.tfds_images("cifar10", labels=None, batch_size=self.row.batch_size, seed=seed)
 
     def held_out(self):
-        return data.tfds_images(
-            "cifar10", split=f"test[:{HELD_OUT}]", labels=None, batch_size=128, flip=False
-        )
+        options = dict(labels=None, batch_size=self.row.batch_size, flip=False)
+        return data.tfds_images("cifar10", split=f"test[:{HELD_OUT}]", **options)
 
 
 class Cache(Task):
