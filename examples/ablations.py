@@ -65,6 +65,7 @@ AXES = {
         "x + Linear(s)": dict(network=dict(skip="project_sum")),
         "x + s": dict(network=dict(skip="add")),
         "no skip": dict(network=dict(skip=None)),
+        "no skip, AdaLN": dict(network=dict(skip=None, time="adaln")),  # GenViT's kind
     },
     "time": {"AdaLN": dict(network=dict(time="adaln"))},
     "output": {
