@@ -21,9 +21,10 @@ import pytest  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Only the youngest garbage is collected: walking through all that a backend has traced, and freeing
-# TensorFlow's graphs one by one, take minutes; the gigabytes go with the process.
-gc.set_threshold(100_000, 1_000_000, 1_000_000)
+if keras.config.backend() == "tensorflow":
+    # Only the youngest garbage is collected: walking through all that TensorFlow has traced, and
+    # freeing its graphs one by one, take minutes. The gigabytes go with the process.
+    gc.set_threshold(100_000, 1_000_000, 1_000_000)
 
 
 def pytest_report_header():
