@@ -139,7 +139,6 @@ def test_every_step_draws_anew_and_the_same_step_the_same():
     assert np.abs(first[:1] - draws_of_other_seed()) > 0
 
 
-@pytest.mark.eager
 def test_the_seed_is_a_part_of_the_state_that_training_keeps():
     """As a constant of the program each seed would be compiled anew."""
     model, other = make(), make(seed=1)
@@ -405,7 +404,6 @@ def test_loss_scaling_skips_an_overflow_and_lowers_the_scale():
     assert float(model.optimizer.dynamic_scale) == 2.0**59
 
 
-@pytest.mark.eager
 def test_remat_changes_no_gradient():
     a, b = make(network=dict(num_layers=3)), make(network=dict(num_layers=3, remat=True))
     b.network.set_weights(a.network.get_weights())
