@@ -66,7 +66,7 @@ def compare(options, work):
         counts["runs"] += 1
         if (folder / "log.csv").read_bytes() != (peace / "log.csv").read_bytes():
             curve = "DIFFERENT"
-        if (folder / "state.txt").read_text() != (peace / "state.txt").read_text():
+        if (folder / "state.txt").read_bytes() != (peace / "state.txt").read_bytes():
             state = "DIFFERENT"
     name = os.environ.get("KERAS_BACKEND", "jax")
     return {"backend": name, **counts, "curve": curve, "state": state}
@@ -176,7 +176,7 @@ def train(folder, epochs):
     variables = [*model.variables, *model.optimizer.variables]
     values = [np.ascontiguousarray(keras.ops.convert_to_numpy(v)) for v in variables]
     digest = hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()
-    (Path(folder) / "state.txt").write_text(digest)
+    (Path(folder) / "state.txt").write_text(digest, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ def whole(model, distribution):
 def partitioned():
     """The step's program after XLA has divided it: types are still those of the model."""
     files = Path(os.environ["DUMP"]).glob("*jit_train_step*after_spmd-partitioning*.txt")
-    return next(files).read_text()
+    return next(files).read_text(encoding="utf-8")
 
 
 def efficiency(sent, operations, mfu, peak, near, far, node):

@@ -110,7 +110,7 @@ def main():
         tasks = [Digits(options.images), Shapes(options.images // 4)]
     for task in tasks:
         rows += compare(task, options)
-    (options.out / "rows.json").write_text(json.dumps(rows, indent=1))
+    (options.out / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     draw(rows, options.out / "shortcuts.png")
 
 

@@ -97,7 +97,7 @@ def peak_gib():
     ):
         used = sys.modules["tensorflow"].config.experimental.get_memory_info("GPU:0")
         return round(used["peak"] / 2**30, 2)
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         line = next(line for line in file if line.startswith("VmHWM"))
     return round(int(line.split()[1]) / 2**20, 2)
 

@@ -119,10 +119,10 @@ def main():
         row = {"axis": axis, "variant": name, **train(task, change, seed, options, path)}
         keep(path, row)
         keras.utils.clear_session()
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     summary = summarize(rows)
     text = table(summary)
-    (Path(options.out) / "table.md").write_text(text)
+    (Path(options.out) / "table.md").write_text(text, encoding="utf-8")
     draw(summary, task.better, Path(options.out) / "ablations.png")
     print(text)
     if len(options.num_steps or []) > 1 and len(task.better) > 1:
@@ -170,7 +170,7 @@ def agree(options, task):
     path, now = Path(options.out) / "settings.json", {"iterations": task.iterations}
     names = "data num_steps num_images precision inception reference autoencoder"
     now |= {name: getattr(options, name) for name in names.split()}
-    then = json.loads(path.read_text()) if path.exists() else now
+    then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
     other = {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
     if other:
         raise SystemExit(
@@ -225,7 +225,7 @@ def train(task, change, seed, options, path):
 
 def keep(path, row):
     beside = path.with_suffix(f".{os.getpid()}.part")
-    beside.write_text(json.dumps(row))
+    beside.write_text(json.dumps(row), encoding="utf-8")
     os.replace(beside, path)
 
 

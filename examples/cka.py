@@ -57,7 +57,8 @@ def main():
         results[skip] = {"layers": names, "maps": np.stack(maps), **summary(names, maps)}
     draw(out / "cka.png", results, options.t)
     about = {"t": options.t, "images": len(scans["image"]), "backend": keras.config.backend()}
-    (out / "cka.json").write_text(json.dumps({**about, "skips": results}, default=as_json) + "\n")
+    text = json.dumps({**about, "skips": results}, default=as_json) + "\n"
+    (out / "cka.json").write_text(text, encoding="utf-8")
     for skip, result in results.items():
         print(f"{skip:8}" + json.dumps({k: v for k, v in result.items() if k in QUESTIONS}))
     print(f"Look at {out / 'cka.png'}")

@@ -81,7 +81,7 @@ def main():
         "num_steps": row.num_steps,
         "guidance_scale": row.guidance_scale,
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     draw_samples(out / "samples.png", test, images, labels)
     done = [(epoch + 1) * batches for epoch in history.epoch]
     draw_loss(out / "loss.png", done, history.history.get("loss", []))

@@ -102,7 +102,7 @@ def run(options, model, dataset, iterations, measure=None, show=None, **protocol
     if measured:
         folder = out / "images" if processes == 1 else None
         metrics |= evaluation.evaluate(model, **measured, folder=folder)
-    (own / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (own / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     if index:
         shutil.rmtree(own)
         return
@@ -150,7 +150,7 @@ def zoom(model):
 
 def draw_log(log, path):
     """The loss of a `log.csv` as a curve."""
-    with open(log) as file:
+    with open(log, encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["epoch"] != "epoch"]
     epochs, loss = zip(*((int(row["epoch"]) + 1, float(row["loss"])) for row in rows))
     digits.draw_loss(path, epochs, loss, "epoch")

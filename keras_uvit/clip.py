@@ -237,7 +237,7 @@ def save(tower, tokenizer, folder):
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)]
     (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
     save_torch_weights(tower, folder / WEIGHTS[0])
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def random_weights(model, seed):

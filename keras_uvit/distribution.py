@@ -167,7 +167,8 @@ def layout_map(mesh, layout="fsdp"):
     for path, dimensions in RULES.items():
         dimension = dimensions[list(LAYOUTS).index(layout)]
         split = () if dimension is None else (None,) * dimension + (LAYOUTS[layout][-1],)
-        rules[path] = keras.distribution.TensorLayout(split)
+        # Anchored: Keras before 3.14 searches for a rule anywhere in a path.
+        rules[f"^{path}$"] = keras.distribution.TensorLayout(split)
     return rules
 
 
@@ -204,9 +205,8 @@ def model_parallel(layout="fsdp", model_devices=None, devices=None):
     devices = keras.distribution.list_devices() if devices is None else list(devices)
     shape = _mesh_shape(layout, model_devices, len(devices))
     mesh = keras.distribution.DeviceMesh(shape, list(LAYOUTS[layout]), devices)
-    distribution = _Parallel(
-        layout_map=layout_map(mesh, layout), batch_dim_name=BATCH, auto_shard_dataset=False
-    )
+    distribution = _Parallel(layout_map=layout_map(mesh, layout), batch_dim_name=BATCH)
+    distribution.auto_shard_dataset = False  # Keras 3.10 has no such argument
     keras.distribution.set_distribution(distribution)
     return distribution
 
@@ -267,13 +267,17 @@ class _Parallel(keras.distribution.ModelParallel):
     """Decides by the shape too, where a LayoutMap knows only the path; JAX would raise later."""
 
     def get_variable_layout(self, variable):
-        layout, shape = super().get_variable_layout(variable), tuple(variable.shape)
+        shape, whole = tuple(variable.shape), (None,) * len(variable.shape)
+        # Not `super().get_variable_layout`: before Keras 3.15 its answer for a variable that
+        # exists is JAX's own sharding.
+        layout = self.get_tensor_layout(variable.path)
+        layout = layout or keras.distribution.TensorLayout(whole, self.device_mesh)
         sizes = _sizes(self.device_mesh)
         for size, axis in zip(shape, layout.axes):
             if axis is None or size % sizes[axis] == 0:
                 continue
             if axis == BATCH:  # "fsdp": no reason to stop, it only costs memory
-                return keras.distribution.TensorLayout((None,) * len(shape), self.device_mesh)
+                return keras.distribution.TensorLayout(whole, self.device_mesh)
             raise ValueError(
                 f"The weight {variable.path!r} of shape {shape} has a dimension of {size}, which "
                 f"cannot be divided among model_devices={sizes[axis]}. Choose model_devices from "

@@ -124,6 +124,12 @@ def _stateless(model, function, trainable, other, slots, metrics):
 
 
 def initialize(address=None, count=None, index=None):
+    if not hasattr(keras.distribution.DataParallel, "auto_shard_dataset"):
+        # Keras 3.10, whose `fit` takes nothing but tf.data where there are several processes.
+        raise RuntimeError(
+            "A job of several JAX processes needs Keras 3.11 or later. "
+            f"Received: Keras {keras.__version__}. Upgrade with `pip install -U keras`."
+        )
     keras.distribution.initialize(address, count, index)
 
 
@@ -155,11 +161,11 @@ def process():
 
 def data_shard():
     """Processes that hold parts of one model copy read the same data."""
-    distribution = _distribution()
-    if distribution is None:
+    if _distribution() is None:
         return 0, 1
-    count = min(replicas(), distribution.num_processes)
-    return distribution.data_shard_id, count
+    index, processes = process()
+    count = min(replicas(), processes)
+    return index * count // processes, count
 
 
 def synchronize(model):
@@ -217,7 +223,7 @@ def spread(array, axis=0, together=True):
     if axis == 0 and len(array) % replicas() == 0:
         axes[0] = _distribution().batch_dim_name
     mesh = _distribution().device_mesh.backend_mesh
-    sharding = jax.NamedSharding(mesh, jax.P(*axes))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

@@ -50,7 +50,7 @@ def train_step(model, data):
     before = optimizer.iterations + 0
     if guards_itself(optimizer):
         optimizer.apply(_first_replica_only(gradients), weights)
-    elif replicas() == 1:
+    elif not tf.distribute.has_strategy():
         # The branch returns nothing: `apply` returns a variable, which no branch may.
         ops.cond(ok, lambda: (optimizer.apply(gradients, weights), None)[1], lambda: None)
     else:
@@ -65,7 +65,7 @@ def test_step(model, data):
 
 
 def _apply_and_undo(optimizer, gradients, weights, ok):
-    """An update of several replicas may not stand in a branch: it is made, then taken back."""
+    """Under a strategy, even of one device, no update may stand in a branch: it is taken back."""
     variables = [*weights, *optimizer.variables]
     before = [tf.identity(v.value) for v in variables]
     optimizer.apply(_first_replica_only(gradients), weights)

@@ -60,6 +60,13 @@ def write_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except PermissionError as error:
+        raise PermissionError(
+            error.errno,
+            f"{path} cannot be replaced ({error.strerror}). On Windows a file cannot be replaced "
+            "while a data set reads it: close the programs that use this cache, then run the same "
+            "command again.",
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -75,7 +82,7 @@ def read_json(path):
         CacheError: if the file is damaged.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CacheError(f"{path} is damaged: {error}. Delete it and run the same again.") from None
     if not isinstance(content, dict):

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import math
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+import keras_uvit
 from keras_uvit import backend, progress
 from keras_uvit.data import manifest, sources
 from keras_uvit.data.manifest import CacheError
@@ -158,7 +158,7 @@ def _plan(source, field, dtype, shard_size, flip, text_encoder):
     plan = {
         "format": manifest.FORMAT,
         "version": manifest.VERSION,
-        "keras_uvit": importlib.metadata.version("keras-uvit"),
+        "keras_uvit": keras_uvit.__version__,
         "source": source.name,
         "source_length": len(source),
         "field": field,

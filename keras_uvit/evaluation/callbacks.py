@@ -122,7 +122,7 @@ class FIDCallback(_Periodic):
         if not backend.is_first():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": epoch, **record}) + "\n")
         if self.writer:
             self.writer.add_scalar("fid", record["fid"], epoch)

@@ -364,7 +364,7 @@ def _check_same(path, record):
             )
         return
     try:
-        there = json.loads(path.read_text())
+        there = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Delete the folder.") from error
     # Images are the same on any version; more of them may be asked for.

@@ -188,12 +188,15 @@ def _optimizer(model):
 
 
 def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=1))
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     _synchronize(path)
 
 
 def _synchronize(path):
-    handle = os.open(path, os.O_RDONLY)
+    """Waits until a file is on the disk, or what a folder says of its files."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and does this by itself
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -354,7 +357,7 @@ def _read(parts, index, shape):
 
 def _read_json(path):
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {error}") from None
     if not isinstance(content, dict):
