@@ -15,8 +15,8 @@ def atomic_npz(path, content):
 def atomic_json(path, content):
     """Writes JSON, whole or not at all; nothing where the file says so already."""
     text = json.dumps(content, indent=2) + "\n"
-    if not (Path(path).is_file() and Path(path).read_text() == text):
-        _atomically(path, lambda beside: beside.write_text(text), ".json")
+    if not (Path(path).is_file() and Path(path).read_text(encoding="utf-8") == text):
+        _atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"), ".json")
 
 
 def read_npz(path, what, skip=()):
