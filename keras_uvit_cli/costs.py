@@ -1,54 +1,23 @@
-"""What the recipes are, and what they cost."""
+"""What networks and their training cost, as text for `keras-uvit cost`."""
 
 import click
 
 from keras_uvit import evaluation, presets
 from keras_uvit.networks import UViT
-from keras_uvit.specs import PRECISIONS
 
 GIB = 2**30
 
 
-@click.command("presets")
-def show_presets():
-    """Lists the published recipes.
-
-    \b
-    Example:
-      keras-uvit presets
-    """
-    click.echo(f"{'name':26}{'parameters':>12}{'GMACs':>8}{'FID':>7}  paper")
-    for name, row in presets.PRESETS.items():
-        reported = f"{row.reported_fid:.2f}" if row.reported_fid else "-"
-        size = f"{row.params / 1e6:.1f}M"
-        click.echo(f"{name:26}{size:>12}{row.gmacs:8.1f}{reported:>7}  {row.paper_name}")
+def show_one(preset, batch_size, dtype):
+    """Prints work and memory of one preset; `batch_size` None is the preset's."""
+    row = presets.get(preset)
+    click.echo(f"{preset}: {row.paper_name}\n")
+    _work(row)
+    _memory(row, batch_size or row.batch_size, dtype)
 
 
-@click.command("cost")
-@click.argument("preset", required=False)
-@click.option("--batch-size", type=click.IntRange(1), help="Images on a device; the preset's.")
-@click.option("--dtype", type=click.Choice(PRECISIONS), default="float32", show_default=True)
-def show_cost(preset, batch_size, dtype):
-    """Parameters, multiply-accumulates and memory of training PRESET, or of one image of all.
-
-    Counts are of the network as it is built here, beside what the paper prints. Memory is an
-    estimate, of U-ViTs alone.
-
-    \b
-    Examples:
-      keras-uvit cost
-      keras-uvit cost uvit_large_imagenet256 --batch-size 32 --dtype mixed_bfloat16
-    """
-    if preset is None:
-        _all_costs(batch_size or 1, dtype)
-    else:
-        row = presets.get(preset)
-        click.echo(f"{preset}: {row.paper_name}\n")
-        _work(row)
-        _memory(row, batch_size or row.batch_size, dtype)
-
-
-def _all_costs(batch_size, dtype):
+def show_all(batch_size, dtype):
+    """Prints a line for each preset."""
     head = ("parameters", "paper", "GMACs", "paper", "GFLOPs", "state", "kept", "remat")
     click.echo(_line("name", *head))
     for name, row in presets.PRESETS.items():
