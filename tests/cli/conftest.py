@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from shell import SCENES
 
 from keras_uvit import presets
-from keras_uvit.data import shapes
 from keras_uvit.latent import AutoencoderKL, CLIPText
 
 SMALL = dict(patch_size=4, hidden_dim=16, num_layers=1, num_heads=2)
@@ -24,7 +24,6 @@ OTHER = {
     "uvit_nano_colour": dict(condition_dropout=0.0, guidance_scale=1.0),
     "uvit_nano_latent": dict(latent_scale=1.0),
 }
-SCENES = [str(scene) for scene in shapes.scenes(40)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,13 +1,15 @@
-"""Running commands in this process, and pictures for them."""
+"""Running commands in this process, and pictures and captions for them."""
 
 import numpy as np
 from click.testing import CliRunner
 from PIL import Image
 
+from keras_uvit.data import shapes
 from keras_uvit_cli import main
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (12, 8, 8, 3)).astype("uint8")
+SCENES = [str(scene) for scene in shapes.scenes(40)]
 
 
 def invoke(*words):

@@ -5,9 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import SCENES
-from PIL import Image
-from shell import PICTURES, misused, refused, run, save_pngs
+from shell import PICTURES, SCENES, misused, refused, run, save_pngs
 
 from keras_uvit import data
 from keras_uvit.data import captioned
@@ -156,12 +154,3 @@ def test_convert_the_weights_of_a_preset(tmp_path):
     (tmp_path / "w.txt").write_text("x")
     line = refused("convert", "uvit_nano_digits", tmp_path / "w.txt", tmp_path / "b.pth")
     assert "w.txt: unknown kind" in line
-
-
-def test_pictures_are_stored_as_they_are_read(tmp_path):
-    """A picture of one colour, cut and resized, keeps it."""
-    (tmp_path / "photos").mkdir()
-    Image.fromarray(np.full((9, 6, 3), 77, "uint8")).save(tmp_path / "photos" / "a.png")
-    run("encode", tmp_path / "photos", tmp_path / "cache", "--pixels", "--image-size", 4)
-    found = data.image_shards(tmp_path / "cache", 1, verbose=0)
-    assert (found.images[:] == 77).all()

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SCENES
-from shell import PICTURES, RNG, misused, refused, run, save_pngs
+from shell import PICTURES, RNG, SCENES, misused, refused, run, save_pngs
 
 from keras_uvit import evaluation
 from keras_uvit_cli.inputs import open_prompts

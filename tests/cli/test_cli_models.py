@@ -5,9 +5,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import SCENES
 from PIL import Image
-from shell import PICTURES, misused, refused, run, save_pngs
+from shell import PICTURES, SCENES, misused, refused, run, save_pngs
 
 from keras_uvit import DiffusionModel, UViT, data, evaluation, presets, training
 from keras_uvit.latent import AutoencoderKL
