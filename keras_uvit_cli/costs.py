@@ -29,10 +29,11 @@ def show_all(batch_size, dtype):
         click.echo(_line(name, *counts, f"{6 * row.gmacs:.3g}", *memory))
     click.echo(
         f"""
-GMACs: multiply-accumulates of an image's forward pass, 1e9; the papers' "GFLOPs" are these.
-GFLOPs: of training on an image, 6 x GMACs. Paper: as printed, - where nothing is.
-State: GiB of weights, gradients, AdamW and moving average. Kept: GiB of activations of a batch of
-{batch_size}, {dtype}, fused attention; remat: with remat=True, at 8 x GMACs. Both are estimates."""
+GMACs: 1e9 multiply-accumulates of one image's forward pass; the papers call these "GFLOPs".
+GFLOPs: 1e9 operations to train on one image, 6 x GMACs. paper: as the paper prints it, - if not.
+state: GiB of weights, gradients, AdamW's moments and the moving average. kept: GiB of activations
+kept for the backward pass of a batch of {batch_size} in {dtype}, with fused attention. remat: the
+same with remat=True, which costs 8 x GMACs. Memory is an estimate."""
     )
 
 
@@ -43,11 +44,12 @@ def _line(name, params, millions, gmacs, paper, flops, *memory):
 
 def _work(row):
     millions, gmacs = row.reported_cost
+    forward, training = "forward pass of one image", "training on one image: 6 x GMACs"
     rows = [
         ("", "counted", "paper", ""),
         ("parameters", f"{row.params:,}", _or_dash(millions, "M"), ""),
-        ("GMACs", f"{row.gmacs:.4g}", _or_dash(gmacs), 'an image, forward; the papers\' "GFLOPs"'),
-        ("GFLOPs", f"{6 * row.gmacs:.4g}", "", "an image in training: 6 x GMACs; with remat 8 x"),
+        ("GMACs", f"{row.gmacs:.4g}", _or_dash(gmacs), f'{forward}; "GFLOPs" in the paper'),
+        ("GFLOPs", f"{6 * row.gmacs:.4g}", "", f"{training}, with remat 8 x"),
     ]
     for name, counted, paper, note in rows:
         click.echo(f"{name:26}{counted:>12}{paper:>8}  {note}".rstrip())
@@ -56,15 +58,15 @@ def _work(row):
 def _memory(row, batch_size, dtype):
     state = evaluation.state_memory(row.params, dtype)
     tokens, attention, remat = _kept(row, batch_size, dtype)
-    notes = {name: f"{size // row.params} bytes a weight" for name, size in state.items()}
+    notes = {name: f"{size // row.params} bytes per weight" for name, size in state.items()}
     rows = {
         **state,
         "activations": tokens,
         "activations with remat": remat,
         "attention not fused": attention,
     }
-    notes["activations"] = "kept for the backward pass; fused attention"
-    notes["attention not fused"] = "more of them, without remat, on a CPU"
+    notes["activations"] = "kept for the backward pass, with fused attention"
+    notes["attention not fused"] = "in addition, on a CPU without remat"
     click.echo(f"\n{f'{dtype}, batch {batch_size}':26}{'GiB':>12}          estimates")
     for name, size in rows.items():
         click.echo(f"{name:26}{_gib(size):>12}          {notes.get(name, '')}".rstrip())
