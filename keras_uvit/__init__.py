@@ -2,10 +2,12 @@
 
 try:
     import keras as keras
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"Keras could not start its backend ({error}). Choose an installed one before the first "
-        "import: KERAS_BACKEND=jax, tensorflow or torch."
+except (ImportError, ValueError) as error:  # Keras raises ValueError for an unknown name
+    raise ImportError(
+        f"Keras could not start its backend ({error}). Choose an installed one before Keras "
+        "is imported: KERAS_BACKEND=jax, tensorflow or torch.\n"
+        'To install one: pip install "keras-uvit[jax]", or [tensorflow] or [torch]. For PyTorch '
+        "on a CPU first: pip install torch --index-url https://download.pytorch.org/whl/cpu"
     ) from error
 
 from keras_uvit import convert as convert
@@ -18,5 +20,4 @@ from keras_uvit import process as process
 from keras_uvit.networks import UNet as UNet
 from keras_uvit.networks import UViT as UViT
 from keras_uvit.training import DiffusionModel as DiffusionModel
-
-__version__ = "0.1.0"
+from keras_uvit.version import __version__ as __version__

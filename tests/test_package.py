@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import keras_uvit
+import keras_uvit_cli
 from keras_uvit import presets
 
 ROOT = Path(__file__).parents[1]
@@ -33,9 +34,13 @@ def run(*arguments, **environment):
 
 
 def modules():
-    found = pkgutil.walk_packages(keras_uvit.__path__, "keras_uvit.")
+    found = [
+        *pkgutil.walk_packages(keras_uvit.__path__, "keras_uvit."),
+        *pkgutil.walk_packages(keras_uvit_cli.__path__, "keras_uvit_cli."),
+    ]
     others = {f"keras_uvit.backend.{name}" for name in ("jax", "tensorflow", "torch")}
     others.remove(f"keras_uvit.backend.{BACKEND}")
+    others.add("keras_uvit_cli.__main__")  # runs when it is imported
     return ["keras_uvit", *(module.name for module in found if module.name not in others)]
 
 

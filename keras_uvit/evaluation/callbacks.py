@@ -6,7 +6,7 @@ from pathlib import Path
 import keras
 
 from keras_uvit import backend
-from keras_uvit.evaluation.files import captioned_grid, image_grid, write_png
+from keras_uvit.evaluation.files import captioned_grid, image_grid, pillow, write_png
 from keras_uvit.evaluation.protocol import check, evaluate
 from keras_uvit.training import generation
 
@@ -54,6 +54,7 @@ class SampleGridCallback(_Periodic):
     """
 
     def __init__(self, folder, *, every=1, columns=None, zoom=1, log_dir=None, seed=0, **options):
+        pillow()  # a missing library is named before training, not after the first epochs
         super().__init__(every, log_dir)
         self.folder, self.columns, self.zoom = Path(folder), columns, zoom
         if isinstance(options.get("prompts"), str):

@@ -1,54 +1,23 @@
-"""What the recipes are, and what they cost."""
+"""What networks and their training cost, as text for `keras-uvit cost`."""
 
 import click
 
 from keras_uvit import evaluation, presets
 from keras_uvit.networks import UViT
-from keras_uvit.specs import PRECISIONS
 
 GIB = 2**30
 
 
-@click.command("presets")
-def show_presets():
-    """Lists the published recipes.
-
-    \b
-    Example:
-      keras-uvit presets
-    """
-    click.echo(f"{'name':26}{'parameters':>12}{'GMACs':>8}{'FID':>7}  paper")
-    for name, row in presets.PRESETS.items():
-        reported = f"{row.reported_fid:.2f}" if row.reported_fid else "-"
-        size = f"{row.params / 1e6:.1f}M"
-        click.echo(f"{name:26}{size:>12}{row.gmacs:8.1f}{reported:>7}  {row.paper_name}")
+def show_one(preset, batch_size, dtype):
+    """Prints work and memory of one preset; `batch_size` None is the preset's."""
+    row = presets.get(preset)
+    click.echo(f"{preset}: {row.paper_name}\n")
+    _work(row)
+    _memory(row, batch_size or row.batch_size, dtype)
 
 
-@click.command("cost")
-@click.argument("preset", required=False)
-@click.option("--batch-size", type=click.IntRange(1), help="Images on a device; the preset's.")
-@click.option("--dtype", type=click.Choice(PRECISIONS), default="float32", show_default=True)
-def show_cost(preset, batch_size, dtype):
-    """Parameters, multiply-accumulates and memory of training PRESET, or of one image of all.
-
-    Counts are of the network as it is built here, beside what the paper prints. Memory is an
-    estimate, of U-ViTs alone.
-
-    \b
-    Examples:
-      keras-uvit cost
-      keras-uvit cost uvit_large_imagenet256 --batch-size 32 --dtype mixed_bfloat16
-    """
-    if preset is None:
-        _all_costs(batch_size or 1, dtype)
-    else:
-        row = presets.get(preset)
-        click.echo(f"{preset}: {row.paper_name}\n")
-        _work(row)
-        _memory(row, batch_size or row.batch_size, dtype)
-
-
-def _all_costs(batch_size, dtype):
+def show_all(batch_size, dtype):
+    """Prints a line for each preset."""
     head = ("parameters", "paper", "GMACs", "paper", "GFLOPs", "state", "kept", "remat")
     click.echo(_line("name", *head))
     for name, row in presets.PRESETS.items():
@@ -60,10 +29,11 @@ def _all_costs(batch_size, dtype):
         click.echo(_line(name, *counts, f"{6 * row.gmacs:.3g}", *memory))
     click.echo(
         f"""
-GMACs: multiply-accumulates of an image's forward pass, 1e9; the papers' "GFLOPs" are these.
-GFLOPs: of training on an image, 6 x GMACs. Paper: as printed, - where nothing is.
-State: GiB of weights, gradients, AdamW and moving average. Kept: GiB of activations of a batch of
-{batch_size}, {dtype}, fused attention; remat: with remat=True, at 8 x GMACs. Both are estimates."""
+GMACs: 1e9 multiply-accumulates of one image's forward pass; the papers call these "GFLOPs".
+GFLOPs: 1e9 operations to train on one image, 6 x GMACs. paper: as the paper prints it, - if not.
+state: GiB of weights, gradients, AdamW's moments and the moving average. kept: GiB of activations
+kept for the backward pass of a batch of {batch_size} in {dtype}, with fused attention. remat: the
+same with remat=True, which costs 8 x GMACs. Memory is an estimate."""
     )
 
 
@@ -74,11 +44,12 @@ def _line(name, params, millions, gmacs, paper, flops, *memory):
 
 def _work(row):
     millions, gmacs = row.reported_cost
+    forward, training = "forward pass of one image", "training on one image: 6 x GMACs"
     rows = [
         ("", "counted", "paper", ""),
         ("parameters", f"{row.params:,}", _or_dash(millions, "M"), ""),
-        ("GMACs", f"{row.gmacs:.4g}", _or_dash(gmacs), 'an image, forward; the papers\' "GFLOPs"'),
-        ("GFLOPs", f"{6 * row.gmacs:.4g}", "", "an image in training: 6 x GMACs; with remat 8 x"),
+        ("GMACs", f"{row.gmacs:.4g}", _or_dash(gmacs), f'{forward}; "GFLOPs" in the paper'),
+        ("GFLOPs", f"{6 * row.gmacs:.4g}", "", f"{training}, with remat 8 x"),
     ]
     for name, counted, paper, note in rows:
         click.echo(f"{name:26}{counted:>12}{paper:>8}  {note}".rstrip())
@@ -87,15 +58,15 @@ def _work(row):
 def _memory(row, batch_size, dtype):
     state = evaluation.state_memory(row.params, dtype)
     tokens, attention, remat = _kept(row, batch_size, dtype)
-    notes = {name: f"{size // row.params} bytes a weight" for name, size in state.items()}
+    notes = {name: f"{size // row.params} bytes per weight" for name, size in state.items()}
     rows = {
         **state,
         "activations": tokens,
         "activations with remat": remat,
         "attention not fused": attention,
     }
-    notes["activations"] = "kept for the backward pass; fused attention"
-    notes["attention not fused"] = "more of them, without remat, on a CPU"
+    notes["activations"] = "kept for the backward pass, with fused attention"
+    notes["attention not fused"] = "in addition, on a CPU without remat"
     click.echo(f"\n{f'{dtype}, batch {batch_size}':26}{'GiB':>12}          estimates")
     for name, size in rows.items():
         click.echo(f"{name:26}{_gib(size):>12}          {notes.get(name, '')}".rstrip())

@@ -1,11 +1,11 @@
-"""`keras-uvit cost`: what is counted, what is published, what is estimated."""
+"""`presets` and `cost`: what is counted, what is published, what is estimated."""
 
 import re
 
 import pytest
-from click.testing import CliRunner
+from shell import run
 
-from keras_uvit import UViT, cli, evaluation, presets
+from keras_uvit import UViT, evaluation, presets
 
 LARGE = "uvit_large_imagenet256"
 MEMORY = (
@@ -14,28 +14,32 @@ MEMORY = (
 )
 
 
-def run(*words):
-    result = CliRunner().invoke(cli.main, ["cost", *map(str, words)])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
 def table(text):
     """Lines as {name: cells}; cells are what two blanks part."""
     rows = [re.split(r" {2,}", line.strip()) for line in text.splitlines() if line.strip()]
     return {name: cells for name, *cells in rows}
 
 
+def test_presets_are_listed_with_parameters_and_fid():
+    lines = run("presets").splitlines()
+    assert len(lines) == 1 + len(presets.PRESETS)
+    for name, row in presets.PRESETS.items():
+        (line,) = [line for line in lines if line.split()[0] == name]
+        fid = f"{row.reported_fid:.2f}" if row.reported_fid else "-"
+        assert line.split()[1:4] == [f"{row.params / 1e6:.1f}M", f"{row.gmacs:.1f}", fid]
+        assert line.endswith(row.paper_name)
+
+
 def test_a_presets_counts_are_beside_the_papers():
-    rows = table(run(LARGE))
+    rows = table(run("cost", LARGE))
     assert rows["parameters"] == ["286,763,172", "287M"]
     assert rows["GMACs"][:2] == ["76.5", "77"]
     assert rows["GFLOPs"][0] == "459"  # 6 x 76.5
-    assert "-" in table(run("uvit_mid_coco"))["parameters"]  # which is not in the paper
+    assert "-" in table(run("cost", "uvit_mid_coco"))["parameters"]  # which is not in the paper
 
 
 def test_memory_is_that_of_the_batch_and_adds_up():
-    rows = table(run(LARGE, "--batch-size", 8))
+    rows = table(run("cost", LARGE, "--batch-size", 8))
     sizes = {name: float(cells[0]) for name, cells in rows.items() if name in MEMORY}
     assert sizes["weights"] == 1.07  # 4 bytes x 286,763,172 / 2^30
     assert sizes["AdamW's two moments"] == 2.14
@@ -46,15 +50,15 @@ def test_memory_is_that_of_the_batch_and_adds_up():
     assert sizes["together with remat"] == pytest.approx(
         fixed + sizes["activations with remat"], abs=0.03
     )
-    half = table(run(LARGE, "--batch-size", 8, "--dtype", "mixed_bfloat16"))
+    half = table(run("cost", LARGE, "--batch-size", 8, "--dtype", "mixed_bfloat16"))
     assert half["weights in half precision"][0] == "0.534"
     assert float(half["activations"][0]) < sizes["activations"]
 
 
 def test_the_batch_is_the_presets_unless_another_is_given():
-    text = run("uvit_small_cifar10")
+    text = run("cost", "uvit_small_cifar10")
     assert "float32, batch 128" in text
-    one = table(run("uvit_small_cifar10", "--batch-size", 1))
+    one = table(run("cost", "uvit_small_cifar10", "--batch-size", 1))
     # Three digits each.
     assert float(table(text)["activations"][0]) == pytest.approx(
         128 * float(one["activations"][0]), rel=0.01
@@ -62,7 +66,7 @@ def test_the_batch_is_the_presets_unless_another_is_given():
 
 
 def test_without_a_preset_all_are_listed():
-    rows = {line.split()[0]: line.split()[1:] for line in run().splitlines() if line}
+    rows = {line.split()[0]: line.split()[1:] for line in run("cost").splitlines() if line}
     assert set(presets.names()) <= set(rows)
     for name in presets.names():
         row, cells = presets.get(name), rows[name]
@@ -79,7 +83,7 @@ def test_without_a_preset_all_are_listed():
 def test_networks_without_an_estimate_say_so():
     others = [name for name in presets.names() if presets.get(name).architecture is not UViT]
     for name in others[:1]:
-        rows = table(run(name))
+        rows = table(run("cost", name))
         assert rows["activations"][0] == "-"
         assert "together" not in rows
 
@@ -93,17 +97,3 @@ def test_counts_are_those_that_the_paper_prints():
         near = 0.5 if row.architecture is UViT else 0.01 * millions
         assert row.params / 1e6 == pytest.approx(millions, abs=near), name
         assert gmacs is None or row.gmacs == pytest.approx(gmacs, rel=0.01), name
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (("uvit_large",), 1, "Unknown preset 'uvit_large'"),
-        ((LARGE, "--batch-size", "0"), 2, "0 is not in the range x>=1"),
-        ((LARGE, "--dtype", "float8"), 2, "'float8' is not one of"),
-    ],
-)
-def test_bad_input_gets_one_line(words, code, message):
-    result = CliRunner().invoke(cli.main, ["cost", *words])
-    assert result.exit_code == code
-    assert message in result.stderr.splitlines()[-1]

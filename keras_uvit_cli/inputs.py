@@ -1,0 +1,163 @@
+"""From words on the command line to objects of the library: sources, datasets, prompts, models."""
+
+from pathlib import Path
+
+import click
+import keras
+
+from keras_uvit import data, presets
+from keras_uvit.data import captioned, sources
+from keras_uvit.data.manifest import MANIFEST, read_manifest
+from keras_uvit.evaluation.files import read_npz
+from keras_uvit.evaluation.protocol import USUAL_PROMPTS
+from keras_uvit.latent import AutoencoderKL, CLIPText
+from keras_uvit.training import DiffusionModel, load_checkpoint
+from keras_uvit.training.checkpoints import steps_in
+
+
+def open_source(spec, image_size, split, channels, crop, data_dir):
+    """The `Source` that SOURCE names."""
+    channels = int(channels)
+    if spec == "digits" or spec.endswith(".npz"):
+        if image_size or crop:
+            raise click.UsageError(f"{spec} is read unchanged: omit --image-size and --crop.")
+        content = data.digits() if spec == "digits" else read_npz(spec, "images")
+        return sources.arrays(content, Path(spec).name)
+    if spec.startswith("tfds:"):
+        return data.tfds_source(
+            spec[5:], split, image_size, channels=channels, crop=crop, data_dir=data_dir
+        )
+    if spec.startswith("shapes:"):
+        if image_size or crop or channels != 3:
+            raise click.UsageError(
+                "shapes: are colour images of 32x32 pixels: omit --image-size, --crop, --channels."
+            )
+        return data.shapes.source(_count(spec), split)
+    if spec.startswith("coco:"):
+        if crop or channels != 3:
+            raise click.UsageError(
+                "coco: images are cropped at their centre, in colour: omit --crop and --channels."
+            )
+        split = {"train": "train2014", "val": "val2014"}.get(split, split)
+        return captioned.coco(spec[5:], split, image_size or 256)
+    if image_size is None and Path(spec).is_dir():
+        raise click.UsageError("A folder of images needs --image-size.")
+    if (Path(spec) / captioned.CAPTIONS).is_file():
+        return captioned.captioned_folder(spec, image_size, channels=channels, crop=crop)
+    return sources.folder(spec, image_size or 1, channels=channels, crop=crop)
+
+
+def _count(spec):
+    count = spec.partition(":")[2]
+    if not count.isdigit() or not int(count):
+        raise click.UsageError(
+            f"Expected the number of pictures to make, such as shapes:20000. Received: {spec}."
+        )
+    return int(count)
+
+
+def open_dataset(spec, network, batch_size, seed):
+    """The dataset that `train` reads: a cache, or images in memory.
+
+    Args:
+        spec: the command's DATASET.
+        network: dict, the preset's arguments of its network.
+        batch_size, seed: ints.
+    """
+    height, width, channels = network["image_shape"]
+    labels = "auto" if network.get("num_classes") else None
+    captions = "auto" if network.get("context_shape") else None
+    shared = {"batch_size": batch_size, "seed": seed, "labels": labels}
+    if (Path(spec) / MANIFEST).is_file():
+        is_latent = read_manifest(spec)["field"] == "moments"
+        reader = data.LatentDataset if is_latent else data.image_shards
+        return reader(spec, captions=captions, **shared)
+    if captions:
+        raise ValueError(
+            "A text-to-image model is trained on a cache: make one with "
+            f"`keras-uvit encode {spec} CACHE --text ...`."
+        )
+    if spec.startswith("tfds:"):
+        return data.tfds_images(spec[5:], (height, width), channels=channels, **shared)
+    if spec == "digits":
+        digits = sources.arrays(data.digits(), "digits")
+        return data.images.in_memory(digits, batch_size, flip=False, seed=seed)
+    return data.image_folder(spec, (height, width), channels=channels, **shared)
+
+
+def read_prompts(path):
+    """The prompts of a text file with one per line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No file of prompts at {path}.")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8: {error}.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} has no prompts: expected one per line.")
+    return prompts
+
+
+def open_prompts(spec, split, count, seed):
+    """Prompts of a text file, or one random caption of each image of a source."""
+    is_source = spec.startswith(("coco:", "tfds:", "shapes:")) or Path(spec).is_dir()
+    if not is_source:
+        prompts = read_prompts(spec)
+        if count and count > len(prompts):
+            raise ValueError(f"{spec} has {len(prompts)} prompts, fewer than {count}.")
+        return prompts[:count]
+    size = None if spec.startswith("shapes:") else 256
+    captions = open_source(spec, size, split, 3, None, None).captions
+    if captions is None:
+        raise ValueError(f"{spec} has no captions.")
+    return captioned.random_prompts(captions, count or min(USUAL_PROMPTS, len(captions)), seed)
+
+
+def has_checkpoints(name):
+    """Whether this is the folder of a run's checkpoints."""
+    return bool(steps_in(name))
+
+
+def is_preset(name):
+    """Whether MODEL is meant as the name of a preset, known or not."""
+    return not name.endswith(".keras") and not has_checkpoints(name)
+
+
+def check_preset(name, autoencoder, labels, prompts, num_images):
+    """Raises for what a preset cannot generate, before its network is built and loaded."""
+    row = presets.get(name)
+    classes, reads_text = row.network.get("num_classes"), row.network.get("context_shape")
+    needed = (["--labels"] if classes else []) + (["--prompt"] if reads_text else [])
+    needed = needed or ["--num-images"]
+    values = {"--labels": labels, "--prompt": prompts, "--num-images": num_images}
+    given = [option for option, value in values.items() if value]
+    if given != needed:
+        raise click.UsageError(
+            f"{name} generates images from {' and '.join(needed)}. "
+            f"Received: {' and '.join(given) or 'none of these options'}."
+        )
+    wrong = [label for label in labels or () if label >= classes]
+    if wrong:
+        raise click.UsageError(
+            f"{name} has {classes} classes, numbered from 0 to {classes - 1}. Received: {wrong[0]}."
+        )
+    if row.latent_scale is not None and autoencoder is None:
+        raise click.UsageError(f"{name} generates latents: pass --autoencoder to decode them.")
+
+
+def open_model(name, weights, autoencoder, text):
+    """A `DiffusionModel` by the name of a preset, of a .keras file or a folder of checkpoints."""
+    if is_preset(name):
+        return presets.load(name, weights, autoencoder=autoencoder, text_encoder=text)
+    if weights is not None:
+        raise click.UsageError("--weights goes with a preset: a saved model has its own weights.")
+    is_file = name.endswith(".keras")
+    model = keras.saving.load_model(name, compile=False) if is_file else load_checkpoint(name)
+    if not isinstance(model, DiffusionModel):
+        raise ValueError(f"Expected a DiffusionModel in {name}. Received: {type(model).__name__}.")
+    if autoencoder is not None:
+        model.autoencoder = AutoencoderKL.from_file(autoencoder, scale=model.latent_scale or 1.0)
+    if text is not None:
+        model.text_encoder = CLIPText.from_preset(text)
+    return model

@@ -1,0 +1,245 @@
+"""`train` and `generate`: that options arrive at the library, and what is left on disk."""
+
+import sys
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from shell import PICTURES, SCENES, misused, refused, run, save_pngs
+
+from keras_uvit import DiffusionModel, UViT, data, evaluation, presets, training
+from keras_uvit.latent import AutoencoderKL
+
+# train --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of one epoch, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "nano"
+    words = ("train", "uvit_nano_digits", "digits", folder, "--iterations", 1)
+    words += ("--batch-size", 512)
+    return folder, words, run(*words)
+
+
+def test_train_on_digits_leaves_a_run_and_pictures(trained):
+    folder, words, text = trained
+    assert f"Trained: {folder / 'model.keras'}" in text
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"model.keras", "ema.weights.h5", "log.csv", "grids", "checkpoints"}
+    assert [path.name for path in (folder / "grids").iterdir()] == ["epoch-0001.png"]
+    assert "differs in ['seed']" in refused(*words, "--seed", 5)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `train` would train; nothing is."""
+    seen = {}
+
+    def train(model, samples, folder, iterations, **more):
+        seen.update(model=model, samples=samples, folder=folder, iterations=iterations, **more)
+        return model
+
+    monkeypatch.setattr(training, "train", train)
+    return seen
+
+
+def test_train_takes_the_presets_numbers_unless_others_are_given(tmp_path, asked):
+    run("train", "uvit_nano_digits", "digits", tmp_path)
+    row = presets.get("uvit_nano_digits")
+    assert (asked["samples"].batch_size, asked["iterations"]) == (row.batch_size, row.iterations)
+    assert not asked["samples"].flip  # a mirrored digit is no digit
+    (grids,) = asked["callbacks"]
+    assert (grids.every, grids.folder, asked["every_steps"]) == (10, tmp_path / "grids", 1000)
+    words = ("--batch-size", 7, "--iterations", 9, "--seed", 3, "--grid-every", 0)
+    run("train", "uvit_nano_digits", "digits", tmp_path, *words, "--precision", "mixed_bfloat16")
+    assert (asked["samples"].batch_size, asked["iterations"]) == (7, 9)
+    assert (asked["model"].seed, asked["samples"].seed) == (3, 3)
+    assert asked["model"].network.dtype_policy.name == "mixed_bfloat16"
+    assert asked["callbacks"] == []
+
+
+def test_train_on_a_folder_of_pictures_fits_them_to_the_network(tmp_path, asked):
+    photos = save_pngs(tmp_path / "photos", PICTURES.repeat(2, 1).repeat(3, 2))
+    words = ("--seed", 3, "--batch-size", 4)
+    run("train", "uvit_nano_colour", photos, tmp_path / "run", *words)
+    assert asked["samples"].images.shape == (12, 8, 8, 3)
+    assert asked["samples"].seed == 3
+
+
+def test_train_on_a_cache_of_pixels_takes_its_number_of_classes(tmp_path, asked):
+    np.savez(tmp_path / "a.npz", image=PICTURES[..., :1], label=np.arange(12) % 3)
+    run("encode", tmp_path / "a.npz", tmp_path / "cache", "--pixels")
+    words = (tmp_path / "cache", tmp_path / "run", "--batch-size", 4)
+    text = run("train", "uvit_nano_digits", *words)
+    assert "10 classes and the data has 3" in text
+    assert isinstance(asked["samples"], data.images.ImageDataset)
+    assert asked["model"].network.num_classes == 3
+    assert max(asked["callbacks"][0].options["labels"]) == 2
+
+
+@pytest.mark.usefixtures("small_autoencoder")
+def test_train_on_latents_draws_pictures_only_with_an_autoencoder(tmp_path, asked):
+    AutoencoderKL().save_weights(tmp_path / "a.weights.h5")
+    run("encode", "digits", tmp_path / "cache", "--autoencoder", "space-to-depth")
+    words = ("train", "uvit_nano_latent", tmp_path / "cache", tmp_path / "run")
+    run(*words)
+    assert asked["callbacks"] == []
+    assert asked["samples"].sample_shape == (4, 4, 8)
+    run(*words, "--autoencoder", tmp_path / "a.weights.h5")
+    assert len(asked["callbacks"]) == 1
+    assert (asked["model"].autoencoder.id, asked["model"].autoencoder.scale) == ("a", 1.0)
+
+
+def test_train_a_model_of_text(tmp_path, asked, clip):
+    cache = tmp_path / "cache"
+    run("encode", "shapes:16", cache, "--pixels", "--text", clip)
+    words = ("train", "uvit_nano_shapes", cache, tmp_path / "run", "--batch-size", 8)
+    run(*words, "--text", clip, "--prompt", SCENES[0], "--prompt", SCENES[1])
+    assert set(asked["samples"][0]) == {"image", "context"}
+    assert asked["model"].text_encoder.id == "words"
+    assert asked["callbacks"][0].options["prompts"] == SCENES[:2]
+    run(*words)
+    assert asked["callbacks"] == []  # there is nothing to draw
+    assert "--prompt needs" in misused(*words, "--prompt", "a")
+    words = ("train", "uvit_nano_shapes", "shapes:8", tmp_path / "run")
+    assert "keras-uvit encode shapes:8 CACHE" in refused(*words)
+
+
+def test_data_that_are_missing_or_do_not_fit_are_told(tmp_path):
+    words = ("train", "uvit_nano_digits", "digits", tmp_path / "run")
+    assert "1437" in refused(*words, "--batch-size", 9999)
+    assert "gone" in refused("train", "uvit_nano_colour", tmp_path / "gone", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Pillow -------------------------------------------------------------------------------------------
+
+
+def test_a_missing_pillow_is_told_before_training_and_before_drawing(tmp_path, monkeypatch, asked):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setattr(presets, "load", None)  # not reached
+    words = ("train", "uvit_nano_digits", "digits", tmp_path / "run")
+    assert "Pillow" in refused(*words)
+    words = ("generate", "uvit_nano_digits", tmp_path / "a.png", "--labels", 1)
+    assert "Pillow" in refused(*words)
+
+
+# generate -----------------------------------------------------------------------------------------
+
+
+def test_generate_from_shipped_weights_into_a_grid(tmp_path):
+    words = ("generate", "uvit_tiny_digits", tmp_path / "a.png", "--weights", "pretrained")
+    text = run(*words, "--labels", "0,1,2,3", "--zoom", 3, "--num-steps", 2)
+    assert f"4 images: {tmp_path / 'a.png'}" in text
+    assert np.asarray(Image.open(tmp_path / "a.png")).shape == (2 * 24 + 2, 2 * 24 + 2)
+
+
+def test_generate_from_a_trained_model_into_arrays_and_files(tmp_path, trained):
+    model = trained[0] / "model.keras"
+    run("generate", model, tmp_path / "a.npz", "--labels", "3,1,4")
+    with np.load(tmp_path / "a.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert labels.tolist() == [3, 1, 4]
+    expected = keras.saving.load_model(model).generate(labels=[3, 1, 4], verbose=0)
+    np.testing.assert_array_equal(images, expected)
+    run("generate", trained[0] / "checkpoints", tmp_path / "pictures", "--labels", "3,1,4")
+    files = sorted((tmp_path / "pictures").iterdir())
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
+    drawn = np.stack([np.asarray(Image.open(file)) for file in files])
+    np.testing.assert_array_equal(drawn, images[..., 0])
+
+
+def test_the_average_of_a_run_is_its_model_for_generate(tmp_path, trained):
+    expected = keras.saving.load_model(trained[0] / "model.keras").generate(labels=[3], verbose=0)
+    words = ("--weights", trained[0] / "ema.weights.h5", "--labels", 3)
+    run("generate", "uvit_nano_digits", tmp_path / "a.npz", *words)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["arr_0"], expected)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The arguments that `generate` hands to the model; nothing is drawn."""
+    seen = {}
+
+    def generate(self, **options):
+        seen.clear()
+        seen.update(options, model=self)
+        return PICTURES
+
+    monkeypatch.setattr(DiffusionModel, "generate", generate)
+    return seen
+
+
+def test_the_options_arrive(tmp_path, drawn):
+    def options(*words):
+        run("generate", "uvit_nano_colour", tmp_path / "a.npz", "--num-images", 2, *words)
+        return {key: value for key, value in drawn.items() if value is not None and key != "model"}
+
+    plain = {"num_images": 2, "seed": 0, "use_ema": True}
+    assert options() == plain
+    words = ("--seed", 1, "--guidance-scale", 9, "--sampler", "ddpm", "--raw", "--batch-size", 5)
+    more = dict(seed=1, guidance_scale=9.0, sampler="ddpm", use_ema=False, batch_size=5)
+    assert options(*words) == plain | more
+    assert options("--fast") == plain | presets.FAST
+    assert options("--fast", "--num-steps", 2) == plain | presets.FAST | {"num_steps": 2}
+
+
+def test_prompts_arrive(tmp_path, clip, drawn):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{SCENES[2]}\n\n{SCENES[3]}\n")
+    words = ("generate", "uvit_nano_shapes", tmp_path / "a.npz", "--text", clip)
+    words += ("--prompt", SCENES[0], "--prompts", file, "--negative-prompt", SCENES[1])
+    run(*words)
+    assert drawn["prompts"] == [SCENES[0], SCENES[2], SCENES[3]]
+    assert drawn["negative_prompts"] == SCENES[1]
+    assert drawn["model"].text_encoder.id == "words"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("uvit_nano_digits", "from --labels. Received: none of these options"),
+        ("uvit_nano_digits --num-images 2", "from --labels. Received: --num-images"),
+        ("uvit_nano_digits --labels 3,10", "numbered from 0 to 9. Received: 10"),
+        ("uvit_nano_colour --labels 3", "from --num-images. Received: --labels"),
+        ("uvit_nano_shapes --labels 3", "from --prompt. Received: --labels"),
+        ("uvit_nano_latent --labels 2", "pass --autoencoder"),
+        ("m.keras --weights w.pth", "--weights goes with a preset"),
+    ],
+)
+def test_what_a_preset_cannot_draw_is_told_before_it_is_built(
+    tmp_path, monkeypatch, words, message
+):
+    monkeypatch.setattr(presets, "load", None)  # not reached
+    model, *more = words.split()
+    assert message in misused("generate", model, tmp_path / "a.png", *more)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("gone.keras", "gone.keras"),
+        ("uvit_nano_colour --num-images 1 --weights gone.pth", "gone.pth"),
+        ("uvit_nano_colour --num-images 1 --weights pretrained", "ships no weights"),
+        ("uvit_nano_colour --num-images 1 --weights bad.keras", "bad.keras"),
+        ("bad.keras", "bad.keras"),
+        ("net.keras", "DiffusionModel in net.keras. Received: UViT"),
+    ],
+)
+def test_a_file_that_is_no_model_is_named(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    if "net.keras" in words:
+        UViT(**presets.get("uvit_nano_colour").network).save("net.keras")
+    (tmp_path / "bad.keras").write_bytes(b"PK\3\4")
+    assert message in refused("generate", words.split()[0], "a.png", *words.split()[1:])
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_encoders_are_given_to_a_saved_model(tmp_path, clip, drawn):
+    presets.load("uvit_nano_shapes").save(tmp_path / "m.keras")
+    run("generate", tmp_path / "m.keras", tmp_path / "a.png", "--prompt", "a", "--text", clip)
+    assert drawn["model"].text_encoder.id == "words"
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(picture, evaluation.image_grid(PICTURES))
