@@ -1,7 +1,12 @@
-# make demo   installs into .venv, trains on handwritten digits, samples, measures, draws a picture
-# make test   installs into .venv, runs every test on JAX, TensorFlow and PyTorch
-# make lint   ruff
-# KERAS_BACKEND=tensorflow or torch chooses another backend for the demo.
+# make demo         trains on handwritten digits, samples, measures, and draws a picture
+# make test         tests on JAX, TensorFlow and PyTorch what each of them does itself, the rest once
+# make test-all     runs every test on each of the three
+# make test-lowest  runs the core tests with the lowest versions that pyproject.toml allows
+# make test-newest  runs the core tests with the newest versions there are
+# make test-wheel   installs the built wheel in a clean environment and draws with it elsewhere
+# make lint         ruff
+# Each installs what it needs into a virtual environment of its own. KERAS_BACKEND=tensorflow or
+# torch chooses another backend for the demo; BACKENDS="jax torch" those of the tests.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,28 +16,69 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 KERAS_BACKEND ?= jax
 BACKENDS ?= jax tensorflow torch
+LOGS := $(VENV)/logs
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all test-lowest test-newest test-wheel lint clean
 
 demo: $(VENV)/installed-demo-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/digits.py --out runs/digits
 
-# Two processes at a time, the longest first; each prints when it is done. A backend is two of them:
-# TensorFlow keeps whatever it has traced, and one process with all tests grows to 9 GB.
+# PyTorch compiles nothing, so it is the cheapest: tests that are the same on each backend (marked
+# `once`) run there alone, where it is among the BACKENDS.
+CHEAPEST := $(lastword $(filter torch,$(BACKENDS)) $(firstword $(BACKENDS)))
+SELECT = $(if $(ALL)$(filter $(CHEAPEST),$*),,-m "not once")
+
+# Two processes at a time, the longest first. A backend is two of them: TensorFlow keeps whatever it
+# has traced, and one process with all tests grows to 9 GB.
 test: $(VENV)/installed-test
+	@mkdir -p $(LOGS) && rm -f $(LOGS)/*
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target \
-		$(foreach part,rest training,$(foreach backend,$(BACKENDS),test-$(part)-$(backend)))
-	@echo "All tests passed on: $(BACKENDS)"
+		$(foreach part,rest training,$(foreach backend,$(BACKENDS),test-$(part)-$(backend))); \
+	status=$$?; echo; for log in $(LOGS)/*; do echo "$$(basename $$log): $$(tail -n 1 $$log)"; done; \
+	exit $$status
+
+test-all:
+	@$(MAKE) --no-print-directory test ALL=1
 
 test-rest-%: $(VENV)/installed-test
-	@echo "=== $*: all but tests/training ==="
-	@KERAS_BACKEND=$* $(BIN)/python -m pytest tests --ignore=tests/training
+	@KERAS_BACKEND=$* $(BIN)/python -m pytest tests --ignore=tests/training $(SELECT) \
+		> $(LOGS)/$*-rest 2>&1; status=$$?; cat $(LOGS)/$*-rest; exit $$status
 
 test-training-%: $(VENV)/installed-test
-	@echo "=== $*: tests/training ==="
-	@KERAS_BACKEND=$* $(BIN)/python -m pytest tests/training
+	@KERAS_BACKEND=$* $(BIN)/python -m pytest tests/training $(SELECT) \
+		> $(LOGS)/$*-training 2>&1; status=$$?; cat $(LOGS)/$*-training; exit $$status
+
+# The core tests: what each backend does itself, without the packages that results are compared with.
+CORE := tests/networks tests/process tests/training tests/test_distribution.py \
+	tests/test_distribution_layouts.py tests/data/test_latents.py
+
+test-lowest: $(VENV)-lowest/installed
+	@for backend in $(BACKENDS); do \
+		echo "=== lowest versions, $$backend ==="; \
+		KERAS_BACKEND=$$backend $(VENV)-lowest/bin/python -m pytest $(CORE) -m "not once" || exit 1; \
+	done
+
+# PyTorch and TensorFlow take part where a wheel for the newest Python is at hand:
+# make test-newest NEWEST_PYTHON=python3.13 NEWEST_BACKENDS="jax tensorflow torch".
+NEWEST_PYTHON ?= python3
+NEWEST_BACKENDS ?= jax
+
+test-newest: $(VENV)-newest/installed
+	@for backend in $(NEWEST_BACKENDS); do \
+		echo "=== newest versions, $$backend ==="; \
+		KERAS_BACKEND=$$backend $(VENV)-newest/bin/python -m pytest $(CORE) -m "not once" || exit 1; \
+	done
+
+test-wheel:
+	rm -rf dist $(VENV)-wheel
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet build
+	$(VENV)-wheel/bin/python -m build --quiet --outdir dist .
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[jax]"
+	cd "$$(mktemp -d)" && KERAS_BACKEND=jax $(abspath $(VENV))-wheel/bin/python $(CURDIR)/tests/wheel.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -47,7 +93,7 @@ DEMO_tensorflow := tensorflow-cpu
 DEMO_torch := $(TORCH)
 
 $(VENV)/installed-demo-%: $(BIN)/python pyproject.toml
-	@echo "Installing $* and the demo's packages into $(VENV) ..."
+	@echo "Installing $* and the demo's packages into $(VENV) (about a minute) ..."
 	$(BIN)/python -m pip install --quiet $(DEMO_$*)
 	$(BIN)/python -m pip install --quiet -e ".[demo]"
 	touch $@
@@ -58,5 +104,25 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	touch $@
 
+$(VENV)-lowest/installed: pyproject.toml tests/lowest.py
+	@echo "Installing the lowest versions into $(VENV)-lowest ..."
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(VENV)-lowest/bin/python tests/lowest.py > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-lowest/bin/python -m pip install --quiet --constraint $(VENV)-lowest/constraints.txt \
+		-e ".[core-test,jax]" tensorflow-cpu
+	touch $@
+
+NEWEST_tensorflow := tensorflow-cpu
+NEWEST_torch := $(TORCH)
+
+$(VENV)-newest/installed: pyproject.toml
+	@echo "Installing the newest versions into $(VENV)-newest ..."
+	$(NEWEST_PYTHON) -m venv --clear $(VENV)-newest
+	$(foreach backend,$(NEWEST_BACKENDS),$(VENV)-newest/bin/python -m pip install --quiet \
+		$(NEWEST_$(backend)) &&) true
+	$(VENV)-newest/bin/python -m pip install --quiet -e ".[core-test,jax]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-wheel dist runs

@@ -42,8 +42,12 @@ if NAME == "jax":
     from keras_uvit.backend.jax import *  # noqa: F403
 elif NAME == "tensorflow":
     from keras_uvit.backend.tensorflow import *  # noqa: F403
-else:
+elif NAME == "torch":
     from keras_uvit.backend.torch import *  # noqa: F403
+else:
+    raise ImportError(
+        f"keras_uvit runs on JAX, TensorFlow or PyTorch. Received: KERAS_BACKEND={NAME}."
+    )
 
 
 def is_first():

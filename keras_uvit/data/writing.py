@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-import keras_uvit
 from keras_uvit import backend, progress
 from keras_uvit.data import manifest, sources
 from keras_uvit.data.manifest import CacheError
+from keras_uvit.version import __version__
 
 OWN_FILE = re.compile(r"\d{5}-\w+\.npy|manifest\.json")
 LEFT_OVER = re.compile(r"tmp-\d+-(\d{5}(-\w+)?|plan|manifest)\.(npy|json)")
@@ -158,7 +158,7 @@ def _plan(source, field, dtype, shard_size, flip, text_encoder):
     plan = {
         "format": manifest.FORMAT,
         "version": manifest.VERSION,
-        "keras_uvit": keras_uvit.__version__,
+        "keras_uvit": __version__,
         "source": source.name,
         "source_length": len(source),
         "field": field,

@@ -1,7 +1,6 @@
 """The papers' protocol: draw images, compare them with the reference, record all that matters."""
 
 import hashlib
-import importlib.metadata
 import json
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, frechet_distance, g
 from keras_uvit.evaluation.metrics import inception_score, precision_recall
 from keras_uvit.inference import fingerprint
 from keras_uvit.process import samplers
+from keras_uvit.version import __version__
 
 CHUNK = 1024  # images drawn, measured and written at a time
 USUAL_PROMPTS = 30_000  # of the papers' COCO numbers
@@ -308,7 +308,7 @@ def describe(model, num_images, labels, prompts, seed, options):
         "autoencoder": autoencoder and autoencoder.id,
         "latent_scale": model.latent_scale,
         "backend": backend.NAME,
-        "keras_uvit": importlib.metadata.version("keras-uvit"),
+        "keras_uvit": __version__,
     }
     record["guidance_interval"] = list(record["guidance_interval"])
     # Numbers of NumPy are no JSON.

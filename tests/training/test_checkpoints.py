@@ -21,6 +21,7 @@ from keras_uvit.training import checkpoints
 from keras_uvit.training.callbacks import Checkpoint
 from keras_uvit.training.checkpoints import CheckpointError, steps_in
 
+pytestmark = pytest.mark.eager
 BACKEND = keras.config.backend()
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
