@@ -1,6 +1,7 @@
 # make demo   installs into .venv, trains on handwritten digits, samples, measures, draws a picture
 # make test   installs into .venv, runs every test on JAX, TensorFlow and PyTorch
 # make lint   ruff
+# make gpu-bundle   what benchmarks/gpu.py needs on a GPU machine without a network, in .gpu-bundle
 # KERAS_BACKEND=tensorflow or torch chooses another backend for the demo.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BACKENDS ?= jax tensorflow torch
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu-bundle clean
 
 demo: $(VENV)/installed-demo-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/digits.py --out runs/digits
@@ -37,6 +38,21 @@ test-training-%: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# For a machine with GPU builds of JAX and PyTorch, and so with NumPy, h5py, absl-py, rich, ml-dtypes
+# and packaging: of what Keras needs, these are the rest. The package itself is the checkout there.
+# pip takes a wheel only for the exact platforms named.
+BUNDLE ?= keras==3.15.1 namex==0.1.0 optree==0.20.0
+BUNDLE_PYTHON ?= 3.12
+BUNDLE_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux2014_x86_64
+
+gpu-bundle:
+	rm -rf .gpu-bundle
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \
+		--python-version $(BUNDLE_PYTHON) $(BUNDLE_PLATFORMS:%=--platform %) \
+		--dest .gpu-bundle $(BUNDLE)
+	git describe --always --dirty > .gpu-bundle/commit
+	@du -ch .gpu-bundle/*
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
