@@ -47,7 +47,7 @@ def _spans_of_torch(function):
         function()
     device = DeviceType.CUDA if on_gpu else DeviceType.CPU
     for event in seen.key_averages():
-        if event.device_type == device:
+        if event.device_type == device and not event.is_user_annotation:  # spans of operations
             us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             yield event.key, us / 1000, event.count
 

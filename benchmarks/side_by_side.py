@@ -126,7 +126,7 @@ def _accelerator_peak(framework):
     """Bytes. Only the framework that computes is asked: Keras imports others too, and a question
     would make them take some of the device.
     """
-    module = sys.modules[framework]
+    module = sys.modules.get(framework)  # none if the side is plain Python
     if framework == "torch" and module.cuda.is_available():
         return module.cuda.max_memory_allocated()
     if framework == "jax" and (statistics_of := module.local_devices()[0].memory_stats()):
