@@ -1,4 +1,4 @@
-"""All that wants a GPU, in one command of at most eight minutes.
+"""Measures everything that needs a GPU, in one command of at most eight minutes.
 
     python benchmarks/gpu.py --out OUT              (on one GPU with 80 GB)
     python benchmarks/gpu.py --out OUT --dry-run    (the same parts at toy sizes, on a CPU)
@@ -95,17 +95,18 @@ def main():
     gpu = None if options.dry_run else gpu_facts()
     peak = options.peak or (1 if options.dry_run else peak_of(gpu["gpu"]))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the parts end too
-    with tempfile.TemporaryDirectory() as scratch:
+    # A process that was killed may write a moment longer.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         environment = environment_of(scratch, options.dry_run)
         facts = {**(gpu or {"gpu": "none: a dry run"}), "peak_tflops": peak, **versions()}
         parts.keep(out, {"part": "machine", **facts})
-        outcomes = []
         chosen = [commanded(p, options, peak) for p in PARTS if p.name in options.parts]
+        outcomes, text = [], ""
         for outcome in parts.run(chosen, options.minutes, out, environment):
             print(f"{outcome.part.name}: {outcome.status}, {outcome.seconds} s", flush=True)
             outcomes.append(outcome)
-    text = f"{heading(facts, options.dry_run)}\n\n{parts.summary(outcomes)}\n"
-    (out / "table.md").write_text(text)
+            text = f"{heading(facts, options.dry_run)}\n\n{parts.summary(outcomes)}\n"
+            (out / "table.md").write_text(text)  # now, in case the next part ends the run
     print(text)
     sys.exit(any(outcome.status != "ok" for outcome in outcomes))
 
