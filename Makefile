@@ -5,6 +5,7 @@
 # make test-newest  runs the core tests with the newest versions there are
 # make test-wheel   installs the built wheel in a clean environment and draws with it elsewhere
 # make lint         ruff
+# make gpu-bundle   collects what benchmarks/gpu.py needs on a GPU machine without a network
 # Each installs what it needs into a virtual environment of its own. KERAS_BACKEND=tensorflow or
 # torch chooses another backend for the demo; BACKENDS="jax torch" those of the tests.
 
@@ -20,7 +21,7 @@ LOGS := $(VENV)/logs
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-all test-lowest test-newest test-wheel lint clean
+.PHONY: demo test test-all test-lowest test-newest test-wheel lint gpu-bundle clean
 
 demo: $(VENV)/installed-demo-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/digits.py --out runs/digits
@@ -83,6 +84,21 @@ test-wheel:
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# For a machine with GPU builds of JAX and PyTorch, and so with NumPy, h5py, absl-py, rich, ml-dtypes
+# and packaging: of what Keras needs, these are the rest. The package itself is the checkout there.
+# pip takes a wheel only for the exact platforms named.
+BUNDLE ?= keras==3.15.1 namex==0.1.0 optree==0.20.0
+BUNDLE_PYTHON ?= 3.12
+BUNDLE_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux2014_x86_64
+
+gpu-bundle:
+	rm -rf .gpu-bundle
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \
+		--python-version $(BUNDLE_PYTHON) $(BUNDLE_PLATFORMS:%=--platform %) \
+		--dest .gpu-bundle $(BUNDLE)
+	git describe --always --dirty > .gpu-bundle/commit
+	@du -ch .gpu-bundle/*
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -2,23 +2,41 @@
 
     python benchmarks/generate.py                                 (all: hours on a small CPU)
     python benchmarks/generate.py --contenders keras-jax --num-steps 5 --turns 3
+    python benchmarks/generate.py --contenders keras-jax keras-jax-fast
 
 Classifier-free guidance, so each step is one evaluation of a doubled batch; weights are random,
 which changes no time. Keras draws with `generate(decode=False)`: noise, the compiled loop, the way
 back to NumPy. The rival (`rivals.py`) is a Python loop over the same network under
 `inference_mode`. `ratio` is the rival's time by the row's: above 1 is faster than plain PyTorch.
+A contender whose name ends in -fast draws as `presets.FAST` says, with fewer steps than its rival.
 (That later calls compile nothing is a test: tests/training/test_generation.py.)
 """
 
 import argparse
 import functools
 import json
+import sys
 
 import numpy as np
 import side_by_side
 from train_step import SIZES, starter_of
 
-CONTENDERS = ["keras-jax", "keras-tensorflow", "keras-torch", "torch-compile"]
+KERAS = ["keras-jax", "keras-tensorflow", "keras-torch"]
+CONTENDERS = [*KERAS, "torch-compile"]
+FAST = [f"{name}-fast" for name in KERAS]
+COLUMNS = [
+    "size",
+    "dtype",
+    "images",
+    "num_steps",
+    "contender",
+    "seconds",
+    "rival_seconds",
+    "ratio",
+    "images_per_s",
+    "first_seconds",
+    "peak_gib",
+]
 CLASSES, SCALE = 1000, 2.0
 
 
@@ -26,7 +44,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS + FAST)
     parser.add_argument("--size", default="S/2", choices=list(SIZES))
     parser.add_argument("--dtype", default="float32", help="or bfloat16 (%(default)s)")
     parser.add_argument("--images", type=int, default=16, help="(%(default)s)")
@@ -38,18 +56,15 @@ def main():
         side_by_side.serve(functools.partial(prepare, json.loads(options.contend)))
         return
     job = {key: getattr(options, key) for key in ("size", "dtype", "images", "num_steps")}
+    rival, *contenders = (starter_of(__file__, job, n) for n in ("torch", *options.contenders))
     rows = []
-    for name in options.contenders:
-        rival, contender = (starter_of(__file__, job, each) for each in ("torch", name))
-        row = {**side_by_side.measure(rival, contender, options.turns), **job}
-        row["images_per_s"] = round(options.images / row["seconds"], 4)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    columns = (
-        "size dtype images num_steps contender seconds rival_seconds ratio images_per_s "
-        "first_seconds peak_gib"
-    )
-    print(side_by_side.table(rows, columns.split()))
+    for row in side_by_side.measure(rival, contenders, options.turns):
+        if "seconds" in row:
+            row["images_per_s"] = round(options.images / row["seconds"], 4)
+        rows.append({**job, **row})
+        print(json.dumps(rows[-1]), flush=True)
+    print(side_by_side.report(rows, COLUMNS))
+    sys.exit(any("failed" in row for row in rows))
 
 
 def prepare(job):
@@ -63,13 +78,15 @@ def shape_of(job):
 
 
 def prepare_keras(job, labels):
-    from keras_uvit import DiffusionModel, UViT
+    from keras_uvit import DiffusionModel, UViT, presets
 
     policy = {"bfloat16": "mixed_bfloat16"}.get(job["dtype"], job["dtype"])
     network = UViT(num_classes=CLASSES, dtype=policy, **shape_of(job))
     model = DiffusionModel(network, guidance_scale=SCALE, num_steps=job["num_steps"])
+    way = presets.FAST if job["contender"].endswith("-fast") else {}
+    num_steps = way.get("num_steps", job["num_steps"])
     options = dict(labels=labels, decode=False, verbose=0)
-    return lambda: model.generate(**options), {}
+    return lambda: model.generate(**options, **way), {"num_steps": num_steps}
 
 
 def prepare_torch(job, labels):
@@ -77,7 +94,8 @@ def prepare_torch(job, labels):
     from rivals import PlainUViT, sample
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = PlainUViT(num_classes=CLASSES, **shape_of(job)).to(device).eval()
+    with torch.device(device):
+        network = PlainUViT(num_classes=CLASSES, **shape_of(job)).eval()
     if job["contender"] == "torch-compile":
         network = torch.compile(network)
     height, width, channels = shape_of(job)["image_shape"]

@@ -15,13 +15,14 @@ without metrics and without checking that the step is finite:
 `ratio` is the time of "torch" by that of the row: above 1 is faster than plain PyTorch.
 `mfu` is 6 floating-point operations per multiply-accumulate and image, by what the device could do
 (--device-tflops: 989 for an H100 in bfloat16). One warm-up precedes the turns; `first_seconds` is
-the first step, compiling included.
+the first turn, compiling included. --profile adds, for each, the operations that take longest.
 """
 
 import argparse
 import functools
 import json
 import os
+import sys
 
 import side_by_side
 
@@ -35,6 +36,20 @@ CLASSES = {"tiny": 10, "S/2": None, "L/2": 1000, "H/2": 1000}
 # Blocks of a DiT with the multiply-adds of a U-ViT so wide: it has no long skips.
 DIT_LAYERS = {"tiny": 3, "S/2": 14, "L/2": 23, "H/2": 31}
 CONTENDERS = ["keras-jax", "keras-tensorflow", "keras-torch", "torch-compile", "dit"]
+COLUMNS = [
+    "size",
+    "batch_size",
+    "dtype",
+    "remat",
+    "contender",
+    "seconds",
+    "rival_seconds",
+    "ratio",
+    "images_per_s",
+    "mfu",
+    "first_seconds",
+    "peak_gib",
+]
 
 
 def main():
@@ -49,6 +64,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1, help="steps a turn (%(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--device-tflops", type=float, help="the device's peak, for `mfu`")
+    parser.add_argument("--profile", action="store_true", help="name the longest operations")
     parser.add_argument("--contend", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contend:
@@ -59,35 +75,43 @@ def main():
         for batch_size in options.batch_sizes:
             for dtype in options.dtypes:
                 rows += compare(size, batch_size, dtype, options)
-    columns = "size batch_size dtype contender seconds rival_seconds ratio images_per_s mfu"
-    columns += " first_seconds peak_gib"
-    print(side_by_side.table(rows, columns.split()))
+    print(side_by_side.report(rows, COLUMNS))
+    sys.exit(any("failed" in row for row in rows))
 
 
 def compare(size, batch_size, dtype, options):
     job = dict(size=size, batch_size=batch_size, dtype=dtype, steps=options.steps)
-    rows = []
-    for name in options.contenders:
-        remat = options.remat and name.startswith("keras")
-        rival = starter_of(__file__, {**job, "remat": False}, "torch")
-        contender = starter_of(__file__, {**job, "remat": remat}, name)
-        row = side_by_side.measure(rival, contender, options.turns)
-        for key in ("seconds", "fastest", "slowest", "rival_seconds"):
-            row[key] = round(row[key] / options.steps, 5)
-        row["images_per_s"] = round(batch_size / row["seconds"], 3)
-        if options.device_tflops:
-            flops = 6 * row["gmacs"] * 1e9 * batch_size
-            row["mfu"] = round(flops / row["seconds"] / options.device_tflops / 1e12, 3)
-        rows.append({**row, **job, "remat": remat})
+
+    def recomputes(name):
+        return options.remat and name.startswith("keras")
+
+    def started(name):
+        return starter_of(__file__, {**job, "remat": recomputes(name)}, name)
+
+    rows, contenders = [], [started(name) for name in options.contenders]
+    for row in side_by_side.measure(started("torch"), contenders, options.turns, options.profile):
+        for key in ("seconds", "fastest", "slowest", "rival_seconds", "ms", "calls"):
+            if row.get(key):
+                row[key] = round(row[key] / options.steps, 5)
+        if "seconds" in row:
+            row |= speed(row, batch_size, options.device_tflops)
+        rows.append({**row, **job, "remat": recomputes(row["contender"])})
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def speed(row, batch_size, device_tflops):
+    rate = batch_size / row["seconds"]
+    flops = 6 * row["gmacs"] * 1e9 * rate
+    mfu = round(flops / device_tflops / 1e12, 3) if device_tflops else None
+    return {"images_per_s": round(rate, 3), "mfu": mfu}
 
 
 def starter_of(script, job, name):
     """Starts one contender of a script."""
     command = [script, "--contend", json.dumps({**job, "contender": name})]
-    backend = name.partition("-")[2] if name.startswith("keras") else None
-    return functools.partial(side_by_side.Contender, name, command, backend)
+    framework = name.split("-")[1] if name.startswith("keras") else "torch"
+    return functools.partial(side_by_side.Contender, name, command, framework)
 
 
 # A contender's side -------------------------------------------------------------------------------
@@ -173,11 +197,10 @@ def prepare_torch(job):
     shape = dict(SIZES[job["size"]], patch_size=2, num_classes=CLASSES[job["size"]])
     if job["contender"] == "dit":
         shape["num_layers"] = DIT_LAYERS[job["size"]]
-        network = DiT(**shape)
-    else:
-        network = PlainUViT(**shape)
+    with torch.device(device):  # 501M random numbers take a CPU seconds
+        network = DiT(**shape) if job["contender"] == "dit" else PlainUViT(**shape)
     compiled = job["contender"] == "torch-compile"
-    trainer = Trainer(network.to(device), compiled, getattr(torch, job["dtype"]))
+    trainer = Trainer(network, compiled, getattr(torch, job["dtype"]))
     image, label = data(job)
     image = torch.tensor(image, device=device).permute(0, 3, 1, 2).contiguous()
     label = None if label is None else torch.tensor(label, device=device)

@@ -1,54 +1,19 @@
 """Published checkpoints: the same answers, and files that are refused with nothing changed."""
 
-import json
 import pickle
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from keras import ops
+from published import CASES, GOLDEN, answer_of, network_of
 from safetensors.numpy import save_file
 
 from keras_uvit import DiffusionModel, UViT, evaluation
 from keras_uvit.convert import load_torch_weights, uvit
 from keras_uvit.convert.files import read_tensors
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = {
-    name: case
-    for name, case in json.loads((GOLDEN / "cases.json").read_text()).items()
-    if name.startswith("uvit")
-}
-
-
-def _network(name, **changes):
-    """The network of a golden case, from its constructor arguments in the published names."""
-    case = CASES[name]
-    text = "clip_dim" in case
-    arguments = {
-        "image_shape": (case["img_size"], case["img_size"], case.get("in_chans", 3)),
-        "patch_size": case["patch_size"],
-        "hidden_dim": case["embed_dim"],
-        "num_layers": case["depth"] + 1,
-        "num_heads": case["num_heads"],
-        "num_classes": case.get("num_classes"),
-        "null_label": False,
-        "context_shape": (case["num_clip_token"], case["clip_dim"]) if text else None,
-        "output_conv": case.get("conv", True),
-    }
-    return UViT(**{**arguments, **changes})
-
-
-def _answer(name, network):
-    """The network's output for the recorded inputs, channels first, and the recorded output."""
-    data = np.load(GOLDEN / f"{name}.npz")
-    inputs = {"image": data["x_nchw"].transpose(0, 2, 3, 1), "timestep": data["t"]}
-    inputs |= {key: data[key] for key in ("label", "context") if key in data}
-    output = ops.convert_to_numpy(network(inputs, training=False))
-    return output.transpose(0, 3, 1, 2), data["out_nchw"]
 
 
 def _tensors(name):
@@ -69,32 +34,34 @@ def _assert_unchanged(network, before):
 
 @pytest.mark.parametrize("name", CASES)
 def test_answers_are_the_published_programs(name):
-    network = _network(name)
+    network = network_of(name)
     load_torch_weights(network, GOLDEN / f"{name}.pth")
-    ours, theirs = _answer(name, network)
+    ours, theirs = answer_of(name, network)
     # 1e-5 of the largest value: float32 sums of a hundred terms in another order, five blocks deep.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_parameter_counts_are_the_published_programs(name):
-    network = _network(name)
+    network = network_of(name)
     assert network.count_params() == CASES[name]["params"]
     assert evaluation.count_parameters(network) == CASES[name]["params"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_safetensors_gives_bitwise_the_same_network(tmp_path, name):
-    from_torch, from_safetensors = _network(name), _network(name)
+    from_torch, from_safetensors = network_of(name), network_of(name)
     load_torch_weights(from_torch, GOLDEN / f"{name}.pth")
     save_file({k: a.numpy() for k, a in _tensors(name).items()}, tmp_path / "w.safetensors")
     load_torch_weights(from_safetensors, tmp_path / "w.safetensors")
     _assert_unchanged(from_safetensors, from_torch.get_weights())
-    np.testing.assert_array_equal(_answer(name, from_torch)[0], _answer(name, from_safetensors)[0])
+    np.testing.assert_array_equal(
+        answer_of(name, from_torch)[0], answer_of(name, from_safetensors)[0]
+    )
 
 
 def test_a_diffusion_model_gets_the_weights_and_their_moving_average():
-    model, expected = DiffusionModel(_network("uvit_uncond")), _network("uvit_uncond")
+    model, expected = DiffusionModel(network_of("uvit_uncond")), network_of("uvit_uncond")
     load_torch_weights(expected, GOLDEN / "uvit_uncond.pth")
     load_torch_weights(model, GOLDEN / "uvit_uncond.pth")
     _assert_unchanged(model.network, expected.get_weights())
@@ -138,7 +105,7 @@ def test_parameters_that_ask_for_gradients_are_read_like_tensors(tmp_path):
 
 
 def test_every_problem_is_named_at_once_and_nothing_changes(tmp_path):
-    model, tensors = DiffusionModel(_network("uvit_uncond")), _tensors("uvit_uncond")
+    model, tensors = DiffusionModel(network_of("uvit_uncond")), _tensors("uvit_uncond")
     del tensors["norm.weight"], tensors["in_blocks.1.attn.qkv.weight"]
     tensors |= {"optimizer": torch.ones(1), "head.extra": torch.ones(2)}
     tensors["mid_block.mlp.fc1.bias"] = torch.ones(7)
@@ -160,19 +127,19 @@ def test_every_problem_is_named_at_once_and_nothing_changes(tmp_path):
 
 @pytest.mark.parametrize(("num_classes", "null_label"), [(11, True), (9, True)])
 def test_a_label_table_off_by_one_says_what_to_check(num_classes, null_label):
-    network = _network("uvit_class", num_classes=num_classes, null_label=null_label)
+    network = network_of("uvit_class", num_classes=num_classes, null_label=null_label)
     with pytest.raises(ValueError, match=r"label_emb\.weight.*check num_classes and null_label"):
         load_torch_weights(network, GOLDEN / "uvit_class.pth")
 
 
 def test_ten_classes_and_the_null_row_are_eleven_published_ones():
-    load_torch_weights(_network("uvit_class", num_classes=10, null_label=True),
+    load_torch_weights(network_of("uvit_class", num_classes=10, null_label=True),
                        GOLDEN / "uvit_class.pth")  # fmt: skip
 
 
 def test_patches_of_another_size_are_refused_even_with_as_many_numbers():
     # 8x8 patches of one channel have the 64 numbers of 4x4 patches of four.
-    network = _network("uvit_class", image_shape=(32, 32, 1), patch_size=8)
+    network = network_of("uvit_class", image_shape=(32, 32, 1), patch_size=8)
     with pytest.raises(ValueError, match=r"wrong shape: patch_embed\.proj\.weight"):
         load_torch_weights(network, GOLDEN / "uvit_class.pth")
 
@@ -196,7 +163,7 @@ def test_patches_of_another_size_are_refused_even_with_as_many_numbers():
     ids=str,
 )
 def test_a_network_that_was_never_published_is_refused(switch):
-    network = _network("uvit_uncond", **switch)
+    network = network_of("uvit_uncond", **switch)
     before = _copy(network.get_weights())
     ((key, value),) = switch.items()
     with pytest.raises(ValueError, match=f"Published checkpoints have none of.*{key}.*{value}"):
@@ -223,7 +190,7 @@ def _ramp(tmp_path):
 
 
 def test_positions_that_fit_are_unchanged_and_nobody_is_warned():
-    network = _network("uvit_uncond")
+    network = network_of("uvit_uncond")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_torch_weights(network, GOLDEN / "uvit_uncond.pth")
@@ -242,7 +209,7 @@ def test_positions_that_fit_are_unchanged_and_nobody_is_warned():
     ],
 )
 def test_another_image_size_resizes_positions_with_a_warning(name, extras, size, grids):
-    network = _network(name, image_shape=(*size, CASES[name].get("in_chans", 3)))
+    network = network_of(name, image_shape=(*size, CASES[name].get("in_chans", 3)))
     loaded = _loaded_positions(network, GOLDEN / f"{name}.pth", f"resized from {grids} patches")
     stored = _tensors(name)["pos_embed"][0].numpy()
     np.testing.assert_array_equal(loaded[:extras], stored[:extras])  # label, time, text
@@ -250,7 +217,7 @@ def test_another_image_size_resizes_positions_with_a_warning(name, extras, size,
 
 
 def test_resized_positions_keep_rows_and_columns_apart(tmp_path):
-    network = _network("uvit_uncond", image_shape=(8, 16, 3))
+    network = network_of("uvit_uncond", image_shape=(8, 16, 3))
     loaded = _loaded_positions(network, _ramp(tmp_path), "4x4 to 4x8")[1:].reshape(4, 8, 48)
     # Float32 rounding of numbers below 4.
     np.testing.assert_allclose(loaded, np.broadcast_to(loaded[:1, :, :1], (4, 8, 48)), atol=1e-5)
@@ -258,7 +225,7 @@ def test_resized_positions_keep_rows_and_columns_apart(tmp_path):
 
 
 def test_resizing_is_the_same_on_every_backend(tmp_path):
-    network = _network("uvit_uncond", image_shape=(8, 16, 3))
+    network = network_of("uvit_uncond", image_shape=(8, 16, 3))
     loaded = _loaded_positions(network, _ramp(tmp_path), "4x4 to 4x8")[1:].reshape(4, 8, 48)
     # A ramp stays a ramp away from the edges; 1e-5 is float32 rounding of numbers below 4.
     np.testing.assert_allclose(loaded[:, 3:5, 0], np.tile([1.25, 1.75], (4, 1)), atol=1e-5)
@@ -332,7 +299,7 @@ def test_a_file_that_is_no_flat_state_dict_is_refused(tmp_path, content):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_numbers_that_are_not_finite_are_refused_before_loading(tmp_path, suffix, value):
-    network, tensors = _network("uvit_uncond"), _tensors("uvit_uncond")
+    network, tensors = network_of("uvit_uncond"), _tensors("uvit_uncond")
     before = _copy(network.get_weights())
     tensors["norm.bias"][3] = value
     path = tmp_path / f"w{suffix}"

@@ -1,46 +1,16 @@
 """Eight optimizer steps against the published program's, from the same weights and draws."""
 
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from published import GOLDEN, TRAINED, train
 
 from keras_uvit import DiffusionModel, UViT, convert
-from keras_uvit.process.schedules import VPDiscrete
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-NETWORK = dict(
-    image_shape=(8, 8, 3), patch_size=2, hidden_dim=32, num_layers=3, num_heads=2,
-    num_classes=6, null_label=False,
-)  # fmt: skip
-
-
-class Replay(DiffusionModel):
-    """Draws what was recorded instead of random numbers; everything else is the real step."""
-
-    def draw(self, x0):
-        t = ops.take(ops.convert_to_tensor(self.recorded["n"] / 1000.0, "float32"), self.step, 0)
-        noise = ops.take(ops.convert_to_tensor(self.recorded["noise"]), self.step, axis=0)
-        return t, noise, ops.zeros_like(t, dtype="bool")
 
 
 @pytest.fixture(scope="module")
 def trained():
-    data = np.load(GOLDEN / "training.npz")
-    recipe = dict(learning_rate=2e-3, beta_1=0.99, beta_2=0.99, weight_decay=0.03, warmup_steps=4)
-    model = Replay(
-        UViT(**NETWORK), VPDiscrete(), latent_scale=1.0, ema_decay=0.9, ema_warmup=False,
-        optimizer=recipe,
-    )  # fmt: skip
-    convert.load_torch_weights(model, GOLDEN / "training_start.pth")
-    images = data["x0_nchw"].transpose(0, 1, 3, 4, 2)
-    model.recorded = {"n": data["n"], "noise": data["eps_nchw"].transpose(0, 1, 3, 4, 2)}
-    model.compile()
-    batches = ({"latent": x, "label": y} for x, y in zip(images, data["label"]))
-    history = model.fit(batches, steps_per_epoch=1, epochs=8, verbose=0)
-    return model, np.array(history.history["loss"]), data["loss"]
+    return train()
 
 
 def test_losses_follow_the_published_program(trained):
@@ -52,7 +22,7 @@ def test_losses_follow_the_published_program(trained):
 @pytest.mark.parametrize("kind", ["end", "ema"])
 def test_weights_end_where_the_published_program_ends(trained, kind):
     model, _, _ = trained
-    expected = UViT(**NETWORK)
+    expected = UViT(**TRAINED)
     convert.load_torch_weights(expected, GOLDEN / f"training_{kind}.pth")
     network = model.network if kind == "end" else model.ema_network
     largest = max(np.abs(w).max() for w in expected.get_weights())
@@ -65,7 +35,7 @@ def test_weights_end_where_the_published_program_ends(trained, kind):
 
 
 def test_the_first_step_changes_nothing_because_warm_up_starts_at_zero():
-    model = DiffusionModel(UViT(**NETWORK), optimizer=dict(warmup_steps=4))
+    model = DiffusionModel(UViT(**TRAINED), optimizer=dict(warmup_steps=4))
     model.compile()
     before = model.network.get_weights()
     images = np.zeros((4, 8, 8, 3), "uint8")
