@@ -29,7 +29,7 @@ demo: $(VENV)/installed-demo-$(KERAS_BACKEND)
 # PyTorch compiles nothing, so it is the cheapest: tests that are the same on each backend (marked
 # `once`) run there alone, where it is among the BACKENDS.
 CHEAPEST := $(lastword $(filter torch,$(BACKENDS)) $(firstword $(BACKENDS)))
-SELECT = $(if $(ALL)$(filter $(CHEAPEST),$*),,-m "not once")
+SELECT = $(if $(ALL)$(filter $(CHEAPEST),$*),,-m "not once or each_backend")
 
 # Two processes at a time, the longest first. A backend is two of them: TensorFlow keeps whatever it
 # has traced, and one process with all tests grows to 9 GB.
@@ -58,7 +58,7 @@ CORE := tests/networks tests/process tests/training tests/test_distribution.py \
 test-lowest: $(VENV)-lowest/installed
 	@for backend in $(BACKENDS); do \
 		echo "=== lowest versions, $$backend ==="; \
-		KERAS_BACKEND=$$backend $(VENV)-lowest/bin/python -m pytest $(CORE) -m "not once" || exit 1; \
+		KERAS_BACKEND=$$backend $(VENV)-lowest/bin/python -m pytest $(CORE) -m "not once or each_backend" || exit 1; \
 	done
 
 # PyTorch and TensorFlow take part where a wheel for the newest Python is at hand:
@@ -69,7 +69,7 @@ NEWEST_BACKENDS ?= jax
 test-newest: $(VENV)-newest/installed
 	@for backend in $(NEWEST_BACKENDS); do \
 		echo "=== newest versions, $$backend ==="; \
-		KERAS_BACKEND=$$backend $(VENV)-newest/bin/python -m pytest $(CORE) -m "not once" || exit 1; \
+		KERAS_BACKEND=$$backend $(VENV)-newest/bin/python -m pytest $(CORE) -m "not once or each_backend" || exit 1; \
 	done
 
 test-wheel:

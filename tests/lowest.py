@@ -10,7 +10,9 @@ import re
 import tomllib
 from pathlib import Path
 
-project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))[
+    "project"
+]
 bounds = dict.fromkeys(project["dependencies"])
 for requirements in project["optional-dependencies"].values():
     bounds.update(dict.fromkeys(requirements))

@@ -11,6 +11,8 @@ from pathlib import Path
 import keras
 import pytest
 
+pytestmark = pytest.mark.once
+
 BACKEND = keras.config.backend()
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HANGS = """

@@ -8,6 +8,8 @@ from pathlib import Path
 import keras
 import pytest
 
+pytestmark = pytest.mark.once
+
 BACKEND = keras.config.backend()
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -30,6 +32,7 @@ def test_data_prints_a_table_and_a_json_line_a_row(tmp_path):
     assert not list(tmp_path.iterdir())  # what it wrote is gone
 
 
+@pytest.mark.each_backend
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="cannot say what its tape keeps")
 def test_memory_prints_what_recomputing_saves():
     options = ["--preset", "uvit_tiny_digits", *(["--compile"] if BACKEND == "jax" else [])]

@@ -20,6 +20,8 @@ from keras_uvit.data import shapes
 from keras_uvit.evaluation import CLIPScore
 from keras_uvit.latent import CLIPText
 
+pytestmark = pytest.mark.once
+
 CAPTIONS = [str(scene) for scene in shapes.scenes(200)]
 AWKWARD = [
     "",
@@ -240,6 +242,7 @@ def hidden(model, ids):
         return model(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy()
 
 
+@pytest.mark.each_backend
 @pytest.mark.filterwarnings("ignore:Cut at")
 def test_contexts_are_those_of_transformers(text, text_model):
     contexts = text(AWKWARD, batch_size=4)
@@ -322,6 +325,7 @@ def test_other_weights_or_words_have_another_fingerprint(text):
     assert a.fingerprint != b.fingerprint
 
 
+@pytest.mark.each_backend
 def test_random_weights_are_the_same_on_every_backend():
     text = CLIPText.random(CAPTIONS, length=16, hidden_dim=8, num_heads=2, vocabulary_size=560)
     # Computed once on JAX. Weights are float32 of one NumPy stream.

@@ -18,6 +18,8 @@ import keras_uvit
 import keras_uvit_cli
 from keras_uvit import presets
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BACKEND = keras.config.backend()
@@ -44,6 +46,7 @@ def modules():
     return ["keras_uvit", *(module.name for module in found if module.name not in others)]
 
 
+@pytest.mark.each_backend
 def test_import_takes_no_other_backend_and_no_extra():
     others = sorted({"tensorflow", "torch"} - {BACKEND})
     code = f"""
@@ -115,6 +118,7 @@ def smaller(block, *changes):
     return re.sub(r"epochs=\d+", "epochs=1", block)
 
 
+@pytest.mark.each_backend
 def test_readme_training_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_photos(tmp_path / "my_photos")

@@ -19,6 +19,8 @@ from keras_uvit.process import samplers
 from keras_uvit.process.schedules import LinearPath, VPDiscrete, VPLinear
 from keras_uvit.training.optimizers import adamw
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = {"hidden_dim": 16, "num_layers": 3, "num_heads": 2}
 
@@ -276,6 +278,7 @@ def _weight_files(path):
     return model
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize("kind", ["w.weights.h5", "w.keras"])
 def test_weight_files_give_the_moving_average_back(tmp_path, kind):
     saved = _weight_files(tmp_path)
@@ -286,6 +289,7 @@ def test_weight_files_give_the_moving_average_back(tmp_path, kind):
     assert not np.array_equal(_output(saved.network, labels=[1, 10]), expected)
 
 
+@pytest.mark.each_backend
 def test_a_published_checkpoint_is_loaded_by_its_path():
     data = np.load(GOLDEN / "uvit_uncond.npz")
     model = presets.load(
@@ -500,6 +504,7 @@ def pretrained():
     return presets.load("uvit_tiny_digits", "pretrained")
 
 
+@pytest.mark.each_backend
 def test_the_shipped_model_makes_digits_of_the_labels_asked(pretrained):
     images = pretrained.generate(labels=range(10), verbose=0)
     assert images.shape == (10, 8, 8, 1)
@@ -514,6 +519,7 @@ def test_the_same_seed_gives_the_same_images(pretrained):
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.each_backend
 def test_a_classifier_of_real_digits_reads_the_generated_ones(pretrained):
     train, test = digits("train"), digits("test")
     flat = [data["image"].reshape(-1, 64) / 255.0 for data in (train, test)]

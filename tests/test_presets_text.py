@@ -9,6 +9,8 @@ from keras_uvit import clip, presets
 from keras_uvit.data import shapes
 from keras_uvit.latent import CLIPText
 
+pytestmark = pytest.mark.once
+
 SMALL = dict(hidden_dim=16, num_layers=1, num_heads=2)
 TEXT = {**SMALL, "context_shape": (2, 3), "image_shape": (4, 4, 4)}
 
@@ -93,6 +95,7 @@ def test_its_weights_refuse_another_text_encoder():
         presets.load("uvit_tiny_shapes", "pretrained", text_encoder=other)
 
 
+@pytest.mark.each_backend
 @pytest.mark.eager
 def test_it_draws_what_it_is_told(shipped):
     """On pairs of things that no training picture had; 500 prompts score 0.998, chance 0.43."""

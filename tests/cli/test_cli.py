@@ -18,6 +18,8 @@ from keras_uvit import distribution, presets
 from keras_uvit.process.samplers import SAMPLERS
 from keras_uvit_cli import main, options
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = list(main.commands)
 

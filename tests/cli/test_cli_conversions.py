@@ -12,6 +12,8 @@ from keras_uvit.data import captioned
 from keras_uvit.inference import fingerprint
 from keras_uvit.latent import AutoencoderKL, SpaceToDepth
 
+pytestmark = pytest.mark.once
+
 STAND_IN = ("--autoencoder", "space-to-depth")
 
 

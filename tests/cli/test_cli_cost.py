@@ -7,6 +7,8 @@ from shell import run
 
 from keras_uvit import UViT, evaluation, presets
 
+pytestmark = pytest.mark.once
+
 LARGE = "uvit_large_imagenet256"
 MEMORY = (
     *("weights", "gradients", "AdamW's two moments", "moving average"),

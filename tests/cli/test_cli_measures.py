@@ -10,6 +10,8 @@ from shell import PICTURES, RNG, SCENES, misused, refused, run, save_pngs
 from keras_uvit import evaluation
 from keras_uvit_cli.inputs import open_prompts
 
+pytestmark = pytest.mark.once
+
 SCORES = {"fid", "sfid", "inception_score", "precision", "recall"}
 
 

@@ -11,6 +11,8 @@ from shell import PICTURES, SCENES, misused, refused, run, save_pngs
 from keras_uvit import DiffusionModel, UViT, data, evaluation, presets, training
 from keras_uvit.latent import AutoencoderKL
 
+pytestmark = pytest.mark.once
+
 # train --------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ from keras_uvit import DiffusionModel, UViT, evaluation
 from keras_uvit.convert import load_torch_weights, uvit
 from keras_uvit.convert.files import read_tensors
 
+pytestmark = pytest.mark.once
+
 
 def _tensors(name):
     return torch.load(GOLDEN / f"{name}.pth", weights_only=True)
@@ -32,6 +34,7 @@ def _assert_unchanged(network, before):
 # Parity -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize("name", CASES)
 def test_answers_are_the_published_programs(name):
     network = network_of(name)
@@ -60,6 +63,7 @@ def test_safetensors_gives_bitwise_the_same_network(tmp_path, name):
     )
 
 
+@pytest.mark.each_backend
 def test_a_diffusion_model_gets_the_weights_and_their_moving_average():
     model, expected = DiffusionModel(network_of("uvit_uncond")), network_of("uvit_uncond")
     load_torch_weights(expected, GOLDEN / "uvit_uncond.pth")

@@ -20,6 +20,8 @@ from keras import ops
 from keras_uvit import UViT, convert, presets
 from keras_uvit.convert import load_torch_weights, uvit
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 # The configurations of the published program, in its names. `num_classes` counts every row of the

@@ -16,6 +16,8 @@ from keras_uvit.convert import load_torch_weights, save_torch_weights
 from keras_uvit.convert.files import read_tensors, write_tensors
 from keras_uvit.latent import AutoencoderKL
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"hidden_dim": 16, "num_layers": 3, "num_heads": 2}
 UVITS = {

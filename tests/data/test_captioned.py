@@ -8,6 +8,8 @@ from PIL import Image
 
 from keras_uvit.data import captioned, sources
 
+pytestmark = pytest.mark.once
+
 RANDOM = np.random.default_rng(0)
 TEXTS = {7: ["a dog", "a small dog "], 3: ["a cat"], 5: ["a bird", "birds", "a bird."]}
 

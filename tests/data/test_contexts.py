@@ -16,6 +16,8 @@ from keras_uvit.data.images import in_memory
 from keras_uvit.data.manifest import CacheError, read_manifest
 from keras_uvit.latent import SpaceToDepth
 
+pytestmark = pytest.mark.once
+
 COUNTS = [1, 5, 2, 7, 3, 1, 4, 6, 2, 5, 3]
 ALL = len(COUNTS)
 CAPTIONS = [[f"caption {k} {j}" for j in range(count)] for k, count in enumerate(COUNTS)]

@@ -8,6 +8,8 @@ from sklearn.datasets import load_digits
 
 from keras_uvit.data import digits
 
+pytestmark = pytest.mark.once
+
 
 def _scans(data):
     return {image.tobytes() for image in data["image"]}

@@ -9,6 +9,8 @@ from PIL import Image
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.data import image_folder, images
 
+pytestmark = pytest.mark.once
+
 
 def _noise(height, width, seed=0, channels=3):
     rng = np.random.default_rng(seed)

@@ -17,6 +17,8 @@ from keras_uvit.data.latents import ShardedArray
 from keras_uvit.data.manifest import CacheError
 from keras_uvit.latent import SpaceToDepth
 
+pytestmark = pytest.mark.once
+
 BACKEND = keras.config.backend()
 NUM_SAMPLES, SHARD_SIZE = 22, 5
 
@@ -289,6 +291,7 @@ def trained(finished):
     return history.history["loss"], read, arrived, model, cache
 
 
+@pytest.mark.each_backend
 def test_a_model_trains_on_a_cache(trained):
     losses, _, _, model, _ = trained
     assert len(losses) == 3

@@ -13,6 +13,8 @@ from keras_uvit import data
 from keras_uvit.data import LatentDataset, published, published_pickles
 from keras_uvit.latent import SpaceToDepth
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 MOMENTS = RNG.standard_normal((10, 8, 2, 3)).astype("float32")  # channels first, as published
 LABELS = [3, 0, 6, 1, 1, 5, 2, 6, 0, 4]

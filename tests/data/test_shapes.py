@@ -8,6 +8,8 @@ import pytest
 from keras_uvit.data import shapes
 from keras_uvit.data.shapes import COLOURS, SHAPES, SIZES, THINGS, Scene, Thing
 
+pytestmark = pytest.mark.once
+
 
 def kinds(scene):
     return frozenset([(str(scene.first)), str(scene.second)])

@@ -8,6 +8,8 @@ import pytest
 from keras_uvit.data.images import ImageDataset
 from keras_uvit.data.shuffled import ShuffledDataset
 
+pytestmark = pytest.mark.once
+
 
 def _dataset(n=12, batch_size=4, epoch=0, **options):
     """Samples that are their own index; labels are three times that."""

@@ -11,6 +11,8 @@ from PIL import Image
 from keras_uvit.data import sources
 from keras_uvit.data.sources import Source
 
+pytestmark = pytest.mark.once
+
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 10, 14, 3), dtype="uint8")
 
 

@@ -17,6 +17,8 @@ from keras_uvit import DiffusionModel, UViT, data
 from keras_uvit.data import LatentDataset, tfds_images, tfds_source
 from keras_uvit.latent import SpaceToDepth
 
+pytestmark = pytest.mark.once
+
 BACKEND = keras.config.backend()
 
 

@@ -23,6 +23,8 @@ from keras_uvit.data import LatentDataset, manifest, sources, writing
 from keras_uvit.data.manifest import CacheError
 from keras_uvit.latent import SpaceToDepth
 
+pytestmark = pytest.mark.once
+
 BACKEND = keras.config.backend()
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 4, 6, 3), dtype="uint8")
 LABELS = np.array([3, 0, 1, 2, 2, 1, 0, 3, 3, 1])

@@ -14,6 +14,8 @@ from keras_uvit import DiffusionModel, UViT
 from keras_uvit.evaluation import FIDCallback, SampleGridCallback, evaluate, image_grid
 from keras_uvit.inference import fingerprint
 
+pytestmark = pytest.mark.once
+
 LABELS = (0, 1, 1)
 DATA = {"image": random_images(8), "label": np.arange(8) % 2}
 OPTIONS = dict(allow_few=True, batch_size=4)
@@ -102,6 +104,7 @@ def test_every_epoch_has_a_picture(run):
     assert (pictures[0] != pictures[2]).any()
 
 
+@pytest.mark.each_backend
 def test_the_last_picture_is_what_the_average_generates(run):
     np.testing.assert_array_equal(
         picture(run.folder / "grids", 3), image_grid(run.average, columns=2, zoom=2)
@@ -109,6 +112,7 @@ def test_the_last_picture_is_what_the_average_generates(run):
     assert (run.average != run.raw).any()
 
 
+@pytest.mark.each_backend
 def test_the_callbacks_do_not_disturb_training(run, trainee):
     history = trainee.fit([])
     alone = trainee.values()

@@ -9,6 +9,8 @@ from keras_uvit import DiffusionModel, UViT
 from keras_uvit.evaluation import CKA, block_names, cka_of_layers, layer_outputs, linear_cka
 from keras_uvit.process.schedules import VPLinear
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 ROUNDING = 1e-12  # of float64, times a few hundred additions
 
@@ -248,6 +250,7 @@ def seen(network, inputs, names):
     return [ops.convert_to_numpy(outputs[name]).reshape(9, -1) for name in names]
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize("use_ema", [True, False])
 def test_outputs_are_the_networks_own(model, use_ema):
     network = model.ema_network if use_ema else model.network
@@ -275,6 +278,7 @@ def test_blocks_and_long_skips_are_named_in_order():
     assert block_names(UViT(**TINY, skip=None)) == ["in_block_0", "mid_block", "out_block_0"]
 
 
+@pytest.mark.each_backend
 @pytest.mark.usefixtures("eager")
 def test_a_models_map_is_cka_over_its_outputs(model):
     cka = CKA()

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from keras_uvit import UNet, UViT
 from keras_uvit.evaluation import count_macs, count_parameters
 
+pytestmark = pytest.mark.once
+
 PATCHES, DIM, PIXELS = 16, 16, 64  # an 8x8x3 image in 2x2 patches
 TINY = dict(image_shape=(8, 8, 3), patch_size=2, hidden_dim=DIM, num_layers=3, num_heads=2)
 

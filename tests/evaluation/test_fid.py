@@ -14,6 +14,8 @@ from stubs import StubInception, random_images
 from keras_uvit.evaluation import Reference, frechet_distance, reference_statistics
 from keras_uvit.evaluation.frechet import gaussian
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 

@@ -9,6 +9,8 @@ from stubs import random_images
 
 from keras_uvit.evaluation import files, image_grid, read_images, write_npz, write_png, write_pngs
 
+pytestmark = pytest.mark.once
+
 
 def grey_images(n=3):
     return random_images(n)[..., :1]

@@ -7,6 +7,8 @@ from words import Words
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.evaluation import SampleGridCallback, captioned_grid, read_images
 
+pytestmark = pytest.mark.once
+
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 30, 100, 3), "uint8")
 
 

@@ -5,6 +5,8 @@ import pytest
 
 from keras_uvit.evaluation import inception_score, metrics, precision_recall
 
+pytestmark = pytest.mark.once
+
 
 def some_logits(n=37, classes=6, seed=0):
     return 3 * np.random.default_rng(seed).normal(size=(n, classes))

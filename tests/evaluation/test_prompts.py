@@ -9,6 +9,8 @@ from words import Words
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.evaluation import FIDCallback, evaluate, protocol, scores
 
+pytestmark = pytest.mark.once
+
 PROMPTS = [f"picture {k}" for k in range(20)]
 FEW = dict(allow_few=True, usual=0, verbose=0)
 

@@ -15,6 +15,8 @@ from keras_uvit.latent import SpaceToDepth
 from keras_uvit.process import samplers
 from keras_uvit.process.schedules import VPLinear
 
+pytestmark = pytest.mark.once
+
 TINY = dict(image_shape=(8, 8, 3), patch_size=4, hidden_dim=16, num_layers=1, num_heads=2)
 LATENT = {**TINY, "image_shape": (4, 4, 12), "patch_size": 2}
 SCORES = ("fid", "sfid", "inception_score", "precision", "recall")

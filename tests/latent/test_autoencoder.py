@@ -15,7 +15,7 @@ from keras_uvit.convert import autoencoder as names
 from keras_uvit.convert import load_torch_weights, save_torch_weights
 from keras_uvit.latent import AutoencoderKL, SpaceToDepth
 
-pytestmark = pytest.mark.eager
+pytestmark = [pytest.mark.eager, pytest.mark.once]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = {"base_dim": 32, "multipliers": (1, 1), "num_res_blocks": 1}
@@ -112,16 +112,19 @@ def golden():
         return types.SimpleNamespace(network=network, scale=float(file["scale_factor"]), **data)
 
 
+@pytest.mark.each_backend
 @pytest.mark.compiled
 def test_moments_are_the_published_programs(golden):
     assert _error(golden.network.encode(golden.image, verbose=0), golden.moments) <= PARITY
 
 
+@pytest.mark.each_backend
 def test_decoded_latents_are_the_published_programs(golden):
     ours = _decoded(golden.network, golden.z / golden.scale)
     assert _error(ours, golden.decoded) <= PARITY
 
 
+@pytest.mark.each_backend
 @pytest.mark.compiled
 def test_decoded_images_are_the_published_programs(golden):
     assert golden.network.scale == 0.18215 == pytest.approx(golden.scale)  # float32 there
@@ -386,6 +389,7 @@ def test_files_of_another_architecture_are_refused(folder, change):
 ROUNDING = 5e-6
 
 
+@pytest.mark.each_backend
 def test_moments_do_not_depend_on_the_batch_size(tiny):
     images = _images(3)
     expected = _encoded(tiny, images)
@@ -402,6 +406,7 @@ def test_decoded_images_do_not_depend_on_the_batch_size(tiny):
         _assert_same_images(tiny.decode(tiny.scale * latents, batch_size=batch_size), expected)
 
 
+@pytest.mark.each_backend
 @pytest.mark.compiled
 def test_a_ragged_last_batch_is_filled_up_not_compiled_anew(tiny, monkeypatch):
     shapes = []
@@ -467,6 +472,7 @@ def test_a_sample_is_scale_times_mean_plus_deviation_times_noise(tiny):
     assert latents.dtype == np.float32
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize(("mean", "log_variance"), [(0, 0), (0.7, -1.4), (-2, 3)])
 def test_samples_have_the_mean_and_deviation_of_their_moments(tiny, mean, log_variance):
     latents = tiny.sample(_moments(mean, log_variance)) / tiny.scale
@@ -483,6 +489,7 @@ def test_the_log_variance_is_clipped_as_published(tiny, log_variance, deviation)
     assert latents.std() == pytest.approx(deviation, rel=5 / (2 * latents.size) ** 0.5)
 
 
+@pytest.mark.each_backend
 def test_noise_is_the_seeds_and_each_images_own(tiny):
     moments = _moments(0, 0, (2, 4, 4, 4))
     np.testing.assert_array_equal(tiny.sample(moments, seed=3), tiny.sample(moments, seed=3))
@@ -536,6 +543,7 @@ def test_equal_encoders_have_equal_fingerprints():
     assert _tiny(seed=1).fingerprint != _tiny(seed=2).fingerprint
 
 
+@pytest.mark.each_backend
 def test_the_fingerprint_is_the_same_on_every_backend(golden):
     # Of the golden checkpoint. Another value here means that every cache of latents is made anew.
     assert golden.network.fingerprint == "775fdc92a0054574"
@@ -597,6 +605,7 @@ def test_weights_loaded_after_a_first_run_are_the_ones_used(tmp_path):
         assert is_other(), kind
 
 
+@pytest.mark.each_backend
 def test_a_saved_autoencoder_comes_back_whole(tiny, tmp_path):
     _tiny(scale=3.0, id="sd-vae-ft-mse").save(tmp_path / "ae.keras")  # of tiny's weights
     loaded = keras.saving.load_model(tmp_path / "ae.keras")
@@ -626,6 +635,7 @@ def test_every_argument_is_in_the_configuration():
     assert again.factor == 4
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize("when", ["when built", "when first run"])
 def test_a_global_mixed_precision_policy_does_not_change_the_answers(tiny, when):
     try:
@@ -744,6 +754,7 @@ def test_arguments_that_do_not_fit_are_refused_in_words(arguments, message):
 # Not yet as promised ------------------------------------------------------------------------------
 
 
+@pytest.mark.each_backend
 def test_tensors_of_the_backend_are_arrays_too(tiny):
     images = _images(3)
     floats = ops.convert_to_tensor(images.astype("float32") / 127.5 - 1)
@@ -756,6 +767,7 @@ def test_a_scale_computed_with_numpy_gives_float32_latents_too():
     assert network.sample(_moments(0, 0, (1, 4, 4, 4))).dtype == np.float32
 
 
+@pytest.mark.each_backend
 def test_a_half_precision_autoencoder_gives_float32_moments():
     moments = AutoencoderKL(**TINY, dtype="mixed_bfloat16").encode(GOOD, verbose=0)
     assert moments.dtype == np.float32

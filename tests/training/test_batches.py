@@ -5,6 +5,8 @@ import pytest
 
 from keras_uvit import DiffusionModel, UViT
 
+pytestmark = pytest.mark.once
+
 TINY = dict(image_shape=(4, 4, 3), patch_size=2, hidden_dim=8, num_layers=1, num_heads=2)
 IMAGES = np.zeros((6, 4, 4, 3), "uint8")
 LABELS = np.arange(6)

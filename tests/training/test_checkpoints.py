@@ -21,7 +21,6 @@ from keras_uvit.training import checkpoints
 from keras_uvit.training.callbacks import Checkpoint
 from keras_uvit.training.checkpoints import CheckpointError, steps_in
 
-pytestmark = pytest.mark.eager
 BACKEND = keras.config.backend()
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -95,12 +94,17 @@ def run(peace, tmp_path):
 # Exact --------------------------------------------------------------------------------------------
 
 
-# TensorFlow traces a program for each of these runs, for seconds: a part of the cases is for it.
-EVERYWHERE = list(itertools.product(range(EPOCHS), range(STEPS)))
+# What each backend does itself is to restore its state. Where it is restored is the business of NumPy
+# and Python, so two of the cases are for each backend, which compiles a program for every run.
+once = pytest.mark.once
+EVERYWHERE = [
+    pytest.param(at, marks=[] if at in [(0, 0), (1, 1)] else once)
+    for at in itertools.product(range(EPOCHS), range(STEPS))
+]
 KILLS = {"between": Kill(1, 0), "within": Kill(2, 2)}
 
 
-@pytest.mark.parametrize("at", EVERYWHERE[1::3] if BACKEND == "tensorflow" else EVERYWHERE)
+@pytest.mark.parametrize("at", EVERYWHERE)
 def test_killed_before_any_step_it_ends_the_same(tmp_path, peace, at):
     with pytest.raises(Killed):
         fit(make(), tmp_path, callbacks=[Kill(*at)])
@@ -113,6 +117,7 @@ def test_killed_before_any_step_it_ends_the_same(tmp_path, peace, at):
         assert history[key] == values[at[0] :]
 
 
+@pytest.mark.once
 def test_checkpoints_lie_on_multiples_of_every_steps(tmp_path):
     fit(make(), tmp_path, every_steps=4, keeping={"keep": 9})
     assert steps_in(tmp_path) == [9, 8, 4]
@@ -151,20 +156,25 @@ def grain_dataset():
     return grain.MapDataset.source(items).seed(3).shuffle().batch(BATCH, drop_remainder=True)
 
 
-@pytest.mark.parametrize("kill", ["within"] if BACKEND == "tensorflow" else KILLS)
+@pytest.mark.parametrize("kill", [pytest.param("between", marks=once), "within"])
 @pytest.mark.parametrize(
     ("data", "options"),
     [
-        (pictures, {}),
-        (pictures, {"steps_per_epoch": 4}),  # epochs that are not the data's
-        (pictures, {"steps_per_epoch": 5}),
-        (Fixed, {}),
-        (stream, {"steps_per_epoch": 4}),
-        (grain_dataset, {}),
-        (tensorflow_dataset, {}),
-        (lambda: tensorflow_dataset().repeat(), {"steps_per_epoch": 4}),
+        pytest.param(pictures, {}, id="own", marks=once),
+        # Epochs that are not the data's.
+        pytest.param(pictures, {"steps_per_epoch": 4}, id="own, short"),
+        pytest.param(pictures, {"steps_per_epoch": 5}, id="own, long", marks=once),
+        pytest.param(Fixed, {}, id="user's", marks=once),
+        pytest.param(stream, {"steps_per_epoch": 4}, id="generator", marks=once),
+        pytest.param(grain_dataset, {}, id="grain", marks=once),
+        pytest.param(tensorflow_dataset, {}, id="tf"),
+        pytest.param(
+            lambda: tensorflow_dataset().repeat(),
+            {"steps_per_epoch": 4},
+            id="tf, endless",
+            marks=once,
+        ),
     ],
-    ids=["own", "own, short", "own, long", "user's", "generator", "grain", "tf", "tf, endless"],
 )
 def test_every_source_goes_on_at_its_place(tmp_path, data, options, kill):
     undisturbed = make()
@@ -178,6 +188,7 @@ def test_every_source_goes_on_at_its_place(tmp_path, data, options, kill):
     assert_same(state(model), state(undisturbed))
 
 
+@pytest.mark.once
 def test_the_loss_scale_is_part_of_it(tmp_path):
     undisturbed = make(dtype="mixed_float16")
     undisturbed.optimizer.dynamic_scale.assign(1024.0)
@@ -192,6 +203,7 @@ def test_the_loss_scale_is_part_of_it(tmp_path):
     assert_same(state(model), state(undisturbed))
 
 
+@pytest.mark.once
 def test_a_learning_rate_that_a_callback_lowered_stays(tmp_path):
     fit(make(optimizer=keras.optimizers.SGD(0.5)), tmp_path, epochs=1)
     lowered = make(optimizer=keras.optimizers.SGD(0.5))
@@ -217,6 +229,7 @@ class Seen(keras.callbacks.Callback):
         self.calls.append("end")
 
 
+@pytest.mark.once
 def test_callbacks_see_one_run(tmp_path):
     with pytest.raises(Killed):
         fit(make(), tmp_path, callbacks=[Kill(1, 2)])
@@ -237,6 +250,7 @@ def test_a_finished_run_trains_nothing(run, peace):
     assert_same(state(model), state(peace[0]))
 
 
+@pytest.mark.once
 def test_a_model_that_stops_by_itself_does_not_go_on(tmp_path):
     with pytest.raises(Killed):
         fit(make(), tmp_path, callbacks=[Kill(0, 1)])
@@ -251,6 +265,7 @@ def test_a_model_that_stops_by_itself_does_not_go_on(tmp_path):
 # Killed for real ----------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_a_killed_process_loses_and_repeats_nothing():
     """`benchmarks/faults.py` in short: SIGKILL at a random moment, and inside a save."""
     command = [sys.executable, ROOT / "benchmarks" / "faults.py", "--kills", "2", "--epochs", "8"]
@@ -298,6 +313,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("how", DAMAGE)
 def test_of_a_damaged_checkpoint_the_one_before_is_used(run, peace, how):
     DAMAGE[how](run / "step-00000009")
@@ -309,6 +325,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(run, peace, how):
     assert steps_in(run)[0] == 9
 
 
+@pytest.mark.once
 def test_what_a_killed_save_left_is_no_checkpoint(run, peace):
     (run / "step-00000009").rename(run / "tmp-step-00000009")
     model = make(seed=1)
@@ -326,11 +343,13 @@ def test_a_record_names_all_variables_and_no_code(peace):
         assert len(file) == len(record["variables"])
 
 
+@pytest.mark.once
 def test_the_newest_are_kept(tmp_path):
     fit(make(), tmp_path, keeping={"keep": 2})
     assert steps_in(tmp_path) == [9, 8]
 
 
+@pytest.mark.once
 def test_the_best_is_kept_too(tmp_path):
     losses = iter([0.2, 0.1, 0.3])
 
@@ -342,6 +361,7 @@ def test_the_best_is_kept_too(tmp_path):
     assert steps_in(tmp_path) == [9, 6]
 
 
+@pytest.mark.once
 def test_a_best_that_is_not_in_the_log_is_named(tmp_path):
     with pytest.raises(ValueError, match="best='fid' is not in the log.*'loss'"):
         fit(make(), tmp_path, keeping={"best": "fid"})
@@ -354,6 +374,7 @@ def test_a_disk_that_is_too_small_is_named_before_training(tmp_path, monkeypatch
         fit(make(), tmp_path)
 
 
+@pytest.mark.once
 def test_a_disk_that_fills_up_leaves_the_older_ones(tmp_path, monkeypatch):
     made = iter(range(100))
     real = checkpoints._write_pieces
@@ -398,6 +419,7 @@ def test_resume_may_be_demanded_and_forbidden(tmp_path, run):
         fit(make(), run, resume="yes")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("change", "options", "named"),
     [
@@ -415,6 +437,7 @@ def test_another_run_is_refused(run, change, options, named):
     assert steps_in(run)[0] == 9
 
 
+@pytest.mark.once
 def test_a_model_that_has_learned_more_is_not_overwritten(run, tmp_path):
     model = make()
     fit(model, tmp_path / "longer", epochs=4)

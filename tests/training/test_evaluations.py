@@ -10,7 +10,7 @@ from keras_uvit.networks import halves
 from keras_uvit.process import samplers
 from keras_uvit.training.evaluations import Kind, Plan, work
 
-pytestmark = pytest.mark.eager
+pytestmark = [pytest.mark.eager, pytest.mark.once]
 
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=5, num_heads=2)
 WHOLE, OUTER = True, False
@@ -166,6 +166,7 @@ def still(model):
     return samplers.Steps(anchor=anchor, commit=np.array([0, 0, 0, 1]), **fields)
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize(
     "choices",
     [
@@ -209,6 +210,7 @@ def test_unconditional_models_keep_the_middle():
     )
 
 
+@pytest.mark.each_backend
 @pytest.mark.compiled
 def test_image_k_is_the_same_in_any_batch(model):
     choices = dict(guidance_every=2, middle_every=2, num_steps=8)

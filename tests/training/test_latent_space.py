@@ -11,6 +11,8 @@ from keras_uvit import DiffusionModel, UViT
 from keras_uvit.data import LatentDataset, write_latents
 from keras_uvit.latent import AutoencoderKL, SpaceToDepth
 
+pytestmark = pytest.mark.once
+
 # 16x16 grey pictures become 8x8 latents of 4 channels.
 TINY = dict(image_shape=(8, 8, 4), patch_size=4, hidden_dim=16, num_layers=1, num_heads=2)
 SCALE = 1.7  # pixels uniform in [-1, 1] have standard deviation 0.58
@@ -378,6 +380,7 @@ def facts(model):
     return found
 
 
+@pytest.mark.each_backend
 def test_the_autoencoder_is_no_part_of_the_model(tmp_path, kl):
     model = make(num_steps=2)
     model.compile(jit_compile=JIT)
@@ -416,6 +419,7 @@ def test_the_autoencoder_is_not_in_the_models_file(tmp_path, kl, name):
     assert abs(sizes[1] - sizes[0]) < 5000  # bytes of file structure
 
 
+@pytest.mark.each_backend
 def test_loading_weights_leaves_the_autoencoder_alone(tmp_path, kl):
     model = make()
     model.autoencoder = kl

@@ -160,9 +160,16 @@ def test_runs_are_of_whole_epochs(tmp_path, monkeypatch, iterations):
     assert asked["epochs"] == math.ceil(iterations / STEPS)
 
 
-@pytest.mark.parametrize("every_steps", [1, 2, 100])
 @pytest.mark.parametrize(
-    "kill", [KillAfter(1), KillAfter(1, batch=1)], ids=["after an epoch", "inside an epoch"]
+    "every_steps",
+    [pytest.param(1, marks=pytest.mark.once), 2, pytest.param(100, marks=pytest.mark.once)],
+)
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(KillAfter(1), id="after an epoch", marks=pytest.mark.once),
+        pytest.param(KillAfter(1, batch=1), id="inside an epoch"),
+    ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     tmp_path, uninterrupted, kill, every_steps
@@ -182,6 +189,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert_same(average.get_weights(), uninterrupted[0].ema_network.get_weights())
 
 
+@pytest.mark.once
 def test_more_iterations_go_on_from_a_finished_run(tmp_path, uninterrupted):
     train(same_start(), pictures(), tmp_path, STEPS, verbose=0)
     model = train(make_as_there(), pictures(), tmp_path, 3 * STEPS, verbose=0)
@@ -189,6 +197,7 @@ def test_more_iterations_go_on_from_a_finished_run(tmp_path, uninterrupted):
     assert epochs_of(tmp_path) == ["0", "1", "2"]
 
 
+@pytest.mark.once
 def test_the_same_data_object_may_be_used_for_the_rest(tmp_path, uninterrupted):
     dataset = pictures()
     train(same_start(), dataset, tmp_path, STEPS, verbose=0)
@@ -196,6 +205,7 @@ def test_the_same_data_object_may_be_used_for_the_rest(tmp_path, uninterrupted):
     assert_same(state(model), state(uninterrupted[0]))
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("iterations", [1, 3 * STEPS - 1, 3 * STEPS])
 def test_a_finished_run_returns_at_once(uninterrupted, iterations):
@@ -206,6 +216,7 @@ def test_a_finished_run_returns_at_once(uninterrupted, iterations):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize(
     ("change", "named"),
@@ -263,6 +274,7 @@ class HalfWritten:
         return write
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", ["save", "save_weights"])
 def test_a_kill_while_the_last_files_are_written_leaves_none_of_them_half(
     tmp_path, uninterrupted, method
@@ -281,6 +293,7 @@ def test_a_kill_while_the_last_files_are_written_leaves_none_of_them_half(
     assert_same(average.get_weights(), model.ema_network.get_weights())
 
 
+@pytest.mark.once
 def test_a_longer_run_replaces_the_files_of_a_shorter(tmp_path, uninterrupted):
     train(same_start(), pictures(), tmp_path, STEPS, verbose=0)
     model = train(make_as_there(), pictures(), tmp_path, 3 * STEPS, verbose=0)

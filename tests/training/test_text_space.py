@@ -9,7 +9,7 @@ from words import Words
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.data.contexts import Contexts
 
-pytestmark = pytest.mark.eager
+pytestmark = [pytest.mark.eager, pytest.mark.once]
 
 TINY = dict(patch_size=2, hidden_dim=16, num_layers=3, num_heads=2)
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), "uint8")
@@ -31,6 +31,7 @@ def test_setting_a_text_encoder_brings_the_empty_prompt():
     assert model.context_encoder == "words-1"
 
 
+@pytest.mark.each_backend
 def test_the_empty_prompt_is_saved_with_the_model(tmp_path):
     model = make()
     model.text_encoder = Words()
