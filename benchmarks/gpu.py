@@ -106,7 +106,7 @@ def main():
             print(f"{outcome.part.name}: {outcome.status}, {outcome.seconds} s", flush=True)
             outcomes.append(outcome)
             text = f"{heading(facts, options.dry_run)}\n\n{parts.summary(outcomes)}\n"
-            (out / "table.md").write_text(text)  # now, in case the next part ends the run
+            (out / "table.md").write_text(text, "utf-8")  # now, in case the next part ends the run
     print(text)
     sys.exit(any(outcome.status != "ok" for outcome in outcomes))
 

@@ -67,14 +67,14 @@ def run(parts, minutes, out, environment):
 
 
 def keep(out, row):
-    with open(out / ROWS, "a") as file:
+    with open(out / ROWS, "a", encoding="utf-8") as file:
         print(json.dumps(row), file=file)
 
 
 def _run_one(part, seconds, out, environment):
     """Returns (status, rows)."""
     rows, command = [], [sys.executable, *part.command]
-    with open(out / f"{part.name}.log", "w", buffering=1) as log:
+    with open(out / f"{part.name}.log", "w", buffering=1, encoding="utf-8") as log:
         pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
         # A session of its own: what the script starts has to end with it.
         process = subprocess.Popen(
@@ -124,5 +124,5 @@ def summary(outcomes):
         if outcome.rows:
             sections.append(side_by_side.report(outcome.rows, part.columns))
         if outcome.status != "ok":
-            sections.append(f"Its last words are in {part.name}.log.")
+            sections.append(f"The end of {part.name}.log says more.")
     return "\n\n".join(sections)

@@ -88,6 +88,7 @@ def in_own_process(count, layout, options):
     """A process has one number of devices; XLA reads it once."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [
+            os.environ.get("XLA_FLAGS", ""),
             f"--xla_force_host_platform_device_count={count}",
             f"--xla_dump_to={folder}",
             "--xla_dump_hlo_pass_re=spmd.*",

@@ -267,17 +267,15 @@ class _Parallel(keras.distribution.ModelParallel):
     """Decides by the shape too, where a LayoutMap knows only the path; JAX would raise later."""
 
     def get_variable_layout(self, variable):
-        shape, whole = tuple(variable.shape), (None,) * len(variable.shape)
-        # Not `super().get_variable_layout`: before Keras 3.15 its answer for a variable that
-        # exists is JAX's own sharding.
-        layout = self.get_tensor_layout(variable.path)
-        layout = layout or keras.distribution.TensorLayout(whole, self.device_mesh)
+        layout, shape = super().get_variable_layout(variable), tuple(variable.shape)
+        if not isinstance(layout, keras.distribution.TensorLayout):
+            return layout  # of a variable that is placed, as Keras before 3.15 answers: JAX's own
         sizes = _sizes(self.device_mesh)
         for size, axis in zip(shape, layout.axes):
             if axis is None or size % sizes[axis] == 0:
                 continue
             if axis == BATCH:  # "fsdp": no reason to stop, it only costs memory
-                return keras.distribution.TensorLayout(whole, self.device_mesh)
+                return keras.distribution.TensorLayout((None,) * len(shape), self.device_mesh)
             raise ValueError(
                 f"The weight {variable.path!r} of shape {shape} has a dimension of {size}, which "
                 f"cannot be divided among model_devices={sizes[axis]}. Choose model_devices from "

@@ -1,6 +1,7 @@
 """`benchmarks/scale.py` counts the bytes that programs send."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_uvit import backend
+from keras_uvit import backend, presets
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -111,9 +112,12 @@ def test_groups_of_devices(written, group):
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="programs of XLA, by JAX")
 def test_scale_predicts_a_row_a_layout():
-    small = "--preset uvit_tiny_digits --devices 8 --batch-size 64 --layouts data fsdp tensor4"
+    small = "--preset uvit_tiny_digits --num-layers 1 --devices 8 --batch-size 64"
+    layouts = ["data", "fsdp", "tensor4"]
+    network = presets.get("uvit_tiny_digits").new_network(num_layers=1)
+    count = sum(math.prod(w.shape) for w in network.weights if len(w.shape) > 1)
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "scale.py", *small.split()],
+        [sys.executable, BENCHMARKS / "scale.py", *small.split(), "--layouts", *layouts],
         env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
         capture_output=True,
         text=True,
@@ -123,12 +127,12 @@ def test_scale_predicts_a_row_a_layout():
     lines = done.stdout.splitlines()
     data, fsdp, tensor = [json.loads(line) for line in lines if line.startswith("{")]
     # Four copies in float32; the rest is vectors, counters, and 64 images.
-    kernels = 4 * 4 * 415_534
+    kernels = 4 * 4 * count
     assert kernels < data["state"] < 1.05 * kernels
     assert kernels / 8 < fsdp["state"] < 1.3 * kernels / 8
     assert kernels / 4 < tensor["state"] < 1.3 * kernels / 4
     # Gradients in bfloat16 go around a ring of 8 twice; "fsdp" gathers weights, sums gradients.
-    assert data["sent"]["all-reduce"] == pytest.approx(2 * 7 / 8 * 2 * 415_534, rel=0.05)
+    assert data["sent"]["all-reduce"] == pytest.approx(2 * 7 / 8 * 2 * count, rel=0.05)
     assert fsdp["sent"]["all-gather"] > fsdp["sent"]["reduce-scatter"] > 0
     assert fsdp["sent"].get("all-to-all", 0) == 0  # activations stay where they are
     assert sum(tensor["sent"].values()) > 2 * sum(data["sent"].values())

@@ -32,7 +32,6 @@ def test_data_prints_a_table_and_a_json_line_a_row(tmp_path):
     assert not list(tmp_path.iterdir())  # what it wrote is gone
 
 
-@pytest.mark.each_backend
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="cannot say what its tape keeps")
 def test_memory_prints_what_recomputing_saves():
     options = ["--preset", "uvit_tiny_digits", *(["--compile"] if BACKEND == "jax" else [])]

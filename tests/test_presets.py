@@ -278,7 +278,6 @@ def _weight_files(path):
     return model
 
 
-@pytest.mark.each_backend
 @pytest.mark.parametrize("kind", ["w.weights.h5", "w.keras"])
 def test_weight_files_give_the_moving_average_back(tmp_path, kind):
     saved = _weight_files(tmp_path)
@@ -519,7 +518,6 @@ def test_the_same_seed_gives_the_same_images(pretrained):
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.each_backend
 def test_a_classifier_of_real_digits_reads_the_generated_ones(pretrained):
     train, test = digits("train"), digits("test")
     flat = [data["image"].reshape(-1, 64) / 255.0 for data in (train, test)]

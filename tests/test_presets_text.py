@@ -95,7 +95,6 @@ def test_its_weights_refuse_another_text_encoder():
         presets.load("uvit_tiny_shapes", "pretrained", text_encoder=other)
 
 
-@pytest.mark.each_backend
 @pytest.mark.eager
 def test_it_draws_what_it_is_told(shipped):
     """On pairs of things that no training picture had; 500 prompts score 0.998, chance 0.43."""

@@ -128,11 +128,18 @@ def synchronize(model):
 
 
 def pieces(variable):
-    return [([0] * len(variable.shape), ops.convert_to_numpy(variable))]
+    value = ops.convert_to_numpy(variable)
+    return [([0] * value.ndim, value if _parts(variable) == 1 else value / _parts(variable))]
 
 
 def assign(variable, read):
-    variable.assign(read((slice(None),) * len(variable.shape)))
+    value = read((slice(None),) * len(variable.shape))
+    variable.assign(value if _parts(variable) == 1 else value * _parts(variable))
+
+
+def _parts(variable):
+    """How many replicas a variable is the sum of: those of metrics; what is saved is the mean."""
+    return replicas() if variable.aggregation == "sum" else 1
 
 
 def barrier(name):

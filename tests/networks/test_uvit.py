@@ -38,9 +38,9 @@ def inputs_for(network, count=2):
     "switch",
     [
         {},
-        *[{key: value} for key, value in OTHER.items()],
+        *[pytest.param({key: value}, marks=pytest.mark.once) for key, value in OTHER.items()],
         OTHER,
-        *ROTARY,
+        *[pytest.param(switch, marks=pytest.mark.once) for switch in ROTARY],
         {"output_conv": "before"},
     ],
 )

@@ -53,6 +53,7 @@ BUILDERS = {
 }  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize(
     ("schedule", "t_start", "t_end"),

@@ -166,7 +166,6 @@ def still(model):
     return samplers.Steps(anchor=anchor, commit=np.array([0, 0, 0, 1]), **fields)
 
 
-@pytest.mark.each_backend
 @pytest.mark.parametrize(
     "choices",
     [
@@ -210,7 +209,6 @@ def test_unconditional_models_keep_the_middle():
     )
 
 
-@pytest.mark.each_backend
 @pytest.mark.compiled
 def test_image_k_is_the_same_in_any_batch(model):
     choices = dict(guidance_every=2, middle_every=2, num_steps=8)

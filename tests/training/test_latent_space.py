@@ -380,7 +380,6 @@ def facts(model):
     return found
 
 
-@pytest.mark.each_backend
 def test_the_autoencoder_is_no_part_of_the_model(tmp_path, kl):
     model = make(num_steps=2)
     model.compile(jit_compile=JIT)

@@ -34,6 +34,7 @@ def test_weights_end_where_the_published_program_ends(trained, kind):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * largest, err_msg=variable.path)
 
 
+@pytest.mark.once
 def test_the_first_step_changes_nothing_because_warm_up_starts_at_zero():
     model = DiffusionModel(UViT(**TRAINED), optimizer=dict(warmup_steps=4))
     model.compile()
