@@ -28,7 +28,7 @@ demo: $(VENV)/installed-demo-$(KERAS_BACKEND)
 
 # PyTorch compiles nothing, so it is the cheapest: tests that are the same on each backend (marked
 # `once`) run there alone, where it is among the BACKENDS.
-CHEAPEST := $(lastword $(filter torch,$(BACKENDS)) $(firstword $(BACKENDS)))
+CHEAPEST := $(firstword $(filter torch,$(BACKENDS)) $(BACKENDS))
 SELECT = $(if $(ALL)$(filter $(CHEAPEST),$*),,-m "not once or each_backend")
 
 # Two processes at a time, the longest first. A backend is two of them: TensorFlow keeps whatever it
@@ -55,7 +55,9 @@ test-training-%: $(VENV)/installed-test
 CORE := tests/networks tests/process tests/training tests/test_distribution.py \
 	tests/test_distribution_layouts.py tests/data/test_latents.py
 
+# PINS="keras==3.12.4 jax==0.7.2" are installed on top, to try a set of versions in between.
 test-lowest: $(VENV)-lowest/installed
+	$(if $(PINS),$(VENV)-lowest/bin/python -m pip install --quiet $(PINS))
 	@for backend in $(BACKENDS); do \
 		echo "=== lowest versions, $$backend ==="; \
 		KERAS_BACKEND=$$backend $(VENV)-lowest/bin/python -m pytest $(CORE) -m "not once or each_backend" || exit 1; \

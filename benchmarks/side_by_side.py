@@ -29,7 +29,7 @@ def _commit():
     if done and done.returncode == 0:
         return done.stdout.strip()
     bundled = BUNDLE / "commit"  # a copy of the files alone, without the repository
-    return f"{bundled.read_text().strip()} (when bundled)" if bundled.exists() else "unknown"
+    return f"{bundled.read_text('utf-8').strip()} (when bundled)" if bundled.exists() else "unknown"
 
 
 COMMIT = _commit()

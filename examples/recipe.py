@@ -85,7 +85,7 @@ def run(options, model, dataset, iterations, measure=None, show=None, **protocol
         every_steps=options.save_every,
         resume=flags.RESUME[options.resume],
         callbacks=[drawing] if can_draw else [],
-        verbose=2 if options.quiet else 1,
+        verbose=2 if options.quiet else "auto",
     )
     metrics = {"train_seconds": round(time.time() - start, 1)}
     # All processes of a job draw together; what the first one writes is kept.

@@ -1,10 +1,8 @@
 """A progress bar over a whole run, for examples whose epochs are too short to have one each."""
 
-import sys
-
 import keras
 
-VERBOSE = int(sys.stdout.isatty())  # a file would get thousands of bars
+from keras_uvit import progress
 
 
 class RunBar(keras.callbacks.Callback):
@@ -12,7 +10,7 @@ class RunBar(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         steps = self.params["epochs"] * self.params["steps"]
-        self._bar = keras.utils.Progbar(steps, verbose=VERBOSE, unit_name="step")
+        self._bar = progress.bar(steps, 1, "step")
         self._done = int(keras.ops.convert_to_numpy(self.model.step))
 
     def on_train_batch_end(self, batch, logs=None):

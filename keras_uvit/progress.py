@@ -1,5 +1,7 @@
 """What is said to the user while something takes long: by process 0 of a job alone."""
 
+import sys
+
 import keras
 
 from keras_uvit import backend
@@ -13,4 +15,18 @@ def say(text):
 
 def bar(total, verbose, unit):
     """A `keras.utils.Progbar` over `total` units; silent where `verbose` is 0."""
-    return keras.utils.Progbar(total, verbose=verbose if backend.is_first() else 0, unit_name=unit)
+    verbose = verbosity("auto" if verbose == 1 else verbose)
+    return keras.utils.Progbar(total, verbose=verbose, unit_name=unit)
+
+
+def verbosity(verbose):
+    """The `verbose` of Keras that is meant: "auto" draws bars where somebody can see them move.
+
+    Elsewhere, in a file or a pipe, each change of a bar would be a line: there a bar is one line
+    when it is full, and `fit` writes one line per epoch. Processes other than the first are silent.
+    """
+    if not backend.is_first():
+        return 0
+    if verbose != "auto":
+        return verbose
+    return 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2

@@ -215,3 +215,35 @@ def test_tensorflow_says_that_it_has_no_processes():
 def test_torch_says_how_to_use_several_devices():
     with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
         distribution.data_parallel(["cuda:0", "cuda:1"])
+
+
+@pytest.mark.skipif(NAME != "tensorflow", reason="its strategy may be of one device")
+def test_one_device_is_a_distribution_too():
+    import tensorflow as tf
+
+    from keras_uvit import DiffusionModel, UViT
+
+    pictures = np.zeros((4, 4, 4, 1), "uint8")
+    distribution.data_parallel(["CPU:0"])
+    try:
+        model = DiffusionModel(UViT((4, 4, 1), 2, 16, num_layers=1, num_heads=2))
+        model.compile(jit_compile=False)
+        model.fit(pictures, batch_size=4, verbose=0)
+    finally:
+        tf.distribute.experimental_set_strategy(None)
+    assert int(keras.ops.convert_to_numpy(model.step)) == 1
+
+
+@pytest.mark.skipif(NAME != "jax", reason="asks JAX for its processes")
+@pytest.mark.parametrize(
+    ("replicas", "processes", "shards"), [(8, 2, [0, 1]), (2, 4, [0, 0, 1, 1]), (1, 2, [0, 0])]
+)
+def test_processes_that_share_a_model_copy_read_the_same_data(
+    monkeypatch, replicas, processes, shards
+):
+    module = sys.modules["keras_uvit.backend.jax"]
+    monkeypatch.setattr(module, "_distribution", object)
+    monkeypatch.setattr(module, "replicas", lambda: replicas)
+    for index, shard in enumerate(shards):
+        monkeypatch.setattr(module, "process", lambda index=index: (index, processes))
+        assert module.data_shard() == (shard, min(replicas, processes))

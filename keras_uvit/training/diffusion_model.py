@@ -261,6 +261,8 @@ class DiffusionModel(keras.Model):
         Args:
             resume: "auto" goes on where there is a checkpoint, `True` raises where there is none,
                 `False` where there is one.
+            verbose: "auto" draws progress bars in a terminal or a notebook, and writes one line per
+                epoch elsewhere; 0, 1 and 2 are those of Keras.
             **kwargs: those of Keras; `batch_size` is that of all devices together.
 
         Raises:

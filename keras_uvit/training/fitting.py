@@ -37,7 +37,7 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
         val_x, *rest = validation if isinstance(validation, tuple) else (validation,)
         val_x = batches.check_source(model, val_x, *(rest[:1] or [None]), size)
         options["validation_data"] = (val_x, *rest)
-    options["verbose"] = options["verbose"] if backend.is_first() else 0
+    options["verbose"] = progress.verbosity(options["verbose"])
     guard = StopOnNonFinite(model)
     model.skipped_in_row.assign(0)
     objective.begin_random(model)  # weights loaded from another model brought its seed with them

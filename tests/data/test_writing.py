@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.metadata
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import keras_uvit
 from keras_uvit import data
 from keras_uvit.data import LatentDataset, manifest, sources, writing
 from keras_uvit.data.manifest import CacheError
@@ -242,6 +244,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 
 import numpy as np
+import keras_uvit
 from keras_uvit import data
 from keras_uvit.data.manifest import CacheError
 
@@ -863,3 +866,22 @@ def test_images_need_an_autoencoder_and_moments_cannot_be_mirrored(tmp_path):
     with pytest.raises(ValueError, match="Use write_latents for moments"):
         data.write_images(_moments_source([1.0]), tmp_path)
     assert not _content(tmp_path)
+
+
+def test_a_file_that_windows_will_not_replace_is_explained(tmp_path, monkeypatch):
+    def replace(source, target):
+        raise PermissionError(13, "Access is denied", str(target))
+
+    monkeypatch.setattr(manifest.os, "replace", replace)
+    with pytest.raises(PermissionError, match="close the programs that use this cache"):
+        manifest.write_json(tmp_path / "plan.json", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_version_of_a_cache_is_known_without_an_installed_package(tmp_path, monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    made = data.write_images(np.zeros((2, 4, 4, 1), "uint8"), tmp_path, verbose=0)
+    assert made["keras_uvit"] == keras_uvit.__version__

@@ -327,6 +327,27 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(run, peace, how):
     assert steps_in(run)[0] == 9
 
 
+class Windows:
+    """`os` as it is there: no folder is opened, and what is synchronized must be writable."""
+
+    name = "nt"
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def open(self, path, flags):
+        if Path(path).is_dir() or not flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(13, "Permission denied", str(path))
+        return os.open(path, flags)
+
+
+@pytest.mark.once
+def test_checkpoints_are_written_on_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "os", Windows())
+    fit(make(), tmp_path, epochs=1)
+    assert steps_in(tmp_path)[0] == STEPS
+
+
 @pytest.mark.once
 def test_what_a_killed_save_left_is_no_checkpoint(run, peace):
     (run / "step-00000009").rename(run / "tmp-step-00000009")
