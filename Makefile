@@ -58,21 +58,22 @@ CORE := tests/networks tests/process tests/training tests/test_distribution.py \
 # PINS="keras==3.12.4 jax==0.7.2" are installed on top, to try a set of versions in between.
 test-lowest: $(VENV)-lowest/installed
 	$(if $(PINS),$(VENV)-lowest/bin/python -m pip install --quiet $(PINS))
-	@for backend in $(BACKENDS); do \
-		echo "=== lowest versions, $$backend ==="; \
-		KERAS_BACKEND=$$backend $(VENV)-lowest/bin/python -m pytest $(CORE) -m "not once or each_backend" || exit 1; \
-	done
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target \
+		$(foreach backend,$(BACKENDS),test-core-lowest-$(backend))
 
-# PyTorch and TensorFlow take part where a wheel for the newest Python is at hand:
+# PyTorch and TensorFlow take part where there are wheels for the newest Python:
 # make test-newest NEWEST_PYTHON=python3.13 NEWEST_BACKENDS="jax tensorflow torch".
 NEWEST_PYTHON ?= python3
 NEWEST_BACKENDS ?= jax
 
 test-newest: $(VENV)-newest/installed
-	@for backend in $(NEWEST_BACKENDS); do \
-		echo "=== newest versions, $$backend ==="; \
-		KERAS_BACKEND=$$backend $(VENV)-newest/bin/python -m pytest $(CORE) -m "not once or each_backend" || exit 1; \
-	done
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target \
+		$(foreach backend,$(NEWEST_BACKENDS),test-core-newest-$(backend))
+
+test-core-lowest-% test-core-newest-%:
+	@echo "=== $@ ==="
+	@KERAS_BACKEND=$* $(VENV)-$(word 3,$(subst -, ,$@))/bin/python -m pytest $(CORE) \
+		-m "not once or each_backend"
 
 test-wheel:
 	rm -rf dist $(VENV)-wheel

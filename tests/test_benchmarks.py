@@ -1,7 +1,8 @@
 """The benchmarks run, small."""
 
 import json
-import subprocess
+import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,15 +15,20 @@ BACKEND = keras.config.backend()
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run(script, *options):
-    """The lines that a benchmark prints."""
-    command = [sys.executable, BENCHMARKS / script, *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout.splitlines()
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a benchmark in this process; returns the lines that it prints."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def run(script, *options):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
 
 
-def test_data_prints_a_table_and_a_json_line_a_row(tmp_path):
+def test_data_prints_a_table_and_a_json_line_a_row(run, tmp_path):
     small = ["--samples", "128", "--repeats", "1", "--folder", tmp_path]
     head, *lines = run("data.py", *small)
     rows = [json.loads(line) for line in lines if line.startswith("{")]
@@ -33,7 +39,8 @@ def test_data_prints_a_table_and_a_json_line_a_row(tmp_path):
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="cannot say what its tape keeps")
-def test_memory_prints_what_recomputing_saves():
+def test_memory_prints_what_recomputing_saves(run, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # the script adds one
     options = ["--preset", "uvit_tiny_digits", *(["--compile"] if BACKEND == "jax" else [])]
     head, *lines = run("memory.py", *options)
     rows = [json.loads(line) for line in lines if line.startswith("{")]
@@ -48,7 +55,7 @@ def test_memory_prints_what_recomputing_saves():
     assert rows[2]["kept_gib"] < rows[0]["kept_gib"]  # half the bytes of most activations
 
 
-def test_sampling_is_measured_in_turn_with_its_rival():
+def test_sampling_is_measured_in_turn_with_its_rival(run):
     contender = f"keras-{BACKEND}"
     small = ["--size", "tiny", "--images", "2", "--num-steps", "3", "--turns", "1"]
     lines = run("generate.py", "--contenders", contender, *small)

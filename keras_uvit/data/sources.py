@@ -161,7 +161,7 @@ def folder(path, image_size, *, channels=3, labels="auto", crop=None):
         crop: see `fitted`.
 
     Raises:
-        ImportError: without Pillow; `pip install "keras-uvit[data]"`.
+        ImportError: without Pillow; `pip install pillow`.
         FileNotFoundError: if there is no such folder or no image in it.
         ValueError: for images both beside and inside sub-folders, or bad arguments.
     """
@@ -191,7 +191,7 @@ def pillow():
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ImportError('Reading images needs Pillow: pip install "keras-uvit[data]".') from error
+        raise ImportError("Reading images needs Pillow: pip install pillow.") from error
     return Image, ImageOps
 
 

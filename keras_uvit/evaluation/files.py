@@ -83,7 +83,7 @@ def pillow():
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError('Pictures need Pillow: pip install "keras-uvit[eval]".') from error
+        raise ImportError("Pictures need Pillow: pip install pillow.") from error
     return Image
 
 

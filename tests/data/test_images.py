@@ -427,5 +427,5 @@ def test_more_images_than_fit_in_memory_are_refused_before_reading(numbered, mon
 
 def test_missing_pillow_names_the_pip_line(numbered, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r'pip install "keras-uvit\[data\]"'):
+    with pytest.raises(ImportError, match="pip install pillow"):
         _read(numbered)

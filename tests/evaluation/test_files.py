@@ -116,7 +116,7 @@ def test_other_suffixes_are_refused_before_anything_is_made(tmp_path):
 
 def test_missing_pillow_is_named_with_the_way_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    with pytest.raises(ImportError, match=r'pip install "keras-uvit\[eval\]"'):
+    with pytest.raises(ImportError, match="pip install pillow"):
         write_png(tmp_path / "a.png", random_images(1)[0])
 
 
