@@ -132,6 +132,7 @@ $(VENV)-lowest/installed: pyproject.toml tests/lowest.py
 		-e ".[core-test,jax]" tensorflow-cpu
 	touch $@
 
+NEWEST_jax := jax
 NEWEST_tensorflow := tensorflow-cpu
 NEWEST_torch := $(TORCH)
 

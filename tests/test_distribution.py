@@ -75,8 +75,10 @@ def port():
         return free.getsockname()[1]
 
 
-# How this backend uses many devices.
+# How this backend uses many devices. Keras 3.10 refuses jobs of several JAX processes.
+OLD = NAME == "jax" and not hasattr(keras.distribution.DataParallel, "auto_shard_dataset")
 WAYS = {"jax": ["many", "processes"], "tensorflow": ["many"], "torch": ["processes"]}[NAME]
+WAYS = WAYS[:1] if OLD else WAYS
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +136,12 @@ def test_a_run_goes_on_with_another_number_of_devices(work, run_on, one):
     run_on(WAYS[-1])
     middle, folder = "checkpoints/step-00000006", work / "moved"
     shutil.copytree(work / WAYS[-1] / middle, folder / middle)
-    (report,), _ = run(folder, "many" if NAME == "jax" else "one")
+    (report,), _ = run(folder, "many" if WAYS[-1] == "processes" and NAME == "jax" else "one")
     assert (len(report["losses"]), len(report["each"])) == (1, 2)
     assert_as_one(report, one)
 
 
-@pytest.mark.skipif(NAME != "jax", reason="weights are divided on JAX only")
+@pytest.mark.skipif(NAME != "jax" or OLD, reason="weights are divided on JAX, Keras 3.11")
 def test_weights_divided_among_processes(work, one):
     folder = work / "fsdp"
     reports, _ = run(folder, "processes", "--layout", "fsdp", "--draw")
@@ -169,7 +171,7 @@ def test_a_step_that_is_not_finite_on_one_replica_is_skipped_on_all(work, dtype)
         assert report["weights"] == reports[0]["weights"]
 
 
-@pytest.mark.skipif(NAME == "tensorflow", reason="one process is tested with checkpoints")
+@pytest.mark.skipif("processes" not in WAYS, reason="one process is tested with checkpoints")
 def test_when_one_process_is_asked_to_stop_all_save_and_stop(work):
     folder = work / "stopped"
     jobs = start(folder, "processes", "--epochs", "100000", torchrun=False)
@@ -257,3 +259,9 @@ def test_processes_that_share_a_model_copy_read_the_same_data(
     for index, shard in enumerate(shards):
         monkeypatch.setattr(module, "process", lambda index=index: (index, processes))
         assert module.data_shard() == (shard, min(replicas, processes))
+
+
+@pytest.mark.skipif(not OLD, reason="Keras 3.10 on JAX")
+def test_keras_3_10_says_that_it_has_no_jobs_of_jax_processes():
+    with pytest.raises(RuntimeError, match="Keras 3.11 or later"):
+        distribution.initialize("localhost:1", 2, 0)

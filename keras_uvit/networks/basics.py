@@ -77,7 +77,13 @@ class RMSNorm(layers.Layer):
             self.scale = self.add_weight(shape=input_shape[-1:], initializer="ones", name="scale")
 
     def call(self, x):
-        return ops.rms_normalization(x, self.scale, epsilon=1e-6)
+        # Not ops.rms_normalization: in Keras 3.10 it needs a scale, and its mean is that of the
+        # computation's dtype.
+        wide = ops.cast(x, "float32")
+        normed = wide * ops.rsqrt(ops.mean(ops.square(wide), axis=-1, keepdims=True) + 1e-6)
+        if self.scale is not None:
+            normed = normed * ops.cast(self.scale, "float32")
+        return ops.cast(normed, self.compute_dtype)
 
 
 def rms_norm(dtype, name, affine=True):

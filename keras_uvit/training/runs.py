@@ -89,6 +89,7 @@ class _Log(keras.callbacks.CSVLogger):
 
     def __init__(self, path):
         super().__init__(path, append=True)
+        self.csv_file = None  # as Keras has it from 3.11 on
 
     def on_train_begin(self, logs=None):
         """Waits for the first epoch."""
@@ -97,6 +98,10 @@ class _Log(keras.callbacks.CSVLogger):
         if self.csv_file is None:
             self._cut(epoch)
             super().on_train_begin(logs)
+
+    def on_train_end(self, logs=None):
+        if self.csv_file is not None:
+            super().on_train_end(logs)
 
     def _cut(self, epoch):
         path = Path(self.filename)

@@ -5,12 +5,14 @@ import inspect
 import keras
 import numpy as np
 import pytest
-import torch_unet
 from keras import ops
 
 from keras_uvit import DiffusionModel, UNet, backend
 from keras_uvit.networks import unet_layers as parts
 from keras_uvit.networks.layers import TimeEmbedding
+
+pytest.importorskip("torch", reason="the oracle is written in PyTorch")
+import torch_unet  # noqa: E402
 
 TINY = dict(image_shape=(4, 6, 3), base_dim=8, multipliers=(1, 2), attention_levels=(1,))
 TINY |= dict(num_blocks=1, head_dim=4)

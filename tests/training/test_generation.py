@@ -42,11 +42,12 @@ def test_output_is_uint8_and_decode_false_is_what_the_network_sees(model):
 def test_image_k_depends_on_seed_and_k_only(model, sampler):
     all_at_once = draw(model, sampler=sampler, seed=3)
     in_pieces = draw(model, sampler=sampler, seed=3, batch_size=2)
-    # The same arithmetic in batches of another size: rounding only.
-    np.testing.assert_allclose(all_at_once, in_pieces, atol=1e-4)
+    # The same arithmetic in batches of another size. Values up to 2000: 16 roundings of float32.
+    rounding = 1e-6 * np.abs(all_at_once).max()
+    np.testing.assert_allclose(all_at_once, in_pieces, atol=rounding)
     np.testing.assert_array_equal(all_at_once, draw(model, sampler=sampler, seed=3))
     fewer = draw(model, labels=(0, 1), sampler=sampler, seed=3)
-    np.testing.assert_allclose(all_at_once[:2], fewer, atol=1e-4)
+    np.testing.assert_allclose(all_at_once[:2], fewer, atol=rounding)
     other = draw(model, sampler=sampler, seed=4)
     assert np.abs(other - all_at_once).max(axis=(1, 2, 3)).min() > 0.05
     same_label = np.abs(all_at_once[0] - all_at_once[3]).max()
