@@ -429,8 +429,7 @@ def sources():
             return whole[index]
 
     def tf_data():
-        import tensorflow as tf
-
+        tf = pytest.importorskip("tensorflow")
         return tf.data.Dataset.from_tensor_slices(DATA).batch(8, drop_remainder=True)
 
     def grain_data():
