@@ -145,4 +145,4 @@ $(VENV)-newest/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-wheel dist runs
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-wheel .gpu-bundle dist runs

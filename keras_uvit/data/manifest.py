@@ -59,6 +59,13 @@ def write_file(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        _replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _replace(beside, path):
+    try:
         os.replace(beside, path)
     except PermissionError as error:
         raise PermissionError(
@@ -67,8 +74,6 @@ def write_file(path, write):
             "while a data set reads it: close the programs that use this cache, then run the same "
             "command again.",
         ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_json(path, content):

@@ -89,7 +89,7 @@ class _Log(keras.callbacks.CSVLogger):
 
     def __init__(self, path):
         super().__init__(path, append=True)
-        self.csv_file = None  # as Keras has it from 3.11 on
+        self.csv_file = None  # Keras 3.10 has none before training begins
 
     def on_train_begin(self, logs=None):
         """Waits for the first epoch."""
