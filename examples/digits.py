@@ -4,7 +4,7 @@ Reproduces   nothing published: the smallest real run of the whole package (pres
              `uvit_tiny_digits`, 0.4M weights, 1,437 scans bundled with scikit-learn, no download).
 Expect       class agreement 0.98 to 0.99 (the classifier reads 0.994 of real test scans right),
              Fréchet distance 0.18 (floor 0.103), within-class spread 0.89 of the real one.
-Hardware     2 CPU cores, 3 minutes on JAX; no GPU needed.
+Hardware     2 CPU cores, 3 to 6 minutes on JAX; no GPU needed.
 Commands     python examples/digits.py                 (KERAS_BACKEND=jax, tensorflow or torch)
              python examples/digits.py --quick         (half a minute, poor digits, same path)
 
@@ -57,7 +57,7 @@ def main():
     epochs = max(1, round(steps / batches))
     print(
         f"Training {epochs * batches} steps of {row.batch_size} images, in {epochs} epochs. The "
-        f"preset's {row.iterations} steps take 2 to 3 minutes on two CPU cores.",
+        f"preset's {row.iterations} steps take 3 to 6 minutes on two CPU cores.",
         flush=True,
     )
     start = time.time()
