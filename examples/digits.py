@@ -76,7 +76,7 @@ def main():
     labels = np.arange(count) % 10
     print(
         f"Drawing {count} digits in {row.num_steps} steps with guidance {row.guidance_scale}, "
-        "which takes about 10 seconds",
+        "which takes 10 to 20 seconds",
         flush=True,
     )
     start = time.time()
