@@ -38,6 +38,10 @@ if keras.config.backend() == "tensorflow":
     # Only the youngest garbage is collected: walking through all that TensorFlow has traced, and
     # freeing its graphs one by one, take minutes. The gigabytes go with the process.
     gc.set_threshold(100_000, 1_000_000, 1_000_000)
+    # Grappler rewrites each traced graph, a sixth of the time of tracing it; XLA optimizes anyway.
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 
 def pytest_report_header():

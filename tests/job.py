@@ -7,8 +7,10 @@ import random
 import sys
 from pathlib import Path
 
+# As where they are not installed: Keras imports scikit-learn for its wrappers and, to write a
+# checkpoint, TensorFlow, for seconds each.
+sys.modules["sklearn"] = None
 if os.environ["KERAS_BACKEND"] != "tensorflow":
-    # As where it is not installed. Keras would import it to write a checkpoint, for seconds.
     sys.modules["tensorflow"] = None
 
 import keras

@@ -164,7 +164,7 @@ def test_weights_divided_among_processes(work, one):
     else [pytest.param("float32", marks=pytest.mark.once), "mixed_float16"],
 )
 def test_a_step_that_is_not_finite_on_one_replica_is_skipped_on_all(work, dtype):
-    reports, _ = run(work / f"bad-{dtype}", WAYS[-1], "--bad", "--dtype", dtype)
+    reports, _ = run(work / f"bad-{dtype}", WAYS[0], "--bad", "--dtype", dtype)
     for report in reports:
         assert report["skipped"] == 1
         assert np.isfinite(report["weights"]).all()

@@ -15,6 +15,7 @@ TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=3, nu
 RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(-1, 1, (8, 4, 4, 1)).astype("float32")
 POLICIES = ["mixed_bfloat16", "mixed_float16"]
+ONE_EACH = ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.once)]
 
 
 def numpy(x):
@@ -28,7 +29,7 @@ def dtype_of(x):
 # Precision ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ONE_EACH)
 def test_the_timestep_reaches_its_embedding_exactly(policy, monkeypatch):
     seen, call = [], parts.TimeEmbedding.call
     model = DiffusionModel(UViT(**TINY, dtype=policy))
@@ -115,7 +116,7 @@ def test_the_loss_is_float32(policy):
     assert dtype_of(model.loss_of({"image": IMAGES})) == "float32"  # of the network itself
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ONE_EACH)
 def test_weights_average_and_optimizer_are_float32(policy):
     model = DiffusionModel(
         UViT(**TINY, dtype=policy), ema_warmup=False, optimizer=dict(warmup_steps=0)

@@ -231,6 +231,7 @@ def test_recomputing_changes_no_gradient(monkeypatch):
 # In a diffusion model -----------------------------------------------------------------------------
 
 
+@pytest.mark.once  # what a backend does to it, gradients and kernels, is tested above
 def test_it_is_trained_sampled_with_guidance_saved_and_loaded(tmp_path):
     network = UNet((4, 6, 3), 8, (1,), 1, (), 4, num_classes=3, context_shape=(3, 5))
     before = randomize(network).get_weights()
