@@ -291,7 +291,6 @@ def trained(finished):
     return history.history["loss"], read, arrived, model, cache
 
 
-@pytest.mark.each_backend
 def test_a_model_trains_on_a_cache(trained):
     losses, _, _, model, _ = trained
     assert len(losses) == 3

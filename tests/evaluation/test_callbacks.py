@@ -104,7 +104,6 @@ def test_every_epoch_has_a_picture(run):
     assert (pictures[0] != pictures[2]).any()
 
 
-@pytest.mark.each_backend
 def test_the_last_picture_is_what_the_average_generates(run):
     np.testing.assert_array_equal(
         picture(run.folder / "grids", 3), image_grid(run.average, columns=2, zoom=2)

@@ -158,6 +158,7 @@ def draws_of_other_seed():
     return ops.convert_to_numpy(model.draw(ops.zeros((4, 4, 4, 1)))[0])[:1]
 
 
+@pytest.mark.once
 def test_it_learns_one_batch_by_heart():
     model = make(classes=None, prediction="x0")
     one = {"image": np.tile(IMAGES[:1], (64, 1, 1, 1))}
@@ -277,6 +278,7 @@ def test_a_bad_label_that_slips_past_the_check_skips_the_step(monkeypatch):
         assert fit(model, bad)["skipped_steps"] == [1]
 
 
+@pytest.mark.once
 def test_the_label_after_the_last_is_an_error_not_no_label(monkeypatch):
     monkeypatch.setattr(batches, "check_batch", lambda *_: None)
     model = make()  # 3 classes: row 3 of the table means "no label"
@@ -382,7 +384,9 @@ def test_compile_refuses_another_loss():
 
 
 @pytest.mark.eager
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("mixed_bfloat16", marks=pytest.mark.once), "mixed_float16"]
+)
 def test_mixed_precision_trains_like_float32(policy):
     full, mixed = make(), make(network=dict(dtype=policy))
     mixed.network.set_weights(full.network.get_weights())
@@ -406,6 +410,7 @@ def test_loss_scaling_skips_an_overflow_and_lowers_the_scale():
     assert float(model.optimizer.dynamic_scale) == 2.0**59
 
 
+@pytest.mark.once
 def test_remat_changes_no_gradient():
     a, b = make(network=dict(num_layers=3)), make(network=dict(num_layers=3, remat=True))
     b.network.set_weights(a.network.get_weights())

@@ -120,7 +120,8 @@ def trained(batch_size, accumulated):
 
 
 @pytest.mark.eager
-@pytest.mark.parametrize("parts", [2, pytest.param(6, marks=pytest.mark.once)])
+@pytest.mark.once
+@pytest.mark.parametrize("parts", [2, 6])
 def test_accumulated_gradients_are_the_large_batch(parts):
     start, whole, whole_average = trained(24, None)
     again, weights, average = trained(24 // parts, parts)

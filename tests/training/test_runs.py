@@ -160,14 +160,12 @@ def test_runs_are_of_whole_epochs(tmp_path, monkeypatch, iterations):
     assert asked["epochs"] == math.ceil(iterations / STEPS)
 
 
-@pytest.mark.parametrize(
-    "every_steps",
-    [pytest.param(1, marks=pytest.mark.once), 2, pytest.param(100, marks=pytest.mark.once)],
-)
+@pytest.mark.once  # on each backend it is tested with checkpoints
+@pytest.mark.parametrize("every_steps", [1, 2, 100])
 @pytest.mark.parametrize(
     "kill",
     [
-        pytest.param(KillAfter(1), id="after an epoch", marks=pytest.mark.once),
+        pytest.param(KillAfter(1), id="after an epoch"),
         pytest.param(KillAfter(1, batch=1), id="inside an epoch"),
     ],
 )
