@@ -97,7 +97,6 @@ def trained(options, out):
             print(f"Training {folder}, or taking what is there")
             keras.utils.set_random_seed(seed)
             model = presets.load(PRESET, seed=seed, skip=skip, **small)
-            model.recipe["decay_steps"] = max(steps - model.recipe["warmup_steps"], 1)
             size = presets.get(PRESET).batch_size
             digits = data.images.in_memory(scans, size, flip=False, seed=seed, verbose=0)
             bar = [run_bar.RunBar()]

@@ -50,7 +50,6 @@ def main():
     train, test = keras_uvit.data.digits("train"), keras_uvit.data.digits("test")
     layers = {} if options.num_layers is None else {"num_layers": options.num_layers}
     model = keras_uvit.presets.load("uvit_tiny_digits", seed=options.seed, **layers)
-    model.recipe["decay_steps"] = max(steps - model.recipe["warmup_steps"], 1)
     model.compile()
 
     batches = len(train["label"]) // row.batch_size  # whole ones: XLA compiles one shape

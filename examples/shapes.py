@@ -61,7 +61,6 @@ def main():
     small = dict(hidden_dim=32, num_layers=3) if options.quick else {}
     model = presets.load(options.preset, text_encoder=text, seed=options.seed, **small)
     iterations = options.iterations or (len(dataset) if options.quick else row.iterations)
-    model.recipe["decay_steps"] = max(iterations - model.recipe["warmup_steps"], 1)
     recipe.run(
         options,
         model,

@@ -56,13 +56,10 @@ class Task:
         own |= change.get("model", {})
         if isinstance(own["schedule"], str):
             own["schedule"] = getattr(schedules, own["schedule"])()
-        optimizer = dict(row.optimizer)
-        if "decay_steps" in optimizer:
-            optimizer["decay_steps"] = max(1, self.iterations - optimizer["warmup_steps"])
         network = self._network(change)
         dropout = row.condition_dropout if network.null_label or network.context_shape else 0.0
         model = DiffusionModel(
-            network, optimizer=optimizer, condition_dropout=dropout, seed=seed, **own
+            network, optimizer=row.optimizer, condition_dropout=dropout, seed=seed, **own
         )
         for name, encoder in self.encoders.items():
             setattr(model, name, encoder)

@@ -23,10 +23,15 @@ def verbosity(verbose):
     """The `verbose` of Keras that is meant: "auto" draws bars where somebody can see them move.
 
     Elsewhere, in a file or a pipe, each change of a bar would be a line: there a bar is one line
-    when it is full, and `fit` writes one line per epoch. Processes other than the first are silent.
+    when it is full. Processes other than the first are silent.
     """
     if not backend.is_first():
         return 0
     if verbose != "auto":
         return verbose
-    return 1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 2
+    return 1 if is_watched() else 2
+
+
+def is_watched():
+    """Whether the output is a terminal or a notebook, where a line can move."""
+    return sys.stdout.isatty() or "ipykernel" in sys.modules

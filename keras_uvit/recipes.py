@@ -135,7 +135,7 @@ DIGITS = dict(
     **SHIPPED_RECIPE,
     # With "epsilon" and learned positions only 7 digits in 10 are of the class asked for.
     prediction="v",
-    optimizer=_adamw(2e-3, 0.9, 0.99, warmup_steps=100, decay_steps=2900),
+    optimizer=_adamw(2e-3, 0.9, 0.99, warmup_steps=1 / 30, decay_steps="run"),
     iterations=3000,
     guidance_scale=1.2,
 )
@@ -143,7 +143,7 @@ SHAPES = dict(
     **SHIPPED_RECIPE,
     # Flat colours: after 500 steps 3 pictures in 4 show two things, with "v" 2 in 100.
     prediction="x0",
-    optimizer=_adamw(2e-3, 0.9, 0.99, warmup_steps=100, decay_steps=4900),
+    optimizer=_adamw(2e-3, 0.9, 0.99, warmup_steps=1 / 50, decay_steps="run"),
     iterations=5000,
     guidance_scale=2.0,
     text_encoder="uvit_tiny_shapes_text",

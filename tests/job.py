@@ -7,11 +7,10 @@ import random
 import sys
 from pathlib import Path
 
-# As where they are not installed: Keras imports scikit-learn for its wrappers and, to write a
-# checkpoint, TensorFlow, for seconds each.
-sys.modules["sklearn"] = None
 if os.environ["KERAS_BACKEND"] != "tensorflow":
-    sys.modules["tensorflow"] = None
+    # As where they are not installed: Keras imports TensorFlow to write a checkpoint, and
+    # scikit-learn for its wrappers, for seconds each.
+    sys.modules |= dict.fromkeys(["tensorflow", "sklearn"])
 
 import keras
 import numpy as np

@@ -54,7 +54,8 @@ class Checkpoint(keras.callbacks.Callback):
     (on TensorFlow if `jit_compile` stays as it was: XLA draws other noise).
     Each is written beside its name and renamed, with checksums; a damaged one is put aside, and the
     one before it is used. SIGTERM, which a scheduler sends before it takes a machine away, makes
-    the run save after the present step and exit with code 0.
+    the run save after the present step and exit with code 0; so does Ctrl-C, which then raises
+    KeyboardInterrupt as ever. A second Ctrl-C does not wait.
 
     With several processes the folder is one that all of them see; each writes what its devices own.
 
@@ -77,7 +78,7 @@ class Checkpoint(keras.callbacks.Callback):
                 raise ValueError(f"{key} must be an int, at least 1. Received: {value!r}.")
         self.directory = Path(directory)
         self.every_steps, self.keep, self.best = every_steps, keep, best
-        self._asked_to_stop = False
+        self._asked_to_stop = self._interrupted = False
         self.begin(Place(0, 0, None, 0))
 
     def begin(self, place, means=()):
@@ -91,20 +92,24 @@ class Checkpoint(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def watching(self):
-        """Inside, SIGTERM is a wish that is granted after the present step."""
-        self._asked_to_stop = False
+        """Inside, SIGTERM and Ctrl-C are wishes that are granted after the present step."""
+        self._asked_to_stop = self._interrupted = False
         is_main = threading.current_thread() is threading.main_thread()  # others may not ask
         if backend.catches_sigterm() or not is_main:
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._stop)
+        before = {kind: signal.signal(kind, self._stop) for kind in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
 
-    def _stop(self, *_):
+    def _stop(self, kind, _):
         self._asked_to_stop = True
+        if kind == signal.SIGINT:
+            self._interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # who asks twice is in a hurry
 
     def _check_space(self):
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -148,6 +153,12 @@ class Checkpoint(keras.callbacks.Callback):
         due = self._step // self.every_steps > self._saved // self.every_steps
         if due or self._is_best(value) or (stop and self._step > self._saved):
             self._save(value)
+        if stop and self._interrupted:
+            progress.say(
+                f"\nInterrupted at step {self._step}, which is saved in {self.directory}. Run the "
+                "same command to resume."
+            )
+            raise KeyboardInterrupt
         if stop:
             progress.say(f"Asked to stop: step {self._step} is saved in {self.directory}.")
             raise SystemExit(0)

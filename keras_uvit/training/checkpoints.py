@@ -184,6 +184,8 @@ def _optimizer(model):
         part.pop("name", None)
         if isinstance(part.get("learning_rate"), float):  # a variable: callbacks may lower it
             del part["learning_rate"]
+        elif isinstance(part.get("learning_rate"), dict):  # a schedule; a run may be prolonged
+            part["learning_rate"]["config"].pop("run_steps", None)
     return json.loads(json.dumps(config))  # tuples become lists, as in a file
 
 

@@ -17,7 +17,7 @@ from keras_uvit.training import (
     text_space,
 )
 from keras_uvit.training.checkpoints import atomically
-from keras_uvit.training.optimizers import adamw
+from keras_uvit.training.optimizers import adamw, default_arguments
 
 TRAIN, TEST = 0, 1  # streams of randomness
 FROZEN = ("autoencoder", "text_encoder")
@@ -66,7 +66,9 @@ class DiffusionModel(keras.Model):
         ema_warmup: bool. Decay min(ema_decay, (1 + k) / (10 + k)) at optimizer step k: the
             published constant 0.9999 would leave 82 % of the random start in the average after
             2,000 steps.
-        optimizer: dict of arguments of `training.adamw`, the recipe that `compile()` uses.
+        optimizer: dict of arguments of `training.adamw` that `compile()` uses. `None` chooses a
+            learning rate for the network's width, which rises at the run's begin and falls to its
+            end: `training.optimizers.default_arguments`.
         sampler, num_steps, guidance_scale: defaults of `generate`.
         max_skipped_steps: int. `fit` stops after so many non-finite steps in a row.
         seed: int.
@@ -118,7 +120,7 @@ class DiffusionModel(keras.Model):
         self.latent_encoder, self.context_encoder = latent_encoder, context_encoder
         self.ema_decay = ema_decay
         self.ema_warmup = ema_warmup
-        self.recipe = dict(optimizer or {})
+        self.recipe = dict(optimizer or default_arguments(network))
         self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
         self.max_skipped_steps = max_skipped_steps
         self.seed = seed
@@ -261,8 +263,9 @@ class DiffusionModel(keras.Model):
         Args:
             resume: "auto" goes on where there is a checkpoint, `True` raises where there is none,
                 `False` where there is one.
-            verbose: "auto" draws progress bars in a terminal or a notebook, and writes one line per
-                epoch elsewhere; 0, 1 and 2 are those of Keras.
+            verbose: "auto" shows loss, learning rate, gradient norm, images per second and the time
+                left in a line that moves in a terminal or a notebook, and is written once per epoch
+                elsewhere; 0, 1 and 2 are those of Keras.
             **kwargs: those of Keras; `batch_size` is that of all devices together.
 
         Raises:

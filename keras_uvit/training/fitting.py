@@ -9,9 +9,10 @@ from keras import ops
 
 from keras_uvit import backend, progress
 from keras_uvit.data.shuffled import ShuffledDataset
-from keras_uvit.training import batches, checkpoints, objective, text_space
+from keras_uvit.training import batches, checkpoints, objective, run_length, text_space
 from keras_uvit.training.callbacks import Checkpoint, StopOnNonFinite
 from keras_uvit.training.checkpoints import CheckpointError, Place
+from keras_uvit.training.progress_line import ProgressLine
 
 RESUME = ("auto", True, False)
 
@@ -37,14 +38,19 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
         val_x, *rest = validation if isinstance(validation, tuple) else (validation,)
         val_x = batches.check_source(model, val_x, *(rest[:1] or [None]), size)
         options["validation_data"] = (val_x, *rest)
-    options["verbose"] = progress.verbosity(options["verbose"])
-    guard = StopOnNonFinite(model)
+    own = [StopOnNonFinite(model)]
+    (guard,) = own
+    if options["verbose"] == "auto" and backend.is_first():
+        own.append(ProgressLine(model))
+    if options["verbose"] == "auto" or not backend.is_first():
+        options["verbose"] = 0
     model.skipped_in_row.assign(0)
     objective.begin_random(model)  # weights loaded from another model brought its seed with them
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(guard)
+        for callback in own:
+            callbacks.append(callback)
     else:
-        callbacks = [*keras.tree.flatten(callbacks or []), guard]
+        callbacks = [*keras.tree.flatten(callbacks or []), *own]
     backend.synchronize(model)
     history = _fit(model, keras_fit, x, y, callbacks, mode, options)
     if guard.error:
@@ -63,10 +69,15 @@ def _fit(model, keras_fit, x, y, callbacks, mode, options):
         y, options = None, {**options, "shuffle": False}
         model.global_batch.assign(getattr(x, "batch_size", None) or model.global_batch)
     if not found:
+        epochs = options["epochs"] - options.get("initial_epoch", 0)
+        steps = options.get("steps_per_epoch") or _steps_of(x, options.get("batch_size"))
+        run_length.tell(model, steps and epochs * steps)
         return keras_fit(x, y, callbacks=callbacks, **options)
     (checkpoint,) = found
     epochs, steps = options.pop("epochs"), options.pop("steps_per_epoch", None)
     place = _resume(model, checkpoint, x, mode, steps)
+    done = place.epoch * place.steps_per_epoch + place.batch
+    run_length.tell(model, epochs * place.steps_per_epoch - done)
     # Last, so that a checkpoint is of what the other callbacks have seen.
     callbacks = [*(c for c in callbacks if c is not checkpoint), checkpoint]
     run = _OneRun(callbacks, model, options["verbose"], epochs)
@@ -198,6 +209,14 @@ def _batches(x, first):
 
 def _as_tuple(batch):
     return batch if isinstance(batch, tuple) else (batch,)
+
+
+def _steps_of(x, batch_size):
+    """Batches of an epoch of arrays, too."""
+    first = next(iter(x.values())) if isinstance(x, dict) else x
+    if isinstance(first, np.ndarray) or ops.is_tensor(first):
+        return -(-len(first) // (batch_size or 32))
+    return _length(x)
 
 
 def _length(x):

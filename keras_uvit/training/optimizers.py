@@ -6,10 +6,17 @@ from keras import ops
 
 from keras_uvit import backend
 
+MAX_RATE = 2e-3
+RATE_TIMES_WIDTH = 0.25  # 2e-3 at width 128, 2e-4 at the published 1152: see docs/own_data.md
+UNKNOWN_RUN = 1000  # steps that a run of unknown length is taken for
+
 
 @keras.saving.register_keras_serializable("keras_uvit")
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
     """rate min(k / warmup_steps, 1), then maybe half a cosine to 0; k counts optimizer steps.
+
+    Both parts may be parts of the run, whose length `fit` tells (`learn_run`): then the rate is
+    right for a run of any length.
 
     Keras' own `CosineDecay` is a branch, which TensorFlow traces again for each weight, a fifth
     of the time before the first step; and it counts the batches that are accumulated. Optimizer
@@ -18,22 +25,50 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
 
     Args:
         learning_rate: float, after the warm-up.
-        warmup_steps: int >= 0.
-        decay_steps: int or None. Steps from there to 0.
+        warmup_steps: int >= 0, or a float in (0, 1): this share of the run.
+        decay_steps: steps from there to 0: an int; "run", all that the run has left; or None.
         batches: int n, batches per optimizer step.
+        run_steps: int, optimizer steps of the run. `None`, where nobody has told: a warm-up of that
+            share of 1,000 steps, and no decay to the end of the run.
     """
 
-    def __init__(self, learning_rate, warmup_steps=0, decay_steps=None, batches=1):
+    def __init__(self, learning_rate, warmup_steps=0, decay_steps=None, batches=1, run_steps=None):
         super().__init__()
+        if isinstance(decay_steps, str) and decay_steps != "run":
+            raise ValueError(
+                f'decay_steps must be an int, "run" or None. Received: {decay_steps!r}.'
+            )
         self.config = dict(
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
             decay_steps=decay_steps,
             batches=batches,
+            run_steps=run_steps,
         )
 
+    def learn_run(self, run_steps):
+        """Notes the run's length in optimizer steps; returns whether that changes the rates."""
+        before = self.warmup, self.decay
+        self.config["run_steps"] = run_steps
+        return (self.warmup, self.decay) != before
+
+    @property
+    def warmup(self):
+        """Optimizer steps of the warm-up."""
+        steps = self.config["warmup_steps"]
+        if not isinstance(steps, float) or steps >= 1:
+            return steps
+        return max(1, round(steps * (self.config["run_steps"] or UNKNOWN_RUN)))
+
+    @property
+    def decay(self):
+        """Optimizer steps from there to a rate of 0, or None."""
+        steps, run = self.config["decay_steps"], self.config["run_steps"]
+        return steps if steps != "run" else run and max(1, run - self.warmup)
+
     def __call__(self, step):
-        rate, warmup_steps, decay_steps, batches = self.config.values()
+        rate, batches = self.config["learning_rate"], self.config["batches"]
+        warmup_steps, decay_steps = self.warmup, self.decay
         k = ops.cast(ops.convert_to_tensor(step) // batches, "float32")
         if warmup_steps:
             rate = rate * ops.minimum(k / warmup_steps, 1.0)
@@ -48,7 +83,15 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
 
 @keras.saving.register_keras_serializable("keras_uvit")
 class AdamW(backend.AdamW):
-    """`keras.optimizers.AdamW`, under one name in files of all backends."""
+    """`keras.optimizers.AdamW`, under one name in files of all backends.
+
+    Attributes:
+        schedule: `WarmUp`, to which `fit` tells the length of the run; None with another rate.
+    """
+
+    def __init__(self, learning_rate=1e-3, **options):
+        super().__init__(learning_rate, **options)
+        self.schedule = learning_rate if isinstance(learning_rate, WarmUp) else None
 
 
 def adamw(
@@ -73,8 +116,9 @@ def adamw(
         beta_1, beta_2: floats in [0, 1).
         weight_decay: float, decoupled: each step also subtracts learning_rate * weight_decay * w.
         warmup_steps: int. Optimizer step k (from 0) has learning_rate * min(k / warmup_steps, 1).
-        decay_steps: int or None. Cosine decay to 0 over so many steps after the warm-up; None
-            keeps the rate constant, as published.
+            A float in (0, 1) is this share of the run, whose length `fit` knows.
+        decay_steps: int, "run" or None. Cosine decay to 0 over so many steps after the warm-up;
+            "run" ends with the run; None keeps the rate constant, as published.
         gradient_accumulation_steps: int or None. Batches per optimizer step; all counts of steps
             here are optimizer steps.
         clipnorm: float or None. Largest norm of each weight's gradient.
@@ -94,4 +138,24 @@ def adamw(
         weight_decay=weight_decay,
         gradient_accumulation_steps=gradient_accumulation_steps,
         clipnorm=clipnorm,
+    )
+
+
+def recommended_rate(network):
+    """The learning rate for a network of this width, or None for one of unknown width."""
+    config = network.get_config()
+    width = config.get("hidden_dim")
+    if width is None and "base_dim" in config:
+        width = config["base_dim"] * max(config["multipliers"])
+    return width and min(MAX_RATE, float(f"{RATE_TIMES_WIDTH / width:.1g}"))
+
+
+def default_arguments(network):
+    """Arguments of `adamw` for a run of any length with this network."""
+    return dict(
+        learning_rate=recommended_rate(network) or 2e-4,
+        beta_1=0.9,
+        beta_2=0.99,
+        warmup_steps=0.05,
+        decay_steps="run",
     )

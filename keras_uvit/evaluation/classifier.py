@@ -1,0 +1,79 @@
+"""A small convolutional classifier of the data's own labels, to judge generated images with."""
+
+import keras
+import numpy as np
+from keras import layers
+
+FEATURES = 64
+BATCH = 64
+
+
+class Classifier:
+    """Reads the class of an image, and gives the features that distances are measured on.
+
+    Three 3x3 convolutions and two dense layers: about 0.1 million weights. It needs no download,
+    and a minute on two CPU cores for 60,000 images of 28x28 pixels.
+
+    Args:
+        image_shape: (H, W, C), each side at least 8 pixels.
+        num_classes: int.
+        seed: int.
+    """
+
+    def __init__(self, image_shape, num_classes, seed=0):
+        self.image_shape, self.num_classes, self.seed = tuple(image_shape), num_classes, seed
+        pool = [max(1, round(side / 32)) for side in image_shape[:2]]
+        init = [keras.initializers.HeNormal(seed + k) for k in range(5)]
+        image = keras.Input(self.image_shape)
+        x = layers.AveragePooling2D(pool)(image) if max(pool) > 1 else image
+        for k, width in enumerate((16, 32, 64)):
+            x = layers.Conv2D(
+                width, 3, padding="same", activation="relu", kernel_initializer=init[k]
+            )(x)
+            x = layers.MaxPooling2D(2)(x)
+        x = layers.Flatten()(x)
+        x = layers.Dense(FEATURES, activation="relu", kernel_initializer=init[3])(x)
+        logits = layers.Dense(num_classes, kernel_initializer=init[4])(x)
+        self.network = keras.Model(image, [x, logits])
+        self._trained = keras.Model(image, logits)
+
+    def fit(self, images, labels, steps=3000):
+        """Trains for `steps` batches of 64.
+
+        Args:
+            images: `(n, H, W, C)` uint8.
+            labels: `(n,)` ints.
+            steps: int.
+        """
+        self._trained.compile(
+            keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(2e-3, steps)),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        batches = _batches(np.asarray(images), np.asarray(labels), self.seed)
+        self._trained.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)
+        return self
+
+    def features(self, images):
+        """`(n, 64)` float32 of uint8 images."""
+        return self._predict(images)[0]
+
+    def classes(self, images):
+        """`(n,)` ints: the most likely class of each."""
+        return self._predict(images)[1].argmax(axis=1)
+
+    def _predict(self, images):
+        return self.network.predict(_scaled(np.asarray(images)), batch_size=256, verbose=0)
+
+
+def _scaled(images):
+    return images.astype("float32") / 127.5 - 1.0
+
+
+def _batches(images, labels, seed):
+    random = np.random.default_rng(seed)
+    order = []
+    while True:
+        while len(order) < BATCH:
+            order = [*order, *random.permutation(len(labels))]
+        rows, order = order[:BATCH], order[BATCH:]
+        yield _scaled(images[rows]), labels[rows]
