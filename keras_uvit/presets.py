@@ -10,6 +10,7 @@ from keras_uvit.convert import FAMILIES, load_torch_weights
 from keras_uvit.convert.files import TORCH
 from keras_uvit.inference import DAMAGE, load_keras_weights
 from keras_uvit.latent import AutoencoderKL, CLIPText
+from keras_uvit.own_data import for_data as for_data
 from keras_uvit.recipes import FAST as FAST
 from keras_uvit.recipes import PRESETS as PRESETS
 from keras_uvit.recipes import Preset as Preset

@@ -56,32 +56,38 @@ def _count(spec):
     return int(count)
 
 
-def open_dataset(spec, network, batch_size, seed):
+def open_dataset(spec, network, size, batch_size, seed):
     """The dataset that `train` reads: a cache, or images in memory.
 
     Args:
         spec: the command's DATASET.
-        network: dict, the preset's arguments of its network.
+        network: dict, the preset's arguments of its network; None for one that suits the data.
+        size: int, height and width to resize to, where there is no preset.
         batch_size, seed: ints.
     """
-    height, width, channels = network["image_shape"]
-    labels = "auto" if network.get("num_classes") else None
-    captions = "auto" if network.get("context_shape") else None
+    labels = "auto" if network is None or network.get("num_classes") else None
+    captions = "auto" if network is None or network.get("context_shape") else None
     shared = {"batch_size": batch_size, "seed": seed, "labels": labels}
     if (Path(spec) / MANIFEST).is_file():
         is_latent = read_manifest(spec)["field"] == "moments"
         reader = data.LatentDataset if is_latent else data.image_shards
         return reader(spec, captions=captions, **shared)
-    if captions:
+    if captions and (network is not None or (Path(spec) / captioned.CAPTIONS).is_file()):
         raise ValueError(
             "A text-to-image model is trained on a cache: make one with "
             f"`keras-uvit encode {spec} CACHE --text ...`."
         )
-    if spec.startswith("tfds:"):
-        return data.tfds_images(spec[5:], (height, width), channels=channels, **shared)
     if spec == "digits":
         digits = sources.arrays(data.digits(), "digits")
         return data.images.in_memory(digits, batch_size, flip=False, seed=seed)
+    if network is not None:
+        height, width, channels = network["image_shape"]
+    elif size:
+        height, width, channels = size, size, 3
+    else:
+        raise click.UsageError(f"{spec} needs --image-size, or a --preset.")
+    if spec.startswith("tfds:"):
+        return data.tfds_images(spec[5:], (height, width), channels=channels, **shared)
     return data.image_folder(spec, (height, width), channels=channels, **shared)
 
 

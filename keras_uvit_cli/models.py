@@ -51,21 +51,47 @@ RUN_OPTIONS = gathered(
 )
 
 
+PLAN_OPTIONS = gathered(
+    "plan",
+    preset=dict(
+        show_default="what suits the data",
+        help="Train the network of this preset, by its recipe; see `keras-uvit presets`.",
+    ),
+    steps=dict(type=COUNT, help="Number of batches to train on, rounded up to whole epochs."),
+    epochs=dict(type=COUNT, help="Number of times to go through the data, instead of --steps."),
+    hours=dict(
+        type=click.FloatRange(min=0, min_open=True),
+        help="Time to train for, instead of --steps: a few steps are timed first.",
+    ),
+    image_size=dict(
+        type=COUNT,
+        show_default="what suits the pictures",
+        help="Height and width in pixels that the pictures of a folder are resized to.",
+    ),
+    learning_rate=dict(
+        type=click.FloatRange(min=0, min_open=True),
+        show_default="what suits the width",
+        help="Learning rate after the warm-up.",
+    ),
+    width=dict(type=COUNT, help="Width of the network (hidden_dim), a multiple of its heads."),
+    layers=dict(type=COUNT, help="Number of transformer blocks, odd."),
+    validation_share=dict(
+        type=click.FloatRange(0, 0.5),
+        default=0.0,
+        help="Share of the pictures that is kept out of training; its loss is shown as val_loss.",
+    ),
+)
+
+
 @click.command()
-@click.argument("preset")
 @click.argument("dataset")
 @click.argument("folder", type=Target())
+@PLAN_OPTIONS
 @MODEL_OPTIONS
-@click.option(
-    "--iterations",
-    type=COUNT,
-    show_default="the preset's",
-    help="Number of batches to train on, rounded up to whole epochs.",
-)
 @click.option(
     "--batch-size",
     type=COUNT,
-    show_default="the preset's",
+    show_default="the preset's, or 64",
     help="Number of images per batch, of all devices together.",
 )
 @click.option(
@@ -74,7 +100,7 @@ RUN_OPTIONS = gathered(
 @click.option(
     "--grid-every",
     type=click.IntRange(min=0),
-    default=10,
+    show_default="ten times in all",
     help="Number of epochs between two pictures of samples; 0 draws none.",
 )
 @click.option(
@@ -83,59 +109,57 @@ RUN_OPTIONS = gathered(
     help="Prompt for one image of those pictures, for a text-to-image model; can be repeated.",
 )
 @RUN_OPTIONS
-def train(preset, dataset, folder, parts, iterations, batch_size, seed, grid_every, prompt, run):
-    """Train the model of PRESET on DATASET, in FOLDER.
+def train(dataset, folder, plan, parts, batch_size, seed, grid_every, prompt, run):
+    """Train a model on DATASET, in FOLDER.
 
-    DATASET is a cache that `encode` made, a folder of images, tfds:NAME, or digits. A text-to-image
-    model is trained on a cache, and draws samples of each --prompt. Run the same command again to
-    resume an interrupted run.
+    DATASET is a folder of images (with a sub-folder for each class, or without), a cache that
+    `encode` made, tfds:NAME, or digits. Network, recipe and length of the run suit the data, unless
+    a --preset is named. A text-to-image model is trained on a cache, and draws samples of each
+    --prompt. Run the same command again to resume an interrupted run.
 
     \b
-    Example:
-      keras-uvit train uvit_tiny_digits digits runs/tiny --iterations 440
+    Examples:
+      keras-uvit train my_photos runs/photos
+      keras-uvit train my_photos runs/photos --image-size 64 --hours 2
+      keras-uvit train digits runs/tiny --preset uvit_tiny_digits --steps 440
     """
-    from keras_uvit import distribution, presets, training
-    from keras_uvit_cli.inputs import open_dataset
+    from keras_uvit import distribution, training
+    from keras_uvit_cli.training import planned
 
-    row = presets.get(preset)
-    if prompt and not (row.network.get("context_shape") and parts["text"]):
-        raise click.UsageError("--prompt needs the preset of a text-to-image model, and --text.")
+    lengths = [f"--{key}" for key in ("steps", "epochs", "hours") if plan[key]]
+    if len(lengths) > 1:
+        raise click.UsageError(f"Choose one of {' and '.join(lengths)}.")
     distribution.choose(run["devices"], run["layout"], run["model_devices"])
-    samples = open_dataset(dataset, row.network, batch_size or row.batch_size, seed)
-    classes = row.network.get("num_classes")
-    network = {"dtype": run["precision"]}
-    if classes and samples.num_classes and samples.num_classes != classes:
-        click.echo(
-            f"{preset} has {classes} classes and the data has {samples.num_classes}: the model is "
-            f"made with {samples.num_classes}."
-        )
-        network["num_classes"] = classes = samples.num_classes
-    callbacks = []
-    if grid_every and (row.latent_scale is None or parts["autoencoder"]):
-        callbacks = _grids(folder, grid_every, row, classes, prompt)
-    model = presets.load(
-        preset,
-        parts["weights"],
-        autoencoder=parts["autoencoder"],
-        text_encoder=parts["text"],
-        seed=seed,
-        **network,
+    model, samples, validation, steps = planned(
+        dataset, folder, plan, parts, batch_size, seed, run["precision"]
     )
-    iterations = iterations or row.iterations
+    if prompt and not (model.network.context_shape and model.text_encoder):
+        raise click.UsageError("--prompt needs a text-to-image model, and --text.")
+    callbacks = []
+    if grid_every is None:
+        grid_every = max(1, steps // len(samples) // 10)
+    if grid_every and (model.latent_scale is None or model.autoencoder is not None):
+        callbacks = _grids(folder, grid_every, model.network, prompt)
     training.train(
-        model, samples, folder, iterations, every_steps=run["save_every"], callbacks=callbacks
+        model,
+        samples,
+        folder,
+        steps,
+        every_steps=run["save_every"],
+        callbacks=callbacks,
+        validation_data=validation,
     )
     click.echo(f"Trained: {Path(folder) / 'model.keras'}")
 
 
-def _grids(folder, every, row, classes, prompts):
+def _grids(folder, every, network, prompts):
     """The callback that draws samples, in a list; none for a text model without prompts."""
     from keras_uvit.evaluation import SampleGridCallback
 
-    if row.network.get("context_shape"):
+    if network.context_shape:
         what = {"prompts": list(prompts)}
-    elif classes:
-        what = {"labels": [k % classes for k in range(GRID_IMAGES)]}
+    elif network.num_classes:
+        what = {"labels": [k % network.num_classes for k in range(GRID_IMAGES)]}
     else:
         what = {"num_images": GRID_IMAGES}
     if what.get("prompts") == []:

@@ -40,6 +40,33 @@ class ImageDataset(ShuffledDataset):
             batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
         return batch
 
+    def split(self, share, seed=0):
+        """Two sets: one without this share of the images, drawn at random, and one of it.
+
+        The second is of whole batches too, in one order and without mirror images.
+
+        Args:
+            share: float in (0, 1).
+            seed: int.
+
+        """
+        held = max(1, round(share * self.num_samples))
+        order = np.random.default_rng([seed, 3]).permutation(self.num_samples)
+        rows = np.sort(order[held:]), np.sort(order[:held])
+        about = dict(num_classes=self.num_classes, class_names=self.class_names)
+        sets = [
+            ImageDataset(
+                {key: array[chosen] for key, array in self.arrays.items()},
+                min(self.batch_size, len(chosen)),
+                flip=flip,
+                seed=self.seed,
+                **about,
+            )
+            for chosen, flip in zip(rows, (self.flip, False))
+        ]
+        sets[0].skipped = self.skipped
+        return tuple(sets)
+
     def _mirror(self, epoch):
         # Of all samples, in a stream of its own: flips do not depend on the batch size.
         return np.random.default_rng([self.seed, epoch, 1]).random(self.num_samples) < 0.5

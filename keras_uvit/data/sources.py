@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+ORIENTATION = 274  # the EXIF tag; from 5 on height and width change places
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
@@ -185,6 +186,85 @@ def folder(path, image_size, *, channels=3, labels="auto", crop=None):
         num_classes=names and len(names),
         class_names=names,
     )
+
+
+SURVEYED = 500  # files of a folder whose headers are read for a survey
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What the files of a folder are, by their headers alone.
+
+    Attributes:
+        total: int, number of image files.
+        sizes: list of (height, width) in pixels, of those that were looked at.
+        grey: int, how many of them are grey.
+    """
+
+    total: int
+    sizes: list
+    grey: int
+
+    def suitable_side(self, limits):
+        """A side for training: that of the smaller pictures, at most what this machine can do.
+
+        Args:
+            limits: (on a CPU, on an accelerator).
+        """
+        from keras_uvit import backend
+
+        side = int(np.percentile([min(size) for size in self.sizes], 25))
+        limit = limits[backend.has_accelerator()]
+        fitting = [k for k in (8, 16, 28, 32, 48, 64, 96, 128, 256, 512) if k <= min(side, limit)]
+        return fitting[-1] if fitting else 8
+
+    def all_of(self, shape):
+        """Whether all are of this (H, W, C)."""
+        return set(self.sizes) == {tuple(shape[:2])}
+
+    def text(self):
+        """A line or more on what there is, and what reading it will do."""
+        sides = sorted(self.sizes, key=min)
+        (low, high) = ("x".join(map(str, size)) for size in (sides[0], sides[-1]))
+        among = f" of {len(self.sizes)} looked at" if self.total > len(self.sizes) else ""
+        lines = [
+            f"{self.total:,} pictures of {low} pixels (height x width)"
+            if low == high
+            else f"{self.total:,} pictures of {low} to {high} pixels (height x width)"
+        ]
+        if 0 < self.grey < len(self.sizes):
+            lines.append(f"{self.grey}{among} are grey, the others in colour: all are read alike.")
+        long = [size for size in self.sizes if max(size) > 2 * min(size)]
+        if long:
+            lines.append(
+                f"{len(long)}{among} are more than twice as long as wide: cutting a square out of "
+                "their middle loses more than half of them. Cut them up before, to keep it."
+            )
+        return "\n".join(lines)
+
+
+def survey(path):
+    """The `Survey` of a folder of images: at most 500 files are opened, no pixel is read.
+
+    Raises:
+        ImportError: without Pillow; `pip install pillow`.
+        FileNotFoundError: if there is no such folder or no image in it.
+    """
+    Image, _ = pillow()
+    files, _ = _files(Path(path), None)
+    chosen = files[:: max(1, len(files) // SURVEYED)][:SURVEYED]
+    sizes, grey = [], 0
+    for file in chosen:
+        try:
+            with Image.open(file) as image:
+                turned = image.getexif().get(ORIENTATION, 1) >= 5
+                sizes.append(image.size if turned else image.size[::-1])
+                grey += image.mode in ("1", "L", "LA", "I;16", "I")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue  # a damaged file is named when it is read
+    if not sizes:
+        raise ValueError(f"None of the {len(files)} image files in {path} can be opened.")
+    return Survey(len(files), sizes, grey)
 
 
 def pillow():

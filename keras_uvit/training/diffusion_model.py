@@ -71,6 +71,8 @@ class DiffusionModel(keras.Model):
             end: `training.optimizers.default_arguments`.
         sampler, num_steps, guidance_scale: defaults of `generate`.
         max_skipped_steps: int. `fit` stops after so many non-finite steps in a row.
+        planned_steps: int, optimizer steps that `fit` makes where it is not told `epochs`; `None`
+            is one epoch.
         seed: int.
 
     Call arguments: those of the network.
@@ -101,6 +103,7 @@ class DiffusionModel(keras.Model):
         num_steps=25,
         guidance_scale=1.0,
         max_skipped_steps=20,
+        planned_steps=None,
         seed=0,
         name="diffusion_model",
     ):
@@ -122,7 +125,7 @@ class DiffusionModel(keras.Model):
         self.ema_warmup = ema_warmup
         self.recipe = dict(optimizer or default_arguments(network))
         self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
-        self.max_skipped_steps = max_skipped_steps
+        self.max_skipped_steps, self.planned_steps = max_skipped_steps, planned_steps
         self.seed = seed
         self._check_arguments(has_null)
 
@@ -173,7 +176,7 @@ class DiffusionModel(keras.Model):
         own = (
             "prediction time_scale time_sampling loss_weighting condition_dropout latent_scale "
             "latent_encoder context_encoder ema_decay ema_warmup sampler num_steps guidance_scale "
-            "max_skipped_steps seed name"
+            "max_skipped_steps planned_steps seed name"
         )
         return {
             **parts,
@@ -249,7 +252,7 @@ class DiffusionModel(keras.Model):
         x=None,
         y=None,
         batch_size=None,
-        epochs=1,
+        epochs=None,
         verbose="auto",
         callbacks=None,
         resume="auto",
@@ -261,6 +264,7 @@ class DiffusionModel(keras.Model):
         at the same place in the data, up to `epochs` in all.
 
         Args:
+            epochs: int, in all; `None` is what `planned_steps` take, or 1.
             resume: "auto" goes on where there is a checkpoint, `True` raises where there is none,
                 `False` where there is one.
             verbose: "auto" shows loss, learning rate, gradient norm, images per second and the time

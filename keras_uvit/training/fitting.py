@@ -1,6 +1,7 @@
 """`fit` around Keras' own: checks, the guard, and going on from a checkpoint at its place."""
 
 import itertools
+import math
 import types
 
 import keras
@@ -33,6 +34,8 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
     model.global_batch.assign(size or getattr(x, "batch_size", None) or 0)
     x = batches.check_source(model, x, y, size)
     text_space.note_arrays(model)
+    if options["epochs"] is None:
+        options["epochs"] = _planned_epochs(model, x, options)
     validation = options.get("validation_data")
     if validation is not None:
         val_x, *rest = validation if isinstance(validation, tuple) else (validation,)
@@ -56,6 +59,15 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
     if guard.error:
         raise FloatingPointError(guard.error)
     return history
+
+
+def _planned_epochs(model, x, options):
+    """Epochs, rounded up, of the steps that the model was planned for."""
+    steps = options.get("steps_per_epoch") or _steps_of(x, options["batch_size"])
+    if model.planned_steps is None or steps is None:
+        return 1
+    accumulated = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
+    return math.ceil(model.planned_steps * accumulated / steps)
 
 
 def _fit(model, keras_fit, x, y, callbacks, mode, options):

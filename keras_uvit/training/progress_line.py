@@ -18,8 +18,9 @@ class ProgressLine(keras.callbacks.Callback):
     """Loss, learning rate, gradient norm, images per second and the time left, in one line.
 
     In a terminal or notebook the line of an epoch moves; elsewhere each epoch is one line, and the
-    first steps of the run are followed by an estimate of its duration. The time of the first step,
-    which compiles, is left out of all rates.
+    first steps of the run are followed by an estimate of its duration. Images per second leave out
+    the first step, which compiles, and what comes between epochs, such as validation; the time left
+    leaves out the first step.
 
     Args:
         watched: the `DiffusionModel`. (Keras' own `self.model` synchronizes JAX' state at each use,
@@ -43,15 +44,20 @@ class ProgressLine(keras.callbacks.Callback):
             optimizer.gradient_accumulation_steps or 1
         )
         self._size = int(ops.convert_to_numpy(self.watched.global_batch))
-        self._done, self._started, self._left = 0, None, None
+        self._done, self._started = 0, None
+        self._timed, self._seconds = 0, 0.0  # steps of which the time is known, and that time
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch, self._batch = epoch, 0
-        self._drawn = 0.0
+        self._drawn, self._before = 0.0, None
 
     def on_train_batch_end(self, batch, logs=None):
         now = time.perf_counter()
         self._batch = batch + 1
+        if self._before is not None:
+            self._timed += 1
+            self._seconds += now - self._before
+        self._before = now
         if self._started is None:
             self._started = now
             return
@@ -89,8 +95,8 @@ class ProgressLine(keras.callbacks.Callback):
         parts += [f"grad {float(logs[key]):.2f}" for key in ALWAYS_SHOWN[1:] if key in logs]
         if float(logs.get("skipped_steps", 0)):
             parts += [f"{int(logs['skipped_steps'])} steps skipped"]
-        if self._done:
-            speed = self._done / self._elapsed()
+        if self._timed:
+            speed = self._timed / max(self._seconds, 1e-9)
             unit = f"{speed * self._size:,.0f} images/s" if self._size else f"{speed:.3g} steps/s"
             parts += [unit]
         left = self._seconds_left()

@@ -25,6 +25,7 @@ def train(
     keep=2,
     resume="auto",
     callbacks=(),
+    validation_data=None,
     verbose="auto",
 ):
     """Trains for at least `iterations` batches, in whole epochs.
@@ -41,7 +42,7 @@ def train(
         every_steps, keep: of `Checkpoint`.
         resume: of `DiffusionModel.fit`.
         callbacks: Keras callbacks.
-        verbose: of `fit`.
+        validation_data, verbose: of `fit`.
 
     Returns:
         `model`, trained.
@@ -61,6 +62,7 @@ def train(
         dataset,
         epochs=math.ceil(iterations / len(dataset)),
         callbacks=[*logging, *callbacks, keeping],
+        validation_data=validation_data,
         verbose=verbose,
         resume=resume,
     )

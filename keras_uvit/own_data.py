@@ -1,0 +1,293 @@
+"""A model for pictures of one's own: `presets.for_data`.
+
+What it chooses stands in the tables below. The numbers behind them are in docs/own_data.md and were
+measured by `benchmarks/own_data.py`.
+"""
+
+import dataclasses
+import time
+
+import numpy as np
+from keras import ops
+
+from keras_uvit import backend, progress
+from keras_uvit.networks import UViT
+from keras_uvit.process.schedules import LinearPath, VPCosine
+from keras_uvit.training import DiffusionModel
+from keras_uvit.training.optimizers import default_arguments
+
+FEWEST = 10  # pictures
+FEW = 1000  # pictures of which a network of this kind learns many by heart
+
+# What is learned. A patch of k numbers carries noise of k dimensions, which a narrow network cannot
+# pass on: predicting the picture itself is easier, unless a patch is small.
+OBJECTIVES = {
+    "pixels": dict(schedule=VPCosine(), prediction="x0", loss_weighting="velocity"),
+    "latents": dict(schedule=LinearPath(), prediction="velocity", time_sampling="logit_normal"),
+}
+NAMES = {
+    "pixels": "the clean picture is predicted, its error counted as that of v (cosine schedule)",
+    "latents": "flow matching, with most training in the middle of the path",
+}
+# Per device: the network, the most patches of an image, the steps of a run.
+SIZES = {
+    "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4), 64, 1_000),
+    "accelerator": (dict(hidden_dim=512, num_layers=13, num_heads=8), 256, 20_000),
+}
+CONDITION_DROPOUT = 0.1
+SAMPLING = dict(sampler="dpm_solver_pp_2m", num_steps=25)
+GUIDANCE = {"nothing": 1.0, "classes": 1.5, "captions": 2.0}
+TIMED_STEPS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a choice depends on.
+
+    Attributes:
+        image_shape: (H, W, C) of the pictures or latents.
+        num_images: int.
+        batch_size: int.
+        num_classes: int, or None.
+        context_shape: (length, width) of the captions' contexts, or None.
+        latent_scale: float, or None for pixels.
+        counts: pictures of each class, or None where they are not known.
+    """
+
+    image_shape: tuple
+    num_images: int
+    batch_size: int = 64
+    num_classes: int | None = None
+    context_shape: tuple | None = None
+    latent_scale: float | None = None
+    counts: tuple | None = None
+
+
+def for_data(
+    dataset, *, steps=None, minutes=None, size=None, network=None, seed=0, verbose=1, **options
+):
+    """A compiled `DiffusionModel` that suits a data set, with a run of the right length.
+
+    The choice is printed in five lines, and each part of it can be overridden; `model.fit(dataset)`
+    then trains for as long as was planned.
+
+    Args:
+        dataset: what `data.image_folder`, `data.LatentDataset`, `data.image_shards` or
+            `data.images.in_memory` return, or a dict of arrays: "image" uint8 and maybe "label".
+        steps: int, optimizer steps of the run; `None` is the table's, 1,000 on a CPU.
+        minutes: float, duration of the run instead of `steps`: a few steps are timed first.
+        size: "cpu" or "accelerator", the row of `SIZES`; `None` is what this machine has.
+        network: dict of arguments of `UViT` to change, such as `dict(hidden_dim=256)`.
+        seed: int.
+        verbose: 0 or 1, whether to say what was chosen.
+        **options: arguments of `DiffusionModel` to change, such as `prediction="v"`.
+
+    Returns:
+        `DiffusionModel`, compiled, whose `planned_steps` is the length of the run.
+
+    Raises:
+        ValueError: for fewer than ten pictures, pictures that are all alike, sides without a patch
+            size, or both `steps` and `minutes`.
+        TypeError: for data whose size is not known.
+
+    Example:
+        >>> from keras_uvit import data, presets
+        >>> model = presets.for_data(data.digits(), verbose=0)
+        >>> model.network.get_config()["patch_size"], model.prediction, model.planned_steps
+        (2, 'x0', 1000)
+    """
+    facts = facts_of(dataset)
+    if steps is not None and minutes is not None:
+        raise ValueError("Pass steps or minutes, not both.")
+    size = size or ("accelerator" if backend.has_accelerator() else "cpu")
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {list(SIZES)}. Received: {size!r}.")
+    widths, most_patches, usual_steps = SIZES[size]
+    arguments = {
+        "image_shape": facts.image_shape,
+        "patch_size": patch_size(facts.image_shape, most_patches),
+        **widths,
+        "position": "sinusoidal",
+        "num_classes": facts.num_classes,
+        "context_shape": facts.context_shape,
+        **(network or {}),
+    }
+
+    def make(steps):
+        net = UViT(**arguments)
+        chosen = {
+            **OBJECTIVES["pixels" if facts.latent_scale is None else "latents"],
+            "latent_scale": facts.latent_scale,
+            "condition_dropout": CONDITION_DROPOUT if has_condition(facts) else 0.0,
+            "ema_decay": ema_decay(steps),
+            **SAMPLING,
+            "guidance_scale": GUIDANCE[condition_of(facts)],
+            "planned_steps": steps,
+            "seed": seed,
+            **options,
+            "optimizer": {**default_arguments(net), **options.get("optimizer", {})},
+        }
+        model = DiffusionModel(net, **chosen)
+        model.compile()
+        return model
+
+    if minutes is not None:
+        steps = max(1, int(60 * minutes / seconds_per_step(make(usual_steps), dataset, facts)))
+    model = make(steps or usual_steps)
+    if verbose:
+        progress.say("\n".join([*lines(model, facts), *warnings_of(model, facts)]))
+    return model
+
+
+def ema_decay(steps):
+    """The average looks back on about a tenth of the run, at most on 10,000 steps."""
+    return float(np.clip(1 - 10 / steps, 0.9, 0.9999))
+
+
+def has_condition(facts):
+    return condition_of(facts) != "nothing"
+
+
+def condition_of(facts):
+    if facts.context_shape is not None:
+        return "captions"
+    return "nothing" if facts.num_classes is None else "classes"
+
+
+def patch_size(image_shape, most_patches):
+    """The smallest patch, of 2 pixels or more, that cuts an image into at most so many.
+
+    Raises:
+        ValueError: if no size from 2 to the shorter side divides both sides into so few.
+    """
+    height, width, _ = image_shape
+    for size in range(2, min(height, width) + 1):
+        fits = height % size == width % size == 0
+        if fits and height // size * (width // size) <= most_patches:
+            if size == min(height, width) and size > 2:
+                break
+            return size
+    near = 8 * max(1, round(min(height, width) / 8))
+    raise ValueError(
+        f"Images of {height}x{width} cannot be cut into 2 to {most_patches} equal patches. Choose "
+        f"sides that divide by 4 or 8, such as image_size={near}, or pass "
+        "network=dict(patch_size=...)."
+    )
+
+
+def facts_of(dataset):
+    """The `Facts` of a data set."""
+    arrays = dataset if isinstance(dataset, dict) else getattr(dataset, "arrays", None)
+    key = next((k for k in ("image", "moments", "latent") if arrays and k in arrays), None)
+    if key is None:
+        raise TypeError(
+            "Expected a data set of known size: data.image_folder(...), data.LatentDataset(...) or "
+            f'a dict of arrays with "image". Received: {type(dataset).__name__}.'
+        )
+    pictures = arrays[key]
+    *sides, channels = pictures.shape[1:]
+    labels = arrays.get("label")
+    classes = getattr(dataset, "num_classes", None)
+    if labels is not None:
+        labels = np.asarray(labels)
+        classes = classes or int(labels.max()) + 1
+    contexts = getattr(dataset, "contexts", None)
+    context_shape = None if contexts is None else contexts.context_shape
+    if "context" in arrays:
+        context_shape = arrays["context"].shape[1:]
+    scale = None if key == "image" else (getattr(dataset, "scale", None) or 1.0)
+    if len(pictures) < FEWEST:
+        raise ValueError(
+            f"{len(pictures)} pictures are too few to learn from: expected at least {FEWEST}, "
+            "better a few hundred."
+        )
+    if key == "image":
+        _check_variety(pictures)
+    return Facts(
+        image_shape=(*sides, channels // 2 if key == "moments" else channels),
+        num_images=len(pictures),
+        batch_size=getattr(dataset, "batch_size", None) or min(64, len(pictures)),
+        num_classes=classes if labels is not None else None,
+        context_shape=context_shape and tuple(context_shape),
+        latent_scale=scale,
+        counts=None if labels is None else tuple(np.bincount(labels, minlength=classes)),
+    )
+
+
+def _check_variety(pictures):
+    few = np.asarray(pictures[: min(len(pictures), 256)])
+    if (few == few[:1]).all():
+        raise ValueError(
+            f"The first {len(few)} pictures are all the same: there is nothing to learn. Expected "
+            "pictures that differ; look at the files."
+        )
+
+
+def lines(model, facts):
+    """What was chosen, in five lines."""
+    config = model.network.get_config()
+    height, width, channels = facts.image_shape
+    patch = config["patch_size"]
+    patches = height // patch * (width // patch)
+    what = "pictures" if facts.latent_scale is None else "latents"
+    condition = {
+        "nothing": "",
+        "classes": f", {facts.num_classes} classes",
+        "captions": ", with captions",
+    }[condition_of(facts)]
+    visits = model.planned_steps * facts.batch_size / facts.num_images
+    optimizer = model.recipe
+    space = "pixels" if facts.latent_scale is None else "latents"
+    own = all(getattr(model, key) == value for key, value in OBJECTIVES[space].items())
+    objective = NAMES[space] if own else f"prediction {model.prediction!r}"
+    dropped = (
+        f"; the condition is left out {model.condition_dropout:.0%} of the time"
+        if model.condition_dropout
+        else ""
+    )
+    return [
+        f"Data:     {facts.num_images:,} {what} of {height}x{width}x{channels}{condition}",
+        f"Network:  U-ViT of {model.network.count_params() / 1e6:.2g} million weights: {patches} "
+        f"patches of {patch}x{patch}, {config['num_layers']} layers, {config['hidden_dim']} wide, "
+        f"{config['position']} positions",
+        f"Learning: {objective}; AdamW, learning rate {optimizer['learning_rate']:.2g}{dropped}",
+        f"Run:      {model.planned_steps:,} steps of {facts.batch_size}, {visits:,.3g} visits to "
+        f"each of the {what}; average over about the last {1 / (1 - model.ema_decay):,.0f} steps",
+        f"Sampling: {model.num_steps} steps of {model.sampler}, guidance "
+        f"{model.guidance_scale:.2g}",
+    ]
+
+
+def warnings_of(model, facts):
+    """What the choice cannot mend, in a line each."""
+    said = []
+    visits = model.planned_steps * facts.batch_size / facts.num_images
+    if facts.num_images < FEW and visits > 100:
+        said.append(
+            f"Note:     {facts.num_images} pictures are few: after {visits:,.0f} visits to each, "
+            "samples may be copies of them. `evaluation.report` shows the nearest ones."
+        )
+    rare = [k for k, count in enumerate(facts.counts or ()) if count < FEWEST]
+    if rare:
+        said.append(
+            f"Note:     {len(rare)} of {facts.num_classes} classes have fewer than {FEWEST} "
+            f"pictures, such as class {rare[0]} with {facts.counts[rare[0]]}: expect copies, or "
+            "merge classes."
+        )
+    return said
+
+
+def seconds_per_step(model, dataset, facts):
+    """Seconds of a training step here, without its compilation."""
+    images = np.zeros((facts.batch_size, *facts.image_shape), "float32")
+    batch = {"image" if facts.latent_scale is None else "latent": images}
+    if facts.num_classes is not None:
+        batch["label"] = np.zeros(facts.batch_size, "int32")
+    if facts.context_shape is not None:
+        batch["context"] = np.zeros((facts.batch_size, *facts.context_shape), "float32")
+    model.train_on_batch(batch)
+    model.train_on_batch(batch)
+    start = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        ops.convert_to_numpy(model.train_on_batch(batch)[0])
+    return (time.perf_counter() - start) / TIMED_STEPS

@@ -1,0 +1,139 @@
+"""What `train` trains: the data, and a model by a preset or by what suits the data."""
+
+import json
+import math
+from pathlib import Path
+
+import click
+
+from keras_uvit import presets
+from keras_uvit.data import sources
+from keras_uvit.data.images import ImageDataset
+from keras_uvit_cli.inputs import open_dataset
+
+PLAN = "plan.json"  # in the run's folder: the steps that --hours came to, for when it is resumed
+BATCH = 64
+SIDES = (64, 128)  # the longest side of pictures that is chosen on a CPU, on an accelerator
+
+
+def planned(dataset, folder, plan, parts, batch_size, seed, precision):
+    """The compiled model, its training and validation data and the number of steps.
+
+    Args:
+        dataset, folder: the command's arguments.
+        plan: dict of the options that `train` gathers under this name.
+        parts: dict of weights, autoencoder and text encoder.
+        batch_size: int, or None for the usual.
+        seed: int.
+        precision: dtype policy.
+    """
+    row = presets.get(plan["preset"]) if plan["preset"] else None
+    network = {"dtype": precision}
+    for option, argument in (("width", "hidden_dim"), ("layers", "num_layers")):
+        if plan[option]:
+            network[argument] = plan[option]
+    samples = _open(dataset, row, plan, batch_size, seed)
+    samples, validation = _split(samples, plan["validation_share"], seed)
+    optimizer = {"learning_rate": plan["learning_rate"]} if plan["learning_rate"] else {}
+    if row is not None:
+        model, steps = _by_preset(row, samples, plan, parts, seed, network, optimizer)
+    else:
+        model, steps = _by_data(samples, folder, plan, parts, seed, network, optimizer)
+    return model, samples, validation, steps
+
+
+def _open(dataset, row, plan, batch_size, seed):
+    shape = row.network["image_shape"] if row else None
+    size = plan["image_size"]
+    if row is not None and size and (row.latent_scale is not None or size != shape[0]):
+        raise click.UsageError(
+            f"--preset {plan['preset']} is for {'x'.join(map(str, shape))}. Received: "
+            f"--image-size {size}. Leave --preset out for a network that suits your pictures."
+        )
+    is_pictures = Path(dataset).is_dir() and not (Path(dataset) / "manifest.json").is_file()
+    if is_pictures:
+        survey = sources.survey(dataset)
+        click.echo(survey.text())
+        if row is None:
+            size = size or survey.suitable_side(SIDES)
+            click.echo(f"They are resized to {size}x{size}; --image-size chooses another size.")
+        elif not size and not survey.all_of(shape):
+            raise click.UsageError(
+                f"--preset {plan['preset']} is for pictures of {'x'.join(map(str, shape))}. Pass "
+                f"--image-size {shape[0]} to resize them, or leave --preset out for a network that "
+                "suits your pictures."
+            )
+    usual = row.batch_size if row else BATCH
+    try:
+        return open_dataset(dataset, row and row.network, size, batch_size or usual, seed)
+    except ValueError as error:
+        if "batch_size" not in str(error):
+            raise
+        raise click.UsageError(str(error).replace("batch_size", "--batch-size")) from error
+
+
+def _split(samples, share, seed):
+    """Training and validation data; the latter None for a share of 0."""
+    if not share:
+        return samples, None
+    if not isinstance(samples, ImageDataset) or samples.contexts is not None:
+        raise click.UsageError("--validation-share is for pictures, not for caches of latents.")
+    return samples.split(share, seed)
+
+
+def _steps(samples, plan):
+    if plan["epochs"]:
+        return plan["epochs"] * len(samples)
+    return plan["steps"]
+
+
+def _by_preset(row, samples, plan, parts, seed, network, optimizer):
+    name, classes = plan["preset"], row.network.get("num_classes")
+    if classes and samples.num_classes and samples.num_classes != classes:
+        click.echo(
+            f"{name} has {classes} classes and the data has {samples.num_classes}: the model is "
+            f"made with {samples.num_classes}."
+        )
+        network["num_classes"] = samples.num_classes
+    if plan["hours"]:
+        raise click.UsageError("--hours goes without --preset, whose recipe is of --steps.")
+    model = presets.load(
+        name,
+        parts["weights"],
+        autoencoder=parts["autoencoder"],
+        text_encoder=parts["text"],
+        seed=seed,
+        **network,
+    )
+    model.recipe.update(optimizer)
+    return model, _steps(samples, plan) or row.iterations
+
+
+def _by_data(samples, folder, plan, parts, seed, network, optimizer):
+    from keras_uvit.latent import AutoencoderKL, CLIPText
+
+    if parts["weights"]:
+        raise click.UsageError("--weights goes with --preset, the network that they are of.")
+    steps, file = _steps(samples, plan), Path(folder) / PLAN
+    minutes = plan["hours"] and 60 * plan["hours"]
+    if minutes and file.is_file():
+        steps, minutes = json.loads(file.read_text(encoding="utf-8"))["steps"], None
+    model = presets.for_data(
+        samples,
+        steps=steps,
+        minutes=minutes,
+        network=network,
+        seed=seed,
+        optimizer=optimizer,
+    )
+    if minutes:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"steps": model.planned_steps}) + "\n", encoding="utf-8")
+    if parts["autoencoder"]:
+        model.autoencoder = AutoencoderKL.from_file(
+            parts["autoencoder"], scale=model.latent_scale or 1.0
+        )
+    if parts["text"]:
+        model.text_encoder = CLIPText.from_preset(parts["text"])
+    steps = model.planned_steps
+    return model, math.ceil(steps / len(samples)) * len(samples)
