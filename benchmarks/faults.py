@@ -29,7 +29,6 @@ STEPS = 12  # of an epoch
 def main():
     options = parse()
     if options.child:
-        sys.modules["sklearn"] = None  # Keras imports it, for seconds, where it is installed
         train(options.child, options.epochs)
         return
     work = Path(tempfile.mkdtemp(prefix="faults-"))

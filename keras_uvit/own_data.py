@@ -5,12 +5,15 @@ measured by `benchmarks/own_data.py`.
 """
 
 import dataclasses
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 from keras import ops
 
 from keras_uvit import backend, progress
+from keras_uvit.evaluation.files import atomic_json
 from keras_uvit.networks import UViT
 from keras_uvit.process.schedules import LinearPath, VPCosine
 from keras_uvit.training import DiffusionModel
@@ -22,22 +25,23 @@ FEW = 1000  # pictures of which a network of this kind learns many by heart
 # What is learned. A patch of k numbers carries noise of k dimensions, which a narrow network cannot
 # pass on: predicting the picture itself is easier, unless a patch is small.
 OBJECTIVES = {
-    "pixels": dict(schedule=VPCosine(), prediction="x0", loss_weighting="velocity"),
+    "pixels": dict(schedule=VPCosine(), prediction="x0"),
     "latents": dict(schedule=LinearPath(), prediction="velocity", time_sampling="logit_normal"),
 }
 NAMES = {
-    "pixels": "the clean picture is predicted, its error counted as that of v (cosine schedule)",
+    "pixels": "the clean picture is predicted, from noise of a cosine schedule",
     "latents": "flow matching, with most training in the middle of the path",
 }
 # Per device: the network, the most patches of an image, the steps of a run.
 SIZES = {
-    "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4), 64, 1_000),
+    "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4), 64, 3_000),
     "accelerator": (dict(hidden_dim=512, num_layers=13, num_heads=8), 256, 20_000),
 }
 CONDITION_DROPOUT = 0.1
 SAMPLING = dict(sampler="dpm_solver_pp_2m", num_steps=25)
 GUIDANCE = {"nothing": 1.0, "classes": 1.5, "captions": 2.0}
 TIMED_STEPS = 8
+PLAN = "plan.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,16 @@ class Facts:
 
 
 def for_data(
-    dataset, *, steps=None, minutes=None, size=None, network=None, seed=0, verbose=1, **options
+    dataset,
+    *,
+    steps=None,
+    minutes=None,
+    folder=None,
+    size=None,
+    network=None,
+    seed=0,
+    verbose=1,
+    **options,
 ):
     """A compiled `DiffusionModel` that suits a data set, with a run of the right length.
 
@@ -74,8 +87,10 @@ def for_data(
     Args:
         dataset: what `data.image_folder`, `data.LatentDataset`, `data.image_shards` or
             `data.images.in_memory` return, or a dict of arrays: "image" uint8 and maybe "label".
-        steps: int, optimizer steps of the run; `None` is the table's, 1,000 on a CPU.
+        steps: int, optimizer steps of the run; `None` is the table's, 3,000 on a CPU.
         minutes: float, duration of the run instead of `steps`: a few steps are timed first.
+        folder: path of the run. The steps that `minutes` came to are kept there, so that a run that
+            is resumed has as many.
         size: "cpu" or "accelerator", the row of `SIZES`; `None` is what this machine has.
         network: dict of arguments of `UViT` to change, such as `dict(hidden_dim=256)`.
         seed: int.
@@ -94,7 +109,7 @@ def for_data(
         >>> from keras_uvit import data, presets
         >>> model = presets.for_data(data.digits(), verbose=0)
         >>> model.network.get_config()["patch_size"], model.prediction, model.planned_steps
-        (2, 'x0', 1000)
+        (2, 'x0', 3000)
     """
     facts = facts_of(dataset)
     if steps is not None and minutes is not None:
@@ -131,8 +146,13 @@ def for_data(
         model.compile()
         return model
 
-    if minutes is not None:
-        steps = max(1, int(60 * minutes / seconds_per_step(make(usual_steps), dataset, facts)))
+    kept = folder and Path(folder) / PLAN
+    if minutes is not None and kept and kept.is_file():
+        steps = json.loads(kept.read_text(encoding="utf-8"))["steps"]
+    elif minutes is not None:
+        steps = max(1, int(60 * minutes / seconds_per_step(make(usual_steps), facts)))
+        if kept:
+            atomic_json(kept, {"minutes": minutes, "steps": steps})
     model = make(steps or usual_steps)
     if verbose:
         progress.say("\n".join([*lines(model, facts), *warnings_of(model, facts)]))
@@ -277,7 +297,7 @@ def warnings_of(model, facts):
     return said
 
 
-def seconds_per_step(model, dataset, facts):
+def seconds_per_step(model, facts):
     """Seconds of a training step here, without its compilation."""
     images = np.zeros((facts.batch_size, *facts.image_shape), "float32")
     batch = {"image" if facts.latent_scale is None else "latent": images}

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from keras_uvit_cli.conversions import convert_weights, encode
-from keras_uvit_cli.measures import evaluate, statistics
+from keras_uvit_cli.measures import evaluate, report, statistics
 from keras_uvit_cli.models import generate, train
 from keras_uvit_cli.tables import show_cost, show_presets
 
@@ -49,9 +49,14 @@ def main(traceback):
     The environment variable KERAS_BACKEND=jax, tensorflow or torch chooses the backend.
 
     \b
+    Pictures of your own, in a folder:
+      keras-uvit train my_photos runs/photos
+      keras-uvit report runs/photos/model.keras my_photos runs/photos/report
+
+    \b
     From images to FID:
       keras-uvit encode photos cache --autoencoder autoencoder_kl.pth --image-size 256
-      keras-uvit train uvit_large_imagenet256 cache runs/a
+      keras-uvit train cache runs/a --preset uvit_large_imagenet256
       keras-uvit generate runs/a/model.keras grid.png --labels 207,360 --autoencoder ...
       keras-uvit statistics photos reference.npz --image-size 256 --inception ...
       keras-uvit evaluate runs/a/model.keras --reference reference.npz --inception ...
@@ -67,5 +72,6 @@ for command in (
     generate,
     statistics,
     evaluate,
+    report,
 ):
     main.add_command(command)

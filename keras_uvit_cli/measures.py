@@ -166,3 +166,32 @@ def _measured_images(path, reference, features, allow_few, out):
     if out:
         atomic_json(out, record)
     return record
+
+
+@click.command()
+@click.argument("model")
+@click.argument("dataset")
+@click.argument("folder", type=Target())
+@MODEL_OPTIONS
+@SAMPLING_OPTIONS
+@click.option("--num-images", type=COUNT, default=500, help="Number of images to draw.")
+def report(model, dataset, folder, parts, sampling, num_images):
+    """Measure MODEL on its pictures and draw the findings.
+
+    MODEL is a .keras file, a folder of checkpoints or a preset, of pixels, with classes or without.
+    DATASET is what it was trained on: a folder of images or digits. FOLDER gets report.png,
+    with samples beside real pictures and the nearest ones to them, and report.json, with the
+    numbers.
+
+    \b
+    Example:
+      keras-uvit report runs/photos/model.keras my_photos runs/photos/report
+    """
+    from keras_uvit import evaluation
+    from keras_uvit_cli.inputs import open_dataset, open_model
+
+    opened = open_model(model, **parts)
+    network = opened.network.get_config()
+    given = given_sampling(sampling)
+    samples = open_dataset(dataset, network, None, 1, given["seed"])
+    evaluation.report(opened, samples, folder, num_images=num_images, **given)

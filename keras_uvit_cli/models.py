@@ -91,7 +91,7 @@ PLAN_OPTIONS = gathered(
 @click.option(
     "--batch-size",
     type=COUNT,
-    show_default="the preset's, or 64",
+    show_default="the preset's, or what suits the machine",
     help="Number of images per batch, of all devices together.",
 )
 @click.option(
@@ -124,11 +124,14 @@ def train(dataset, folder, plan, parts, batch_size, seed, grid_every, prompt, ru
       keras-uvit train digits runs/tiny --preset uvit_tiny_digits --steps 440
     """
     from keras_uvit import distribution, training
+    from keras_uvit.evaluation.files import pillow
     from keras_uvit_cli.training import planned
 
     lengths = [f"--{key}" for key in ("steps", "epochs", "hours") if plan[key]]
     if len(lengths) > 1:
         raise click.UsageError(f"Choose one of {' and '.join(lengths)}.")
+    if grid_every != 0:
+        pillow()  # if it is missing, that is said before anything is read or built
     distribution.choose(run["devices"], run["layout"], run["model_devices"])
     model, samples, validation, steps = planned(
         dataset, folder, plan, parts, batch_size, seed, run["precision"]

@@ -1,6 +1,5 @@
 """What `train` trains: the data, and a model by a preset or by what suits the data."""
 
-import json
 import math
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from keras_uvit.data import sources
 from keras_uvit.data.images import ImageDataset
 from keras_uvit_cli.inputs import open_dataset
 
-PLAN = "plan.json"  # in the run's folder: the steps that --hours came to, for when it is resumed
-BATCH = 64
 SIDES = (64, 128)  # the longest side of pictures that is chosen on a CPU, on an accelerator
 
 
@@ -63,7 +60,7 @@ def _open(dataset, row, plan, batch_size, seed):
                 f"--image-size {shape[0]} to resize them, or leave --preset out for a network that "
                 "suits your pictures."
             )
-    usual = row.batch_size if row else BATCH
+    usual = row.batch_size if row else None
     try:
         return open_dataset(dataset, row and row.network, size, batch_size or usual, seed)
     except ValueError as error:
@@ -114,21 +111,15 @@ def _by_data(samples, folder, plan, parts, seed, network, optimizer):
 
     if parts["weights"]:
         raise click.UsageError("--weights goes with --preset, the network that they are of.")
-    steps, file = _steps(samples, plan), Path(folder) / PLAN
-    minutes = plan["hours"] and 60 * plan["hours"]
-    if minutes and file.is_file():
-        steps, minutes = json.loads(file.read_text(encoding="utf-8"))["steps"], None
     model = presets.for_data(
         samples,
-        steps=steps,
-        minutes=minutes,
+        steps=_steps(samples, plan),
+        minutes=plan["hours"] and 60 * plan["hours"],
+        folder=folder,
         network=network,
         seed=seed,
         optimizer=optimizer,
     )
-    if minutes:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"steps": model.planned_steps}) + "\n", encoding="utf-8")
     if parts["autoencoder"]:
         model.autoencoder = AutoencoderKL.from_file(
             parts["autoencoder"], scale=model.latent_scale or 1.0

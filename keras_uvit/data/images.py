@@ -4,11 +4,14 @@ import functools
 
 import numpy as np
 
-from keras_uvit import progress
+from keras_uvit import backend, progress
 from keras_uvit.data import sources
 from keras_uvit.data.shuffled import ShuffledDataset
 
 MAX_BYTES = 4 * 2**30
+# On a CPU a batch takes as long as its images: in a given time more steps of few images learn more
+# (docs/own_data.md). Accelerators need many at once to be busy.
+USUAL_BATCH = {"cpu": 16, "accelerator": 128}
 
 
 class ImageDataset(ShuffledDataset):
@@ -72,6 +75,12 @@ class ImageDataset(ShuffledDataset):
         return np.random.default_rng([self.seed, epoch, 1]).random(self.num_samples) < 0.5
 
 
+def usual_batch(num_images):
+    """Images per batch that suit this machine and so many images."""
+    here = "accelerator" if backend.has_accelerator() else "cpu"
+    return min(USUAL_BATCH[here], num_images)
+
+
 def image_folder(
     path,
     image_size,
@@ -79,7 +88,7 @@ def image_folder(
     channels=3,
     labels="auto",
     crop=None,
-    batch_size=64,
+    batch_size=None,
     flip=True,
     corrupt="raise",
     seed=0,
@@ -98,7 +107,8 @@ def image_folder(
         channels: 3 (RGB) or 1 (grey).
         labels: "auto" takes sub-folders as classes where there are any; None gives no labels.
         crop: (top, left, height, width) to cut out of each file first, in pixels, or None.
-        batch_size: int, at most the number of images.
+        batch_size: int, at most the number of images; `None` is 16 on a CPU and 128 on an
+            accelerator, or all images where there are fewer.
         flip: bool. Mirror each image left to right with probability 1/2, anew each epoch.
         corrupt: "raise" names the first damaged file; "skip" leaves such files out and lists them
             in `.skipped`.
@@ -119,10 +129,12 @@ def image_folder(
     return in_memory(source, batch_size, flip=flip, corrupt=corrupt, seed=seed, verbose=verbose)
 
 
-def in_memory(source, batch_size, *, flip=True, corrupt="raise", seed=0, verbose=1):
+def in_memory(source, batch_size=None, *, flip=True, corrupt="raise", seed=0, verbose=1):
     """`ImageDataset` of all images of a `Source`, decoded now; see `image_folder`."""
     if corrupt not in ("raise", "skip"):
         raise ValueError(f'corrupt must be "raise" or "skip". Received: {corrupt!r}.')
+    if batch_size is None:
+        batch_size = usual_batch(len(source))
     if not 1 <= batch_size <= len(source):
         raise ValueError(
             f"batch_size must be between 1 and the number of images, {len(source)}. "

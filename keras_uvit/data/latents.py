@@ -61,6 +61,8 @@ class LatentDataset(ShuffledDataset):
         path: folder that `write_latents` or `keras-uvit encode` made.
         batch_size: int, of all processes together; a multiple of their number.
         labels, captions: "auto" reads them where there are any; None leaves them out.
+        scale: float, another scale than the autoencoder had when the cache was written: moments
+            are kept without it. See `latent.fitting_scale`.
         seed: int.
         process: (index, count): this process gets the `index`-th of `count` equal parts of each
             batch; `None` is its place in the job.
@@ -92,6 +94,7 @@ class LatentDataset(ShuffledDataset):
         *,
         labels="auto",
         captions="auto",
+        scale=None,
         seed=0,
         process=None,
         verify=True,
@@ -103,7 +106,7 @@ class LatentDataset(ShuffledDataset):
         )
         super().__init__(arrays, batch_size, seed, process, contexts)
         about = self.manifest["autoencoder"] or {}
-        self.scale = about.get("scale")
+        self.scale = about.get("scale") if scale is None else float(scale)
         self.autoencoder_id = about.get("id")
         self.fingerprint = about.get("fingerprint")
         self.image_size = self.manifest["image_size"]

@@ -224,7 +224,7 @@ class Survey:
 
     def text(self):
         """A line or more on what there is, and what reading it will do."""
-        sides = sorted(self.sizes, key=min)
+        sides = sorted(self.sizes, key=np.prod)
         (low, high) = ("x".join(map(str, size)) for size in (sides[0], sides[-1]))
         among = f" of {len(self.sizes)} looked at" if self.total > len(self.sizes) else ""
         lines = [

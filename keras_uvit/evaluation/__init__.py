@@ -25,3 +25,4 @@ from keras_uvit.evaluation.metrics import precision_recall as precision_recall
 from keras_uvit.evaluation.protocol import evaluate as evaluate
 from keras_uvit.evaluation.protocol import fid as fid
 from keras_uvit.evaluation.protocol import scores as scores
+from keras_uvit.evaluation.reports import report as report

@@ -1,6 +1,7 @@
 """The autoencoder of Stable Diffusion: pixels to latents and back."""
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import keras
 import numpy as np
@@ -9,7 +10,7 @@ from keras import layers, ops
 from keras_uvit import backend
 from keras_uvit.convert import load_torch_weights
 from keras_uvit.convert.files import TORCH
-from keras_uvit.inference import Frozen, fingerprint, load_keras_weights, own_defaults
+from keras_uvit.inference import DAMAGE, Frozen, fingerprint, load_keras_weights, own_defaults
 from keras_uvit.networks.layers import serializable
 from keras_uvit.pixels import check_latents, from_unit_range, to_unit_range
 
@@ -233,14 +234,14 @@ class AutoencoderKL(keras.Model):
         self.built = True
 
     @classmethod
-    def from_file(cls, path, scale=0.18215, **arguments):
+    def from_file(cls, path, scale=None, **arguments):
         """With weights from a file; its name becomes the `id`.
 
         Args:
             path: the published program's `autoencoder_kl.pth` or `autoencoder_kl_ema.pth`, a
-                diffusers folder or its `diffusion_pytorch_model.safetensors`, or Keras weights
-                (`.weights.h5`).
-            scale: see the class.
+                diffusers folder or its `diffusion_pytorch_model.safetensors`, Keras weights
+                (`.weights.h5`), or an autoencoder that `save` wrote (`.keras`).
+            scale: see the class; `None` is that of a saved autoencoder, else 0.18215.
             **arguments: of the class, for another architecture than Stable Diffusion 1's.
 
         Raises:
@@ -252,12 +253,29 @@ class AutoencoderKL(keras.Model):
             path = there[0] if there else path / DIFFUSERS_FILES[0]
         if not path.is_file():
             raise FileNotFoundError(f"No weight file at {path}.")
+        if path.suffix == ".keras":
+            return cls._saved(path, scale)
+        scale = 0.18215 if scale is None else scale
         name = path.parent.name if path.name in DIFFUSERS_FILES else _without_ending(path.name)
         autoencoder = cls(**{"scale": scale, "id": name, **arguments})
         if path.name.endswith(".weights.h5"):
             load_keras_weights(autoencoder, path)
         else:
             load_torch_weights(autoencoder, path)
+        return autoencoder
+
+    @classmethod
+    def _saved(cls, path, scale):
+        try:
+            autoencoder = keras.saving.load_model(path, compile=False)
+        except (*DAMAGE, BadZipFile) as error:
+            raise ValueError(f"{path.name} is damaged or no autoencoder: {error}") from error
+        if not isinstance(autoencoder, cls):
+            raise ValueError(
+                f"Expected an AutoencoderKL in {path.name}. Received: {type(autoencoder).__name__}."
+            )
+        if scale is not None:
+            autoencoder.scale = float(scale)
         return autoencoder
 
     @property

@@ -37,15 +37,12 @@ def _cosmap(u):
 # name: u in [0, 1), uniform, to another value in [0, 1), of which `schedule.training_time` makes t
 TIME_SAMPLINGS = {"uniform": lambda u: u, "logit_normal": _logit_normal, "cosmap": _cosmap}
 
-# name: function of (alpha, sigma) to the weight of the squared error of x0, or None: weight 1 for
-# the error of what is predicted
+# name: SNR alpha^2 / sigma^2 to the weight of the squared error of x0, or None: weight 1 for the
+# error of what is predicted
 LOSS_WEIGHTINGS = {
     "uniform": None,
     # Hang et al. 2023, arXiv 2303.09556, Min-SNR-gamma with their gamma = 5.
-    "min_snr": lambda alpha, sigma: ops.minimum((alpha / sigma) ** 2, 5.0),
-    # The squared error of v on variance-preserving schedules and of the velocity on the linear
-    # path, whatever is predicted: Li and He 2025, arXiv 2511.13720, who also clip sigma at 0.05.
-    "velocity": lambda alpha, sigma: ops.maximum(sigma, 0.05) ** -2,
+    "min_snr": lambda snr: ops.minimum(snr, 5.0),
 }
 
 
@@ -55,7 +52,7 @@ def loss_weight(weighting, prediction, schedule, t):
     A network that sees x_t = alpha x0 + sigma noise and errs by e in x0 errs by -e alpha / sigma
     in the noise, and so in a x0 + b noise by (a - b alpha / sigma) e:
 
-        weight = w(alpha, sigma) sigma^2 / (a sigma - b alpha)^2
+        weight = w(SNR) sigma^2 / (a sigma - b alpha)^2
 
     Args:
         weighting: a name in `LOSS_WEIGHTINGS`.
@@ -71,4 +68,4 @@ def loss_weight(weighting, prediction, schedule, t):
         return 1.0
     alpha, sigma = (ops.maximum(f(t), TINY) for f in (schedule.alpha, schedule.sigma))
     a, b = PREDICTIONS[prediction](schedule, t)
-    return weight_of_x0(alpha, sigma) * (sigma / (a * sigma - b * alpha)) ** 2
+    return weight_of_x0((alpha / sigma) ** 2) * (sigma / (a * sigma - b * alpha)) ** 2

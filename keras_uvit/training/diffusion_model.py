@@ -151,6 +151,7 @@ class DiffusionModel(keras.Model):
         # Set by whoever has them: such as latent.AutoencoderKL and latent.CLIPText.
         self.autoencoder = self.text_encoder = None
         self._loops = {}
+        self.warned_untrained = False
         self.built = True
 
     def _check_arguments(self, has_null):

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +75,7 @@ def generate(
         ValueError, TypeError: if the arguments do not fit the model, before anything is compiled.
     """
     job = _checked(**locals())
+    _warn_if_untrained(model)
     loop, total = _loop(model, job), job.total
     weights = [w.value for w in (model.ema_network if use_ema else model.network).variables]
     replicas = backend.replicas()
@@ -98,6 +100,24 @@ def generate(
         images.append(_finish(model, x) if decode else x)
         bar.update(min(start + size, total))
     return np.concatenate(images)
+
+
+def _warn_if_untrained(model):
+    """Once a model. Networks begin with most biases at zero, and training moves them all: their
+    values tell, whatever way the weights came.
+    """
+    if model.warned_untrained:
+        return
+    model.warned_untrained = True
+    biases = [w for w in model.ema_network.weights if w.path.endswith("/bias")]
+    zero = [not np.any(ops.convert_to_numpy(bias)) for bias in biases[:8]]
+    if sum(zero) > len(zero) / 2:
+        warnings.warn(
+            "This network is untrained: what it draws is noise. Train it with `fit`, or load "
+            'weights, such as `presets.load(name, weights="pretrained")` for those that ship with '
+            "the package, or weights=PATH.",
+            stacklevel=3,
+        )
 
 
 class _Job(NamedTuple):

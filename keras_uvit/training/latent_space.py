@@ -89,8 +89,16 @@ def check_std(model, key, value):
         std = model.latent_scale * np.sqrt(mean.var() + noise)
     if not STD[0] < std < STD[1]:
         times = "" if key == "latent" else f", times latent_scale={model.latent_scale},"
+        fits = f"{(1 if key == 'latent' else model.latent_scale) / std:.4g}"
+        advice = (
+            f"the scale that fits is {fits}: multiply them by it."
+            if key == "latent"
+            else f"the scale that fits is {fits}: build the model with latent_scale={fits}, the "
+            f"autoencoder with scale={fits}, and open a cache with data.LatentDataset(..., "
+            f"scale={fits}). Moments are kept without the scale, so nothing is encoded again."
+        )
         raise ValueError(
             f"The first batch of {key!r}{times} has standard deviation {std:.3g}; diffusion "
-            "expects about 1. Latents that were not scaled, or scaled twice, look like this: the "
-            f"latent_scale that fits is {(1 if key == 'latent' else model.latent_scale) / std:.4g}."
+            "expects about 1. Latents that were not scaled, or scaled twice, look like this: "
+            + advice
         )

@@ -37,6 +37,8 @@ def tell(model, batches):
         if optimizer.schedule.learn_run(max(run, 1)):
             model.train_function = None  # the rates are constants of the compiled program
         rate, warmup = optimizer.schedule.config["learning_rate"], optimizer.schedule.warmup
+        if isinstance(optimizer.schedule.config["warmup_steps"], float):  # a part of any run
+            warmup = 0
     if run < 2 * warmup:
         warnings.warn(
             f"This run ends after {run} optimizer steps, of which the learning rate spends "

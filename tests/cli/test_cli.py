@@ -179,7 +179,7 @@ def test_defaults_are_shown():
         ("encode digits c --pixels --flip", "omit --autoencoder and --flip"),
         ("encode digits c --pixels --autoencoder space-to-depth", "omit --autoencoder and --flip"),
         ("encode digits c", "Pass --autoencoder FILE to store latents, or --pixels"),
-        ("train uvit_nano_digits digits file/run", "file/run cannot be written"),
+        ("train digits file/run", "file/run cannot be written"),
     ],
 )
 def test_misuse_gets_one_line_below_the_usage(tmp_path, monkeypatch, words, message):
@@ -194,7 +194,9 @@ def test_a_folder_that_cannot_be_written_is_told_first(tmp_path, monkeypatch):
     assert "cannot be written" in misused("generate", "m", tmp_path / "new" / "a.png")
 
 
-@pytest.mark.parametrize("words", ["generate NAME a.png", "train NAME digits run", "cost NAME"])
+@pytest.mark.parametrize(
+    "words", ["generate NAME a.png", "train digits run --preset NAME", "cost NAME"]
+)
 def test_an_unknown_preset_is_answered_with_the_nearest(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     line = refused(*words.replace("NAME", "uvit_nano_digit").split())

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from shell import PICTURES, SCENES, misused, refused, run, save_pngs
 
-from keras_uvit import DiffusionModel, UViT, data, evaluation, presets, training
+from keras_uvit import DiffusionModel, UViT, data, evaluation, own_data, presets, training
 from keras_uvit.latent import AutoencoderKL
 
 pytestmark = pytest.mark.once
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.once
 def trained(tmp_path_factory):
     """A run of one epoch, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "nano"
-    words = ("train", "uvit_nano_digits", "digits", folder, "--iterations", 1)
+    words = ("train", "digits", folder, "--preset", "uvit_nano_digits", "--steps", 1)
     words += ("--batch-size", 512)
     return folder, words, run(*words)
 
@@ -48,14 +48,19 @@ def asked(monkeypatch):
 
 
 def test_train_takes_the_presets_numbers_unless_others_are_given(tmp_path, asked):
-    run("train", "uvit_nano_digits", "digits", tmp_path)
+    run("train", "digits", tmp_path, "--preset", "uvit_nano_digits")
     row = presets.get("uvit_nano_digits")
     assert (asked["samples"].batch_size, asked["iterations"]) == (row.batch_size, row.iterations)
     assert not asked["samples"].flip  # a mirrored digit is no digit
     (grids,) = asked["callbacks"]
-    assert (grids.every, grids.folder, asked["every_steps"]) == (10, tmp_path / "grids", 1000)
-    words = ("--batch-size", 7, "--iterations", 9, "--seed", 3, "--grid-every", 0)
-    run("train", "uvit_nano_digits", "digits", tmp_path, *words, "--precision", "mixed_bfloat16")
+    every = row.iterations // len(asked["samples"]) // 10
+    assert (grids.every, grids.folder) == (every, tmp_path / "grids")
+    assert asked["every_steps"] == 1000
+    words = ("--batch-size", 7, "--steps", 9, "--seed", 3, "--grid-every", 0)
+    words += ("--preset", "uvit_nano_digits", "--learning-rate", 0.5, "--layers", 5)
+    run("train", "digits", tmp_path, *words, "--precision", "mixed_bfloat16")
+    assert asked["model"].recipe["learning_rate"] == 0.5
+    assert asked["model"].network.get_config()["num_layers"] == 5
     assert (asked["samples"].batch_size, asked["iterations"]) == (7, 9)
     assert (asked["model"].seed, asked["samples"].seed) == (3, 3)
     assert asked["model"].network.dtype_policy.name == "mixed_bfloat16"
@@ -65,7 +70,10 @@ def test_train_takes_the_presets_numbers_unless_others_are_given(tmp_path, asked
 def test_train_on_a_folder_of_pictures_fits_them_to_the_network(tmp_path, asked):
     photos = save_pngs(tmp_path / "photos", PICTURES.repeat(2, 1).repeat(3, 2))
     words = ("--seed", 3, "--batch-size", 4)
-    run("train", "uvit_nano_colour", photos, tmp_path / "run", *words)
+    words += ("--preset", "uvit_nano_colour")
+    text = misused("train", photos, tmp_path / "run", *words)
+    assert "for pictures of 8x8x3. Pass --image-size 8 to resize them" in text
+    run("train", photos, tmp_path / "run", *words, "--image-size", 8)
     assert asked["samples"].images.shape == (12, 8, 8, 3)
     assert asked["samples"].seed == 3
 
@@ -74,7 +82,7 @@ def test_train_on_a_cache_of_pixels_takes_its_number_of_classes(tmp_path, asked)
     np.savez(tmp_path / "a.npz", image=PICTURES[..., :1], label=np.arange(12) % 3)
     run("encode", tmp_path / "a.npz", tmp_path / "cache", "--pixels")
     words = (tmp_path / "cache", tmp_path / "run", "--batch-size", 4)
-    text = run("train", "uvit_nano_digits", *words)
+    text = run("train", *words, "--preset", "uvit_nano_digits")
     assert "10 classes and the data has 3" in text
     assert isinstance(asked["samples"], data.images.ImageDataset)
     assert asked["model"].network.num_classes == 3
@@ -85,7 +93,7 @@ def test_train_on_a_cache_of_pixels_takes_its_number_of_classes(tmp_path, asked)
 def test_train_on_latents_draws_pictures_only_with_an_autoencoder(tmp_path, asked):
     AutoencoderKL().save_weights(tmp_path / "a.weights.h5")
     run("encode", "digits", tmp_path / "cache", "--autoencoder", "space-to-depth")
-    words = ("train", "uvit_nano_latent", tmp_path / "cache", tmp_path / "run")
+    words = ("train", tmp_path / "cache", tmp_path / "run", "--preset", "uvit_nano_latent")
     run(*words)
     assert asked["callbacks"] == []
     assert asked["samples"].sample_shape == (4, 4, 8)
@@ -97,7 +105,7 @@ def test_train_on_latents_draws_pictures_only_with_an_autoencoder(tmp_path, aske
 def test_train_a_model_of_text(tmp_path, asked, clip):
     cache = tmp_path / "cache"
     run("encode", "shapes:16", cache, "--pixels", "--text", clip)
-    words = ("train", "uvit_nano_shapes", cache, tmp_path / "run", "--batch-size", 8)
+    words = ("train", cache, tmp_path / "run", "--preset", "uvit_nano_shapes", "--batch-size", 8)
     run(*words, "--text", clip, "--prompt", SCENES[0], "--prompt", SCENES[1])
     assert set(asked["samples"][0]) == {"image", "context"}
     assert asked["model"].text_encoder.id == "words"
@@ -105,15 +113,72 @@ def test_train_a_model_of_text(tmp_path, asked, clip):
     run(*words)
     assert asked["callbacks"] == []  # there is nothing to draw
     assert "--prompt needs" in misused(*words, "--prompt", "a")
-    words = ("train", "uvit_nano_shapes", "shapes:8", tmp_path / "run")
+    words = ("train", "shapes:8", tmp_path / "run", "--preset", "uvit_nano_shapes")
     assert "keras-uvit encode shapes:8 CACHE" in refused(*words)
 
 
 def test_data_that_are_missing_or_do_not_fit_are_told(tmp_path):
-    words = ("train", "uvit_nano_digits", "digits", tmp_path / "run")
-    assert "1437" in refused(*words, "--batch-size", 9999)
-    assert "gone" in refused("train", "uvit_nano_colour", tmp_path / "gone", tmp_path / "run")
+    words = ("train", "digits", tmp_path / "run", "--preset", "uvit_nano_digits")
+    text = misused(*words, "--batch-size", 9999)
+    assert "--batch-size must be between 1 and the number of images, 1437" in text
+    words = (tmp_path / "gone", tmp_path / "run", "--preset", "uvit_nano_colour")
+    assert "gone" in refused("train", *words)
     assert not (tmp_path / "run").exists()
+
+
+# Without a preset ---------------------------------------------------------------------------------
+
+
+def test_train_chooses_a_model_and_a_size_for_pictures(tmp_path, asked):
+    photos = save_pngs(tmp_path / "photos", PICTURES.repeat(2, 1).repeat(3, 2), ["a", "b"])
+    text = run("train", photos, tmp_path / "run", "--width", 16, "--layers", 1)
+    assert "12 pictures of 16x24 pixels" in text
+    assert "They are resized to 16x16; --image-size" in text
+    assert "2 classes have fewer than 10 pictures" in text
+    assert asked["model"].network.image_shape == (16, 16, 3)
+    assert asked["samples"].batch_size == 12
+    assert asked["iterations"] == asked["model"].planned_steps == 3000
+    assert asked["validation_data"] is None
+
+
+def test_train_takes_flags_for_what_it_chooses(tmp_path, asked):
+    photos = save_pngs(tmp_path / "photos", np.tile(PICTURES, (2, 1, 1, 1)))
+    words = ("train", photos, tmp_path / "run", "--image-size", 8, "--batch-size", 3)
+    words += ("--width", 16, "--layers", 3, "--learning-rate", 0.25, "--epochs", 7)
+    run(*words, "--validation-share", 0.25)
+    config = asked["model"].network.get_config()
+    assert (config["hidden_dim"], config["num_layers"]) == (16, 3)
+    assert asked["model"].optimizer.schedule.config["learning_rate"] == 0.25
+    assert (asked["samples"].num_samples, asked["validation_data"].num_samples) == (18, 6)
+    assert asked["iterations"] == asked["model"].planned_steps == 7 * 6
+    assert "Choose one of --steps and --epochs" in misused(*words, "--steps", 5)
+
+
+def test_train_for_hours_is_timed_once(tmp_path, asked, monkeypatch):
+    photos = save_pngs(tmp_path / "photos", PICTURES)
+    for seconds in (36.0, 1.0):  # another speed when it is resumed
+        monkeypatch.setattr(own_data, "seconds_per_step", lambda *_, s=seconds: s)
+        run("train", photos, tmp_path / "run", "--width", 16, "--layers", 1, "--hours", 0.1)
+        assert asked["model"].planned_steps == 10
+
+
+def test_what_a_folder_holds_is_said(tmp_path, asked):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for k in range(12):
+        size = (40, 9) if k < 2 else (9, 9)
+        Image.new("L" if k % 3 else "RGB", size, color=20 * k).save(photos / f"{k}.png")
+    text = run("train", photos, tmp_path / "run", "--width", 16, "--layers", 1)
+    assert "12 pictures of 9x9 to 9x40 pixels" in text
+    assert "8 are grey, the others in colour" in text
+    assert "2 are more than twice as long as wide" in text
+    assert "resized to 8x8" in text
+
+
+def test_report_of_shipped_weights(tmp_path):
+    words = ("report", "uvit_tiny_digits", "digits", tmp_path, "--weights", "pretrained")
+    text = run(*words, "--num-images", 20, "--num-steps", 4)
+    assert f"Look at {tmp_path / 'report.png'}" in text
 
 
 # Pillow -------------------------------------------------------------------------------------------
@@ -122,7 +187,7 @@ def test_data_that_are_missing_or_do_not_fit_are_told(tmp_path):
 def test_a_missing_pillow_is_told_before_training_and_before_drawing(tmp_path, monkeypatch, asked):
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setattr(presets, "load", None)  # not reached
-    words = ("train", "uvit_nano_digits", "digits", tmp_path / "run")
+    words = ("train", "digits", tmp_path / "run", "--preset", "uvit_nano_digits")
     assert "Pillow" in refused(*words)
     words = ("generate", "uvit_nano_digits", tmp_path / "a.png", "--labels", 1)
     assert "Pillow" in refused(*words)

@@ -1,5 +1,7 @@
 """Sampling: seeds, batches, guidance, one compiled loop."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -371,3 +373,17 @@ def test_guidance_without_a_known_empty_prompt_is_refused():
 def test_models_without_text_take_no_negative_prompts(model):
     with pytest.raises(ValueError, match="reads no prompts"):
         model.generate(labels=[0], negative_prompts="a dog")
+
+
+@pytest.mark.once
+def test_an_untrained_network_is_told_once():
+    model = DiffusionModel(UViT((4, 4, 1), 2, 16, num_layers=1, num_heads=2))
+    with pytest.warns(UserWarning, match="untrained.*pretrained"):
+        model.generate(1, num_steps=2, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.generate(1, num_steps=2, verbose=0)
+        trained = DiffusionModel(UViT((4, 4, 1), 2, 16, num_layers=1, num_heads=2))
+        trained.compile()
+        trained.fit({"image": np.zeros((4, 4, 4, 1), "uint8")}, verbose=0)
+        trained.generate(1, num_steps=2, verbose=0)

@@ -244,7 +244,7 @@ def test_latents_of_the_wrong_standard_deviation_are_refused_with_the_scale_that
     assert "diffusion expects about 1" in text
     found, fits = (
         float(re.search(rf"{words} ([\d.]+\d)", text).group(1))
-        for words in ("standard deviation", "latent_scale that fits is")
+        for words in ("standard deviation", "the scale that fits is")
     )
     # Of 4,096 numbers, and printed with three digits.
     assert found == pytest.approx(std, rel=0.05)
@@ -298,7 +298,7 @@ def test_a_cache_of_the_wrong_standard_deviation_is_refused(tmp_path):
     # Scale and encoder agree, but both are wrong.
     text = refusal(make(latent_scale=10.0), cache(tmp_path, encoder(scale=10.0)))
     assert re.search(r"standard deviation 5\.\d", text)
-    assert re.search(r"latent_scale that fits is 1\.7", text)  # 1 / 0.577 is 1.73
+    assert re.search(r"scale that fits is 1\.7", text)  # 1 / 0.577 is 1.73
 
 
 # Autoencoders -------------------------------------------------------------------------------------

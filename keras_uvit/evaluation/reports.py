@@ -1,0 +1,259 @@
+"""How good is a model of one's own pictures? One picture and one record, without a download."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_uvit import progress
+from keras_uvit.evaluation.classifier import Classifier
+from keras_uvit.evaluation.files import atomic_json, image_grid
+from keras_uvit.evaluation.frechet import frechet_distance
+from keras_uvit.process import predictions
+
+USED = 1000  # real pictures that are compared with, at most
+COMPARED_SIDE = 16  # pixels to which pictures are shrunk before distances are taken of them
+TIMES = np.linspace(0.05, 0.95, 10)
+SHOWN = 16  # samples whose nearest training pictures are shown
+COPY = 0.5  # of the usual distance between neighbours: below it a sample is called a copy
+# Error of the x0 estimate over the variance of the pictures at TIMES, of the model that
+# examples/fashion.py trains: docs/own_data.md.
+TYPICAL = (0.01, 0.02, 0.04, 0.06, 0.08, 0.11, 0.15, 0.21, 0.31, 0.47)
+
+
+def report(model, data, folder, *, num_images=500, seed=0, verbose=1, **options) -> dict[str, Any]:
+    """Measures a model of pixels on its own training pictures, and draws what it found.
+
+    * `agreement`: how often a small classifier, trained on the real pictures, reads the class that
+      was asked for (`agreement_real`: how often it is right on real pictures it has not seen);
+    * `distance`: Fréchet distance (Heusel et al. 2017, arXiv 1706.08500, Eq. 6) between samples and
+      real pictures on the classifier's features, and `distance_pixels` on shrunken pixels;
+      `..._floor` is the distance between two halves of the real pictures;
+    * `spread`: mean standard deviation of a feature within a class, over that of real pictures;
+      guidance that collapses a class shows below 1;
+    * `copies`: how many of 16 samples are much nearer to a training picture than training pictures
+      are to each other;
+    * `error`: mean squared error of the x0 estimate over the variance of the pictures, at ten
+      times; 1 is what the mean picture scores.
+
+    Args:
+        model: `DiffusionModel` of pixels with classes or without conditions.
+        data: the data set it was trained on: `data.ImageDataset`, or a dict of arrays "image"
+            `(n, H, W, C)` uint8 and, for a model with classes, "label".
+        folder: where `report.png`, `report.json` and the classifier go.
+        num_images: int, samples to draw.
+        seed: int.
+        verbose: 0 or 1.
+        **options: of `generate`: guidance_scale, num_steps, sampler, ...
+
+    Returns:
+        dict, the content of `report.json`.
+
+    Raises:
+        ImportError: without Matplotlib; `pip install "keras-uvit[demo]"`.
+        ValueError: for a model of latents or captions, or fewer than 20 pictures.
+    """
+    plot = _matplotlib()
+    images, labels = _pictures(model, data)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    say = progress.say if verbose else lambda text: None
+    random = np.random.default_rng(seed)
+    rows = random.permutation(len(images))[: 2 * USED]
+    first, second = np.array_split(rows, 2)  # neither half knows the other
+
+    say(f"1/4 Drawing {num_images} images")
+    asked = None if labels is None else np.arange(num_images) % model.network.num_classes
+    what = {"num_images": num_images} if labels is None else {"labels": asked}
+    samples = model.generate(**what, seed=seed, verbose=verbose, **options)
+
+    found = {
+        "images": num_images,
+        "seed": seed,
+        "guidance_scale": options.get("guidance_scale", model.guidance_scale),
+        "num_steps": options.get("num_steps", model.num_steps),
+    }
+    if labels is not None:
+        say("2/4 Training a classifier on the real pictures, or taking the one that is there")
+        judge = _classifier(images, labels, second, model.network.num_classes, folder, seed)
+        real, floor = judge.features(images[second]), judge.features(images[first])
+        drawn = judge.features(samples)
+        found |= {
+            "agreement": (judge.classes(samples) == asked).mean(),
+            "agreement_real": (judge.classes(images[second]) == labels[second]).mean(),
+            "distance": frechet_distance(drawn, real),
+            "distance_floor": frechet_distance(floor, real),
+            "spread": _spread(drawn, asked) / _spread(real, labels[second]),
+        }
+    say("3/4 Comparing pixels, and looking for copies")
+    small = {k: _shrunk(x) for k, x in (("real", images[second]), ("train", images[first]))}
+    pixels = _shrunk(samples)
+    found |= {
+        "distance_pixels": frechet_distance(pixels, small["real"]),
+        "distance_pixels_floor": frechet_distance(small["train"], small["real"]),
+    }
+    every = _shrunk(images)
+    nearest, gaps = _nearest(pixels[:SHOWN], every)
+    usual = np.median(_nearest(small["real"][:200], small["train"])[1])
+    found["copies"] = int((gaps < COPY * usual).sum())
+    say("4/4 Measuring the error at ten times")
+    held = images[second[: min(len(second), 256)]], labels is not None and labels[second[:256]]
+    found["error"] = _errors(model, *held, seed)
+    found = {key: _rounded(value) for key, value in found.items()}
+    atomic_json(folder / "report.json", found)
+    _draw(plot, folder / "report.png", model, found, images, labels, samples, asked, nearest)
+    say(json.dumps(found, indent=2))
+    say(f"Look at {folder / 'report.png'}")
+    return found
+
+
+def _pictures(model, data):
+    """Images and labels (or None) as arrays, checked against the model."""
+    if model.latent_scale is not None or model.network.context_shape is not None:
+        raise ValueError(
+            "A report is of models of pixels, with classes or without: for latents and captions "
+            "use evaluation.evaluate. Received a model with "
+            f"latent_scale={model.latent_scale}, context_shape={model.network.context_shape}."
+        )
+    arrays = data if isinstance(data, dict) else getattr(data, "arrays", None)
+    if not arrays or "image" not in arrays:
+        raise TypeError(
+            'Expected data.ImageDataset or a dict of arrays with "image". Received: '
+            f"{type(data).__name__}."
+        )
+    images = np.asarray(arrays["image"][:])
+    if images.shape[1:] != tuple(model.network.image_shape) or images.dtype != np.uint8:
+        raise ValueError(
+            f"The model draws uint8 pictures of {model.network.image_shape}. Received pictures of "
+            f"{images.shape[1:]}, {images.dtype}."
+        )
+    if len(images) < 20:
+        raise ValueError(f"A report needs at least 20 pictures. Received: {len(images)}.")
+    if model.network.num_classes is None:
+        return images, None
+    if "label" not in arrays:
+        raise ValueError('The model has classes: the data need "label".')
+    return images, np.asarray(arrays["label"][:])
+
+
+def _classifier(images, labels, held_out, num_classes, folder, seed):
+    """A trained `Classifier`, kept in `folder` for the same data."""
+    kept = np.setdiff1d(np.arange(len(labels)), held_out)
+    judge = Classifier(images.shape[1:], num_classes, seed)
+    about = hashlib.sha256()
+    for part in (images[:: max(1, len(images) // 1000)], labels, held_out):
+        about.update(np.ascontiguousarray(part).tobytes())
+    path = folder / f"classifier-{about.hexdigest()[:12]}.weights.h5"
+    if path.is_file():
+        judge.network.load_weights(path)
+    else:
+        judge.fit(images[kept], labels[kept], steps=int(np.clip(len(kept) // 10, 600, 3000)))
+        judge.network.save_weights(path)
+    return judge
+
+
+def _spread(features, labels):
+    return np.mean([features[labels == k].std(axis=0).mean() for k in np.unique(labels)])
+
+
+def _shrunk(images):
+    """`(n, d)` float32 in [0, 1]: block means of at most 16 pixels a side."""
+    steps = [max(1, round(side / COMPARED_SIDE)) for side in images.shape[1:3]]
+    height, width = (side // step * step for side, step in zip(images.shape[1:3], steps))
+    x = images[:, :height, :width].astype("float32") / 255
+    x = x.reshape(len(x), height // steps[0], steps[0], width // steps[1], steps[1], -1)
+    return x.mean(axis=(2, 4)).reshape(len(x), -1)
+
+
+def _nearest(points, others):
+    """Index of the nearest of `others` to each point, and its distance."""
+    squares = (
+        np.square(points).sum(axis=1)[:, None]
+        + np.square(others).sum(axis=1)
+        - 2 * points @ others.T
+    )
+    return squares.argmin(axis=1), np.sqrt(squares.min(axis=1).clip(0))
+
+
+def _errors(model, images, labels, seed):
+    """Error of the x0 estimate over the variance of the pictures, at each of `TIMES`."""
+    x0 = images.astype("float32") / 127.5 - 1
+    random, errors = np.random.default_rng(seed), []
+    for t in TIMES.astype("float32"):
+        noise = random.standard_normal(x0.shape, "float32")
+        times = ops.convert_to_tensor(np.full(len(x0), t))
+        x = predictions.add_noise(model.schedule, times, ops.convert_to_tensor(x0), noise)
+        inputs = {
+            "image": ops.convert_to_numpy(x),
+            "timestep": np.full(len(x0), model.time_scale * t, "float32"),
+        }
+        if model.network.num_classes is not None:
+            inputs["label"] = labels.astype("int32")
+        output = model.ema_network.predict(inputs, batch_size=64, verbose=0)
+        found = predictions.denoised(model.prediction, model.schedule, times, x, output)
+        errors.append(np.square(ops.convert_to_numpy(found) - x0).mean())
+    return list(np.array(errors) / np.square(x0 - x0.mean(axis=0)).mean())
+
+
+def _rounded(value):
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return value if isinstance(value, int) else float(f"{float(value):.4g}")
+
+
+def _matplotlib():
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plot
+    except ImportError as error:
+        raise ImportError(
+            'A report is drawn with Matplotlib: pip install "keras-uvit[demo]".'
+        ) from error
+    return plot
+
+
+def _draw(plot, path, model, found, images, labels, samples, asked, nearest):
+    """Real pictures, samples, neighbours and the error over time, in one picture."""
+    figure, axes = plot.subplots(2, 2, figsize=(12, 12), layout="constrained")
+    count = min(64, len(samples))
+    if labels is None:
+        rows = np.arange(min(count, len(images)))
+    else:  # of the same classes in the same places
+        used = np.zeros(len(images), bool)
+        rows = []
+        for k in asked[:count]:
+            free = np.flatnonzero((labels == k) & ~used)
+            rows.append(free[0] if len(free) else 0)
+            used[rows[-1]] = True
+    pairs = [image for pair in zip(samples[:SHOWN], images[nearest]) for image in pair]
+    for panel, title, shown, columns in (
+        (axes[0, 0], "real pictures", images[rows], 8),
+        (axes[0, 1], "samples of the same classes" if labels is not None else "samples",
+         samples[:count], 8),
+        (axes[1, 0], "samples, each with the nearest real picture on its right",
+         np.stack(pairs), 8),
+    ):  # fmt: skip
+        grid = image_grid(shown, columns)
+        panel.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        panel.set_title(title)
+        panel.axis("off")
+    panel = axes[1, 1]
+    panel.plot(TIMES, found["error"], "o-", label="this model")
+    panel.plot(TIMES, TYPICAL, "--", color="gray", label="a good run on Fashion-MNIST")
+    panel.axhline(
+        1.0, color="tab:red", lw=1, label="the mean picture, which an untrained one nears"
+    )
+    panel.set(xlabel="t (0: picture, 1: noise)", yscale="log", title="error of the x0 estimate")
+    panel.legend(loc="lower right")
+    numbers = ("agreement", "distance", "distance_floor", "spread", "distance_pixels", "copies")
+    text = "   ".join(f"{key} {found[key]:.3g}" for key in numbers if key in found)
+    figure.suptitle(f"{model.name}: {text}")
+    beside = path.with_name(f"tmp-{path.name}")
+    figure.savefig(beside, dpi=80)
+    plot.close(figure)
+    beside.replace(path)
