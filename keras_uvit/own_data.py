@@ -22,16 +22,19 @@ from keras_uvit.training.optimizers import default_arguments
 FEWEST = 10  # pictures
 FEW = 1000  # pictures of which a network of this kind learns many by heart
 
-# What is learned. A patch of k numbers carries noise of k dimensions, which a narrow network cannot
-# pass on: predicting the picture itself is easier, unless a patch is small.
+# What is learned, and how it is said. A patch of k numbers carries noise of k dimensions, which a
+# narrow network cannot pass on: predicting the picture itself is easier, unless a patch is small.
 OBJECTIVES = {
-    "pixels": dict(schedule=VPCosine(), prediction="x0"),
-    "latents": dict(schedule=LinearPath(), prediction="velocity", time_sampling="logit_normal"),
+    "x0": (
+        dict(schedule=VPCosine(), prediction="x0"),
+        "the clean picture is predicted, from noise of a cosine schedule",
+    ),
+    "flow": (
+        dict(schedule=LinearPath(), prediction="velocity", time_sampling="logit_normal"),
+        "flow matching, with most training in the middle of the path",
+    ),
 }
-NAMES = {
-    "pixels": "the clean picture is predicted, from noise of a cosine schedule",
-    "latents": "flow matching, with most training in the middle of the path",
-}
+SMALL_PATCH = 16  # numbers: smaller patches, and latents of any, learn by flow matching
 # Per device: the network, the most patches of an image, the steps of a run.
 SIZES = {
     "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4), 64, 3_000),
@@ -56,6 +59,7 @@ class Facts:
         context_shape: (length, width) of the captions' contexts, or None.
         latent_scale: float, or None for pixels.
         counts: pictures of each class, or None where they are not known.
+        flip: whether the pictures are mirrored left to right at random.
     """
 
     image_shape: tuple
@@ -65,6 +69,7 @@ class Facts:
     context_shape: tuple | None = None
     latent_scale: float | None = None
     counts: tuple | None = None
+    flip: bool = False
 
 
 def for_data(
@@ -109,7 +114,7 @@ def for_data(
         >>> from keras_uvit import data, presets
         >>> model = presets.for_data(data.digits(), verbose=0)
         >>> model.network.get_config()["patch_size"], model.prediction, model.planned_steps
-        (2, 'x0', 3000)
+        (2, 'velocity', 3000)
     """
     facts = facts_of(dataset)
     if steps is not None and minutes is not None:
@@ -131,7 +136,7 @@ def for_data(
     def make(steps):
         net = UViT(**arguments)
         chosen = {
-            **OBJECTIVES["pixels" if facts.latent_scale is None else "latents"],
+            **OBJECTIVES[objective_of(facts, net)][0],
             "latent_scale": facts.latent_scale,
             "condition_dropout": CONDITION_DROPOUT if has_condition(facts) else 0.0,
             "ema_decay": ema_decay(steps),
@@ -162,6 +167,12 @@ def for_data(
 def ema_decay(steps):
     """The average looks back on about a tenth of the run, at most on 10,000 steps."""
     return float(np.clip(1 - 10 / steps, 0.9, 0.9999))
+
+
+def objective_of(facts, network):
+    """The key of `OBJECTIVES`."""
+    numbers = network.get_config()["patch_size"] ** 2 * facts.image_shape[-1]
+    return "flow" if facts.latent_scale is not None or numbers < SMALL_PATCH else "x0"
 
 
 def has_condition(facts):
@@ -231,6 +242,7 @@ def facts_of(dataset):
         context_shape=context_shape and tuple(context_shape),
         latent_scale=scale,
         counts=None if labels is None else tuple(np.bincount(labels, minlength=classes)),
+        flip=getattr(dataset, "flip", False),
     )
 
 
@@ -257,16 +269,18 @@ def lines(model, facts):
     }[condition_of(facts)]
     visits = model.planned_steps * facts.batch_size / facts.num_images
     optimizer = model.recipe
-    space = "pixels" if facts.latent_scale is None else "latents"
-    own = all(getattr(model, key) == value for key, value in OBJECTIVES[space].items())
-    objective = NAMES[space] if own else f"prediction {model.prediction!r}"
+    choices, objective = OBJECTIVES[objective_of(facts, model.network)]
+    if any(getattr(model, key) != value for key, value in choices.items()):
+        objective = f"prediction {model.prediction!r}"
+    mirrored = ", mirrored at random" if facts.flip else ""
     dropped = (
         f"; the condition is left out {model.condition_dropout:.0%} of the time"
         if model.condition_dropout
         else ""
     )
     return [
-        f"Data:     {facts.num_images:,} {what} of {height}x{width}x{channels}{condition}",
+        f"Data:     {facts.num_images:,} {what} of {height}x{width}x{channels}{condition}"
+        f"{mirrored}",
         f"Network:  U-ViT of {model.network.count_params() / 1e6:.2g} million weights: {patches} "
         f"patches of {patch}x{patch}, {config['num_layers']} layers, {config['hidden_dim']} wide, "
         f"{config['position']} positions",

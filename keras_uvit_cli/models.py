@@ -68,6 +68,12 @@ PLAN_OPTIONS = gathered(
         show_default="what suits the pictures",
         help="Height and width in pixels that the pictures of a folder are resized to.",
     ),
+    mirror=dict(
+        type=bool,
+        show_default="true, but not for digits and captions",
+        help="Whether pictures are mirrored left to right at random; false where sides matter, as "
+        "in text.",
+    ),
     learning_rate=dict(
         type=click.FloatRange(min=0, min_open=True),
         show_default="what suits the width",

@@ -30,6 +30,8 @@ def planned(dataset, folder, plan, parts, batch_size, seed, precision):
         if plan[option]:
             network[argument] = plan[option]
     samples = _open(dataset, row, plan, batch_size, seed)
+    if plan["mirror"] is not None:
+        samples.flip = plan["mirror"]
     samples, validation = _split(samples, plan["validation_share"], seed)
     optimizer = {"learning_rate": plan["learning_rate"]} if plan["learning_rate"] else {}
     if row is not None:

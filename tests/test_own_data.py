@@ -50,13 +50,18 @@ def test_sides_without_a_patch_size_are_named(shape):
 
 @pytest.mark.parametrize("classes", [None, 4])
 def test_pixels_with_and_without_classes(classes):
-    model = choose(pictures(classes=classes))
+    model = choose(pictures(side=32, classes=classes))
     assert (model.prediction, model.schedule.__class__.__name__) == ("x0", "VPCosine")
     assert model.network.num_classes == classes
     assert model.condition_dropout == (0.1 if classes else 0.0)
     assert model.guidance_scale == (1.5 if classes else 1.0)
     assert model.planned_steps == 3000
     assert model.compiled
+
+
+def test_small_patches_learn_by_flow_matching():
+    model = choose(pictures(side=8, channels=1))
+    assert (model.prediction, model.schedule.__class__.__name__) == ("velocity", "LinearPath")
 
 
 def test_latents_learn_by_flow_matching_at_the_caches_scale(tmp_path):

@@ -121,13 +121,36 @@ def smaller(block, *changes):
 
 
 def test_readme_training_lines_run(tmp_path, monkeypatch):
+    """The first block in short, on two simple classes, ends in pictures of the class asked for."""
     monkeypatch.chdir(tmp_path)
-    make_photos(tmp_path / "my_photos")
-    (block,) = blocks("Train on your own pictures")
-    block = smaller(block, ("hidden_dim=256", "hidden_dim=16"), ("num_layers=9", "num_layers=3"))
+    rng = np.random.default_rng(0)
+    for k in range(80):  # bright above or below
+        pixels = rng.integers(0, 60, (16, 16, 3), dtype="uint8")
+        pixels[8 * (k % 2) : 8 * (k % 2) + 8] += np.uint8(150)
+        folder = tmp_path / "my_photos" / ("above", "below")[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        keras.utils.save_img(folder / f"{k}.png", pixels)
+    simple, own = blocks("Train on your own pictures")
+    simple = smaller(
+        simple,
+        (
+            "for_data(photos)",
+            "for_data(photos, steps=200, network=dict(hidden_dim=32, num_layers=3))",
+        ),
+        (
+            'evaluation.report(model, photos, "report")',
+            'evaluation.report(model, photos, "report", num_images=20)',
+        ),
+    )
     made = {}
-    exec(compile(block, "README", "exec"), made)
-    assert (tmp_path / "photos.keras").is_file()
+    exec(compile(simple, "README", "exec"), made)
+    above, below = made["images"][:, :16], made["images"][:, 16:]
+    brighter = above.mean(axis=(1, 2, 3)) > below.mean(axis=(1, 2, 3))
+    assert (brighter == (np.arange(16) % 2 == 0)).all()
+    for name in ("photos.keras", "samples.png", "report/report.png"):
+        assert (tmp_path / name).is_file()
+    own = smaller(own, ("hidden_dim=256", "hidden_dim=16"), ("num_layers=9", "num_layers=3"))
+    exec(compile(own, "README", "exec"), made)
     (kept,) = blocks("Long runs, many devices")
     exec(compile(smaller(kept), "README", "exec"), made)
     assert list((tmp_path / "runs" / "photos" / "checkpoints").glob("step-*"))

@@ -148,7 +148,7 @@ def test_the_groups_help_names_all_commands_and_the_backends():
 def test_defaults_are_shown():
     text = " ".join(run("train", "--help").split())
     assert "[default: 1000; x>=1]" in text
-    assert "[default: (the preset's); x>=1]" in text
+    assert "[default: (the preset's, or what suits the machine); x>=1]" in text
 
 
 # Misuse and errors --------------------------------------------------------------------------------
