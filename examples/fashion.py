@@ -49,15 +49,13 @@ def main():
     length = {"steps": 20} if options.quick else {"minutes": options.minutes}
     small = dict(hidden_dim=32, num_layers=3) if options.quick else {}
     model = presets.for_data(photos, **length, folder=out, network=small, seed=options.seed)
-    epochs = -(-model.planned_steps // len(photos))
-    grids = evaluation.SampleGridCallback(
-        out / "grids", every=max(1, epochs // 8), zoom=2, labels=[k % 10 for k in range(40)]
-    )
+    grids = evaluation.SampleGridCallback(out / "grids", zoom=2, labels=[k % 10 for k in range(40)])
     training.train(
         model,
         photos,
         out,
         model.planned_steps,
+        steps_per_epoch=-(-model.planned_steps // 8),
         resume=flags.RESUME[options.resume],
         callbacks=[grids],
     )

@@ -44,7 +44,7 @@ CONDITION_DROPOUT = 0.1
 SAMPLING = dict(sampler="dpm_solver_pp_2m", num_steps=25)
 GUIDANCE = {"nothing": 1.0, "classes": 1.5, "captions": 2.0}
 TIMED_STEPS = 8
-PLAN = "plan.json"
+PLAN = "planned.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,6 +131,7 @@ def train(dataset, folder, plan, parts, batch_size, seed, grid_every, prompt, ru
     """
     from keras_uvit import distribution, training
     from keras_uvit.evaluation.files import pillow
+    from keras_uvit.training.run_length import epoch_of
     from keras_uvit_cli.training import planned
 
     lengths = [f"--{key}" for key in ("steps", "epochs", "hours") if plan[key]]
@@ -145,8 +146,9 @@ def train(dataset, folder, plan, parts, batch_size, seed, grid_every, prompt, ru
     if prompt and not (model.network.context_shape and model.text_encoder):
         raise click.UsageError("--prompt needs a text-to-image model, and --text.")
     callbacks = []
+    steps_per_epoch = None if plan["preset"] else epoch_of(steps, len(samples))
     if grid_every is None:
-        grid_every = max(1, steps // len(samples) // 10)
+        grid_every = max(1, steps // (steps_per_epoch or len(samples)) // 10)
     if grid_every and (model.latent_scale is None or model.autoencoder is not None):
         callbacks = _grids(folder, grid_every, model.network, prompt)
     training.train(
@@ -154,6 +156,7 @@ def train(dataset, folder, plan, parts, batch_size, seed, grid_every, prompt, ru
         samples,
         folder,
         steps,
+        steps_per_epoch=steps_per_epoch,
         every_steps=run["save_every"],
         callbacks=callbacks,
         validation_data=validation,

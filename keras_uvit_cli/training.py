@@ -1,6 +1,5 @@
 """What `train` trains: the data, and a model by a preset or by what suits the data."""
 
-import math
 from pathlib import Path
 
 import click
@@ -128,5 +127,4 @@ def _by_data(samples, folder, plan, parts, seed, network, optimizer):
         )
     if parts["text"]:
         model.text_encoder = CLIPText.from_preset(parts["text"])
-    steps = model.planned_steps
-    return model, math.ceil(steps / len(samples)) * len(samples)
+    return model, model.planned_steps

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 
 from keras_uvit import training
@@ -152,9 +153,21 @@ def test_an_unfinished_cache_is_an_error_and_no_reason_for_a_stand_in(run, tmp_p
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", NAMES)
+def test_fashion_trains_what_suits_the_data_and_reports(run, tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (200, 28, 28)).astype("uint8")
+    content = (images, np.arange(200) % 10), None
+    monkeypatch.setattr(keras.datasets.fashion_mnist, "load_data", lambda: content)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))  # nothing is copied to the real one
+    run("fashion", "--quick", "--out", tmp_path / "run")
+    assert len(list((tmp_path / "run" / "grids").glob("epoch-*.png"))) == 7  # 20 steps, 3 each
+    for name in ("report.png", "report.json", "model.keras", "log.csv"):
+        assert (tmp_path / "run" / name).stat().st_size
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", [*NAMES, "fashion"])
 def test_help_teaches(name):
     text = (EXAMPLES / f"{name}.py").read_text().split('"""')[1]
     for word in ("Reproduces", "Expect", "Hardware", "Commands", "--quick"):
         assert word in text
-    assert ("keras-uvit " in text) == (name not in ("shapes", "cka"))  # whose data are there
+    assert ("keras-uvit " in text) == (name not in ("shapes", "cka", "fashion"))  # whose data are there

@@ -8,6 +8,7 @@ import pytest
 
 from keras_uvit import data, own_data, presets
 from keras_uvit.data.images import ImageDataset
+from keras_uvit.data.shuffled import ShuffledDataset
 
 pytestmark = [pytest.mark.once, pytest.mark.eager]
 
@@ -96,9 +97,10 @@ def test_whatever_is_chosen_can_be_changed_and_is_saved(tmp_path):
 
 def test_fit_makes_the_planned_steps():
     content = pictures()
-    model = choose(content, steps=10)
-    model.fit(content, batch_size=16, verbose=0)
-    assert int(keras.ops.convert_to_numpy(model.step)) == 12  # whole epochs
+    for steps, made in ((3, 3), (10, 10), (35, 36)):  # of 4 batches: parts of epochs, then whole
+        model = choose(content, steps=steps)
+        model.fit(ShuffledDataset(content, 16), verbose=0)
+        assert int(keras.ops.convert_to_numpy(model.step)) == made
 
 
 def test_minutes_are_steps_that_a_run_keeps(tmp_path, monkeypatch):

@@ -136,8 +136,7 @@ def test_readme_training_lines_run(tmp_path, monkeypatch):
         ("image_size=32", "image_size=16"),
         (
             "for_data(photos)",
-            "for_data(photos, steps=500, "
-            "network=dict(hidden_dim=32, num_layers=3, patch_size=8))",
+            "for_data(photos, steps=500, network=dict(hidden_dim=32, num_layers=3, patch_size=8))",
         ),
         (
             'evaluation.report(model, photos, "report")',

@@ -35,12 +35,7 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
     x = batches.check_source(model, x, y, size)
     text_space.note_arrays(model)
     if options["epochs"] is None:
-        options["epochs"] = _planned_epochs(model, x, options)
-    validation = options.get("validation_data")
-    if validation is not None:
-        val_x, *rest = validation if isinstance(validation, tuple) else (validation,)
-        val_x = batches.check_source(model, val_x, *(rest[:1] or [None]), size)
-        options["validation_data"] = (val_x, *rest)
+        options.update(_planned(model, x, options))
     own = [StopOnNonFinite(model)]
     (guard,) = own
     if options["verbose"] == "auto" and backend.is_first():
@@ -61,13 +56,16 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
     return history
 
 
-def _planned_epochs(model, x, options):
-    """Epochs, rounded up, of the steps that the model was planned for."""
-    steps = options.get("steps_per_epoch") or _steps_of(x, options["batch_size"])
-    if model.planned_steps is None or steps is None:
-        return 1
+def _planned(model, x, options):
+    """The arguments `epochs` and `steps_per_epoch` of a run of the length that was planned."""
+    steps = options.get("steps_per_epoch")
+    length = steps or _steps_of(x, options["batch_size"])
+    if model.planned_steps is None or length is None:
+        return {"epochs": 1}
     accumulated = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
-    return math.ceil(model.planned_steps * accumulated / steps)
+    batches = model.planned_steps * accumulated
+    steps = steps or run_length.epoch_of(batches, length)
+    return {"epochs": math.ceil(batches / (steps or length)), "steps_per_epoch": steps}
 
 
 def _fit(model, keras_fit, x, y, callbacks, mode, options):

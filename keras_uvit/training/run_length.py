@@ -1,16 +1,31 @@
 """The length of a run: told to the learning rate, and to the user where the two do not fit."""
 
+import math
 import warnings
 
 from keras import ops
 
 from keras_uvit.training.optimizers import AdamW, recommended_rate
 
+EPOCHS = 8  # in which a run of less than so many is divided
 SHORT_RUN = 20_000  # optimizer steps
 ADVICE = (
     '`DiffusionModel(optimizer=dict(learning_rate=..., warmup_steps=0.05, decay_steps="run"))` '
     "fits both to the run; without `optimizer=` that is the default."
 )
+
+
+def epoch_of(batches, length):
+    """`steps_per_epoch` of a run of so many batches: None, all of the data, where it is long.
+
+    A run that goes through the data a few times, or not once, is divided into equal parts instead:
+    then it is as long as was asked, and shows how it goes.
+
+    Args:
+        batches: int, of the run.
+        length: int, batches of the data.
+    """
+    return None if batches >= EPOCHS * length else math.ceil(batches / EPOCHS)
 
 
 def tell(model, batches):

@@ -21,6 +21,7 @@ def train(
     folder,
     iterations,
     *,
+    steps_per_epoch=None,
     every_steps=1000,
     keep=2,
     resume="auto",
@@ -39,6 +40,7 @@ def train(
         dataset: `data.LatentDataset` or `data.ImageDataset`.
         folder: path, made if need be.
         iterations: int.
+        steps_per_epoch: int, batches that count as an epoch; `None` is all of the data.
         every_steps, keep: of `Checkpoint`.
         resume: of `DiffusionModel.fit`.
         callbacks: Keras callbacks.
@@ -60,7 +62,8 @@ def train(
         logging = [_Log(folder / LOG)]
     model.fit(
         dataset,
-        epochs=math.ceil(iterations / len(dataset)),
+        epochs=math.ceil(iterations / (steps_per_epoch or len(dataset))),
+        steps_per_epoch=steps_per_epoch,
         callbacks=[*logging, *callbacks, keeping],
         validation_data=validation_data,
         verbose=verbose,
