@@ -36,8 +36,13 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
     text_space.note_arrays(model)
     if options["epochs"] is None:
         options.update(_planned(model, x, options))
-    own = [StopOnNonFinite(model)]
-    (guard,) = own
+    validation = options.get("validation_data")
+    if validation is not None:
+        val_x, *rest = validation if isinstance(validation, tuple) else (validation,)
+        val_x = batches.check_source(model, val_x, *(rest[:1] or [None]), size)
+        options["validation_data"] = (val_x, *rest)
+    guard = StopOnNonFinite(model)
+    own = [guard]
     if options["verbose"] == "auto" and backend.is_first():
         own.append(ProgressLine(model))
     if options["verbose"] == "auto" or not backend.is_first():
