@@ -145,7 +145,7 @@ def run(name, task, seed, options, judge):
     out = file_of(options, name, seed)
     grid = evaluation.image_grid(np.concatenate(grids), 20, zoom)
     evaluation.write_png(out.with_suffix(".png"), grid)
-    out.write_text(json.dumps(row) + "\n")
+    out.write_text(json.dumps(row) + "\n", encoding="utf-8")
     print(json.dumps(row), flush=True)
 
 
@@ -196,7 +196,10 @@ def trained_judge(options, train, test):
 
 def table(options):
     """All rows that are there, means over seeds."""
-    rows = [json.loads(p.read_text()) for p in sorted(Path(options.out).glob("*/*.json"))]
+    rows = [
+        json.loads(p.read_text(encoding="utf-8"))
+        for p in sorted(Path(options.out).glob("*/*.json"))
+    ]
     scales = [key for key in rows[0] if key.startswith("w=")]
     print(
         "| data | candidate | seeds | steps | CPU min | "

@@ -170,4 +170,6 @@ def test_help_teaches(name):
     text = (EXAMPLES / f"{name}.py").read_text().split('"""')[1]
     for word in ("Reproduces", "Expect", "Hardware", "Commands", "--quick"):
         assert word in text
-    assert ("keras-uvit " in text) == (name not in ("shapes", "cka", "fashion"))  # whose data are there
+    assert ("keras-uvit " in text) == (
+        name not in ("shapes", "cka", "fashion")
+    )  # whose data are there

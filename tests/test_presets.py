@@ -150,7 +150,7 @@ def test_a_rows_sampler_takes_its_steps_on_its_schedule(name):
 def test_a_rows_optimizer_is_adamw_with_its_learning_rate(name):
     recipe = presets.get(name).optimizer
     optimizer = adamw(**recipe)
-    peak = optimizer._learning_rate(recipe["warmup_steps"])
+    peak = optimizer.schedule(optimizer.schedule.warmup)
     # Float32 rounding of the schedule.
     assert float(ops.convert_to_numpy(peak)) == pytest.approx(recipe["learning_rate"], rel=1e-5)
     assert optimizer.weight_decay == recipe["weight_decay"]
