@@ -385,5 +385,5 @@ def test_an_untrained_network_is_told_once():
         model.generate(1, num_steps=2, verbose=0)
         trained = DiffusionModel(UViT((4, 4, 1), 2, 16, num_layers=1, num_heads=2))
         trained.compile()
-        trained.fit({"image": np.zeros((4, 4, 4, 1), "uint8")}, verbose=0)
+        trained.fit({"image": np.zeros((4, 4, 4, 1), "uint8")}, epochs=4, verbose=0)
         trained.generate(1, num_steps=2, verbose=0)
