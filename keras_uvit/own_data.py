@@ -123,14 +123,16 @@ def for_data(
     if size not in SIZES:
         raise ValueError(f"size must be one of {list(SIZES)}. Received: {size!r}.")
     widths, most_patches, usual_steps = SIZES[size]
+    network = dict(network or {})
+    if "patch_size" not in network:
+        network["patch_size"] = patch_size(facts.image_shape, most_patches)
     arguments = {
         "image_shape": facts.image_shape,
-        "patch_size": patch_size(facts.image_shape, most_patches),
         **widths,
         "position": "sinusoidal",
         "num_classes": facts.num_classes,
         "context_shape": facts.context_shape,
-        **(network or {}),
+        **network,
     }
 
     def make(steps):

@@ -49,6 +49,11 @@ def test_sides_without_a_patch_size_are_named(shape):
         own_data.patch_size(shape, 64)
 
 
+def test_a_patch_size_of_ones_own_is_taken_for_any_sides():
+    model = presets.for_data(pictures(side=31), network={**SMALL, "patch_size": 31}, verbose=0)
+    assert model.network.get_config()["patch_size"] == 31
+
+
 @pytest.mark.parametrize("classes", [None, 4])
 def test_pixels_with_and_without_classes(classes):
     model = choose(pictures(side=32, classes=classes))
