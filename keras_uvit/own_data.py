@@ -125,8 +125,7 @@ def for_data(
     widths, most_patches, usual_steps = SIZES[size]
     network = dict(network or {})
     if "patch_size" not in network:
-        width = network.get("hidden_dim", widths["hidden_dim"])
-        network["patch_size"] = patch_size(facts.image_shape, most_patches, width)
+        network["patch_size"] = patch_size(facts.image_shape, most_patches)
     arguments = {
         "image_shape": facts.image_shape,
         **widths,
@@ -188,27 +187,23 @@ def condition_of(facts):
     return "nothing" if facts.num_classes is None else "classes"
 
 
-def patch_size(image_shape, most_patches, width):
+def patch_size(image_shape, most_patches):
     """The smallest patch, of 2 pixels or more, that cuts an image into at most so many.
-
-    A patch of more numbers than the network is wide does not fit into its token: what is drawn are
-    blocks. Then up to four times as many patches are allowed.
 
     Raises:
         ValueError: if no size from 2 to the shorter side divides both sides into so few.
     """
-    height, breadth, channels = image_shape
-    sizes = [p for p in range(2, min(height, breadth) + 1) if height % p == breadth % p == 0]
-    for most, widest in ((most_patches, width), (4 * most_patches, width), (most_patches, None)):
-        for size in sizes:
-            fits = height // size * (breadth // size) <= most
-            one = size == min(height, breadth) and size > 2  # all of the picture
-            if fits and not one and (widest is None or size**2 * channels <= widest):
-                return size
-    near = 8 * max(1, round(min(height, breadth) / 8))
+    height, width, _ = image_shape
+    for size in range(2, min(height, width) + 1):
+        fits = height % size == width % size == 0
+        if fits and height // size * (width // size) <= most_patches:
+            if size == min(height, width) and size > 2:
+                break
+            return size
+    near = 8 * max(1, round(min(height, width) / 8))
     raise ValueError(
-        f"Images of {height}x{breadth} cannot be cut into 2 to {most_patches} equal patches. "
-        f"Choose sides that divide by 4 or 8, such as image_size={near}, or pass "
+        f"Images of {height}x{width} cannot be cut into 2 to {most_patches} equal patches. Choose "
+        f"sides that divide by 4 or 8, such as image_size={near}, or pass "
         "network=dict(patch_size=...)."
     )
 
@@ -307,14 +302,6 @@ def warnings_of(model, facts):
         said.append(
             f"Note:     {facts.num_images} pictures are few: after {visits:,.0f} visits to each, "
             "samples may be copies of them. `evaluation.report` shows the nearest ones."
-        )
-    config = model.network.get_config()
-    patch, width = config["patch_size"], config["hidden_dim"]
-    numbers = patch**2 * facts.image_shape[-1]
-    if numbers > width:
-        said.append(
-            f"Note:     a patch has {numbers} numbers, more than the network is wide ({width}): "
-            "expect blocks. Use smaller pictures, latents, or network=dict(hidden_dim=...)."
         )
     rare = [k for k, count in enumerate(facts.counts or ()) if count < FEWEST]
     if rare:

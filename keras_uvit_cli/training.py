@@ -9,7 +9,7 @@ from keras_uvit.data import sources
 from keras_uvit.data.images import ImageDataset
 from keras_uvit_cli.inputs import open_dataset
 
-SIDES = (32, 128)  # the longest side of pictures that is chosen on a CPU, on an accelerator
+SIDES = (64, 128)  # the longest side of pictures that is chosen on a CPU, on an accelerator
 
 
 def planned(dataset, folder, plan, parts, batch_size, seed, precision):

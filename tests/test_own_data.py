@@ -26,29 +26,27 @@ def choose(content, **options):
 
 
 @pytest.mark.parametrize(
-    ("shape", "most", "width", "patch"),
+    ("shape", "most", "patch"),
     [
-        ((8, 8, 1), 64, 128, 2),
-        ((28, 28, 1), 64, 128, 4),
-        ((32, 32, 3), 64, 128, 4),
-        ((48, 32, 3), 64, 192, 8),
-        ((64, 64, 3), 64, 128, 4),  # 8x8x3 numbers do not fit 128
-        ((64, 64, 3), 64, 192, 8),
-        ((128, 128, 3), 64, 128, 16),  # nothing fits
-        ((64, 64, 3), 256, 512, 4),
-        ((256, 256, 3), 256, 512, 8),
-        ((512, 512, 3), 256, 1024, 16),
-        ((32, 32, 4), 256, 512, 2),
+        ((8, 8, 1), 64, 2),
+        ((28, 28, 1), 64, 4),
+        ((32, 32, 3), 64, 4),
+        ((48, 32, 3), 64, 8),
+        ((64, 64, 3), 64, 8),
+        ((64, 64, 3), 256, 4),
+        ((256, 256, 3), 256, 16),
+        ((512, 512, 3), 256, 32),
+        ((32, 32, 4), 256, 2),
     ],
 )
-def test_patches_are_as_small_as_the_machine_can_do(shape, most, width, patch):
-    assert own_data.patch_size(shape, most, width) == patch
+def test_patches_are_as_small_as_the_machine_can_do(shape, most, patch):
+    assert own_data.patch_size(shape, most) == patch
 
 
 @pytest.mark.parametrize("shape", [(31, 31, 3), (64, 37, 3)])
 def test_sides_without_a_patch_size_are_named(shape):
     with pytest.raises(ValueError, match=f"{shape[0]}x{shape[1]} cannot be cut .*image_size="):
-        own_data.patch_size(shape, 64, 128)
+        own_data.patch_size(shape, 64)
 
 
 def test_a_patch_size_of_ones_own_is_taken_for_any_sides():
@@ -58,7 +56,7 @@ def test_a_patch_size_of_ones_own_is_taken_for_any_sides():
 
 @pytest.mark.parametrize("classes", [None, 4])
 def test_pixels_with_and_without_classes(classes):
-    model = choose(pictures(side=28, channels=1, classes=classes))
+    model = choose(pictures(side=32, classes=classes))
     assert (model.prediction, model.schedule.__class__.__name__) == ("x0", "VPCosine")
     assert model.network.num_classes == classes
     assert model.condition_dropout == (0.1 if classes else 0.0)
