@@ -1,6 +1,7 @@
 """`presets.for_data`: what it chooses, says and refuses."""
 
 import re
+import warnings
 
 import keras
 import numpy as np
@@ -102,10 +103,14 @@ def test_whatever_is_chosen_can_be_changed_and_is_saved(tmp_path):
 
 def test_fit_makes_the_planned_steps():
     content = pictures()
-    for steps, made in ((3, 3), (10, 10), (35, 36)):  # of 4 batches: parts of epochs, then whole
-        model = choose(content, steps=steps)
-        model.fit(ShuffledDataset(content, 16), verbose=0)
-        assert int(keras.ops.convert_to_numpy(model.step)) == made
+    # Of 4 batches: parts of epochs, which the end of the data does not cut, then whole epochs.
+    for steps, made in ((3, 3), (10, 10), (24, 24), (35, 36)):
+        for data_set, more in ((ShuffledDataset(content, 16), {}), (content, {"batch_size": 16})):
+            model = choose(content, steps=steps)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                model.fit(data_set, verbose=0, **more)
+            assert int(keras.ops.convert_to_numpy(model.step)) == made
 
 
 def test_minutes_are_steps_that_a_run_keeps(tmp_path, monkeypatch):

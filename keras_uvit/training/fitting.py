@@ -35,6 +35,10 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
     x = batches.check_source(model, x, y, size)
     text_space.note_arrays(model)
     if options["epochs"] is None:
+        if model.planned_steps is not None:
+            x, y = _ordered(x, y, size, options.get("shuffle", True), model.seed), None
+            if isinstance(x, keras.utils.PyDataset):
+                options.update(batch_size=None, shuffle=False)
         options.update(_planned(model, x, options))
     validation = options.get("validation_data")
     if validation is not None:
@@ -87,6 +91,9 @@ def _fit(model, keras_fit, x, y, callbacks, mode, options):
         epochs = options["epochs"] - options.get("initial_epoch", 0)
         steps = options.get("steps_per_epoch") or _steps_of(x, options.get("batch_size"))
         run_length.tell(model, steps and epochs * steps)
+        if options.get("steps_per_epoch") and isinstance(x, keras.utils.PyDataset):
+            # Keras would end an epoch early where the data end.
+            x, options = _batches(x, 0), {**options, "shuffle": False}
         return keras_fit(x, y, callbacks=callbacks, **options)
     (checkpoint,) = found
     epochs, steps = options.pop("epochs"), options.pop("steps_per_epoch", None)
