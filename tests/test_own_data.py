@@ -108,7 +108,7 @@ def test_fit_makes_the_planned_steps():
         for data_set, more in ((ShuffledDataset(content, 16), {}), (content, {"batch_size": 16})):
             model = choose(content, steps=steps)
             with warnings.catch_warnings():
-                warnings.simplefilter("error", UserWarning)
+                warnings.filterwarnings("error", message="Your input ran out of data")
                 model.fit(data_set, verbose=0, **more)
             assert int(keras.ops.convert_to_numpy(model.step)) == made
 
