@@ -24,6 +24,7 @@ import scenes
 
 from keras_uvit import DiffusionModel, UViT, data, evaluation, own_data
 from keras_uvit.evaluation.classifier import Classifier
+from keras_uvit.evaluation.metrics import within_class_spread
 from keras_uvit.process.schedules import LinearPath, VPCosine
 
 DEBIAN = Path(os.environ.get("FASHION", "/usr/share/datasets/fashion-mnist"))
@@ -163,10 +164,6 @@ def photos_forever(photos):
 
 def score(images, labels, real, judge, train):
     """What the classifier and its features say of drawn images; `floor` is training pictures'."""
-
-    def spread(features, labels):
-        return np.mean([features[labels == k].std(axis=0).mean() for k in np.unique(labels)])
-
     distance = evaluation.frechet_distance
     count = len(images)
     drawn, there = judge.features(images), judge.features(real["image"][:count])
@@ -174,7 +171,8 @@ def score(images, labels, real, judge, train):
         agreement=(judge.classes(images) == labels).mean(),
         distance=distance(drawn, there),
         floor=distance(judge.features(train["image"][:count]), there),
-        spread=spread(drawn, labels) / spread(there, real["label"][:count]),
+        spread=within_class_spread(drawn, labels)
+        / within_class_spread(there, real["label"][:count]),
     )
     return {key: round(float(value), 3) for key, value in found.items()}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from keras import ops
 
-from keras_uvit import backend, progress
+from keras_uvit import backend, distribution, progress
 from keras_uvit.evaluation.files import atomic_json
 from keras_uvit.networks import UViT
 from keras_uvit.process.schedules import LinearPath, VPCosine
@@ -35,11 +35,13 @@ OBJECTIVES = {
     ),
 }
 SMALL_PATCH = 16  # numbers: smaller patches, and latents of any, learn by flow matching
-# Per device: the network, the most patches of an image, the steps of a run.
+# Per device: the network, the most patches of an image, the steps of a run; and the longest side of
+# pictures that the command line chooses.
 SIZES = {
     "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4), 64, 3_000),
     "accelerator": (dict(hidden_dim=512, num_layers=13, num_heads=8), 256, 20_000),
 }
+SIDES = {"cpu": 64, "accelerator": 128}
 CONDITION_DROPOUT = 0.1
 SAMPLING = dict(sampler="dpm_solver_pp_2m", num_steps=25)
 GUIDANCE = {"nothing": 1.0, "classes": 1.5, "captions": 2.0}
@@ -107,7 +109,7 @@ def for_data(
 
     Raises:
         ValueError: for fewer than ten pictures, pictures that are all alike, sides without a patch
-            size, or both `steps` and `minutes`.
+            size, both `steps` and `minutes`, or `minutes` in a job of several processes.
         TypeError: for data whose size is not known.
 
     Example:
@@ -119,7 +121,9 @@ def for_data(
     facts = facts_of(dataset)
     if steps is not None and minutes is not None:
         raise ValueError("Pass steps or minutes, not both.")
-    size = size or ("accelerator" if backend.has_accelerator() else "cpu")
+    if minutes is not None and distribution.process()[1] > 1:
+        raise ValueError("Processes of a job would time different runs: pass steps, not minutes.")
+    size = size or machine()
     if size not in SIZES:
         raise ValueError(f"size must be one of {list(SIZES)}. Received: {size!r}.")
     widths, most_patches, usual_steps = SIZES[size]
@@ -164,6 +168,11 @@ def for_data(
     if verbose:
         progress.say("\n".join([*lines(model, facts), *warnings_of(model, facts)]))
     return model
+
+
+def machine():
+    """The key of `SIZES` for this machine."""
+    return "accelerator" if backend.has_accelerator() else "cpu"
 
 
 def ema_decay(steps):

@@ -37,6 +37,13 @@ def from_unit_range(images):
     return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype("uint8")
 
 
+def moments_std(moments):
+    """Standard deviation of latents drawn from moments `(..., 2 C)`, without any scale."""
+    mean, log_variance = np.split(np.asarray(moments, "float32"), 2, axis=-1)
+    noise = np.exp(np.clip(log_variance, -30.0, 20.0)).mean()
+    return float(np.sqrt(mean.var() + noise))
+
+
 def check_latents(latents):
     """Raises unless latents are finite floats."""
     latents = np.asarray(latents)

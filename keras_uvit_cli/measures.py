@@ -188,9 +188,11 @@ def report(model, dataset, folder, parts, sampling, num_images):
       keras-uvit report runs/photos/model.keras my_photos runs/photos/report
     """
     from keras_uvit import evaluation
+    from keras_uvit.evaluation.reports import check_model
     from keras_uvit_cli.inputs import open_dataset, open_model
 
     opened = open_model(model, **parts)
+    check_model(opened)
     network = opened.network.get_config()
     given = given_sampling(sampling)
     samples = open_dataset(dataset, network, None, 1, given["seed"])

@@ -57,7 +57,9 @@ PLAN_OPTIONS = gathered(
         show_default="what suits the data",
         help="Train the network of this preset, by its recipe; see `keras-uvit presets`.",
     ),
-    steps=dict(type=COUNT, help="Number of batches to train on, rounded up to whole epochs."),
+    steps=dict(
+        type=COUNT, help="Number of batches to train on; with --preset rounded up to whole epochs."
+    ),
     epochs=dict(type=COUNT, help="Number of times to go through the data, instead of --steps."),
     hours=dict(
         type=click.FloatRange(min=0, min_open=True),

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import click
 
-from keras_uvit import presets
+from keras_uvit import own_data, presets
 from keras_uvit.data import sources
 from keras_uvit.data.images import ImageDataset
+from keras_uvit.data.manifest import MANIFEST
 from keras_uvit_cli.inputs import open_dataset
-
-SIDES = (64, 128)  # the longest side of pictures that is chosen on a CPU, on an accelerator
 
 
 def planned(dataset, folder, plan, parts, batch_size, seed, precision):
@@ -25,11 +24,15 @@ def planned(dataset, folder, plan, parts, batch_size, seed, precision):
     """
     row = presets.get(plan["preset"]) if plan["preset"] else None
     network = {"dtype": precision}
+    if row and (plan["width"] or plan["layers"]) and "hidden_dim" not in row.network:
+        raise click.UsageError("--width and --layers are for U-ViTs.")
     for option, argument in (("width", "hidden_dim"), ("layers", "num_layers")):
         if plan[option]:
             network[argument] = plan[option]
     samples = _open(dataset, row, plan, batch_size, seed)
     if plan["mirror"] is not None:
+        if not isinstance(samples, ImageDataset):
+            raise click.UsageError("--mirror is for pictures: encode latents with --flip.")
         samples.flip = plan["mirror"]
     samples, validation = _split(samples, plan["validation_share"], seed)
     optimizer = {"learning_rate": plan["learning_rate"]} if plan["learning_rate"] else {}
@@ -40,6 +43,19 @@ def planned(dataset, folder, plan, parts, batch_size, seed, precision):
     return model, samples, validation, steps
 
 
+def _check_dataset(name):
+    """Raises for what is not there, and for the name of a preset."""
+    if name in presets.names():
+        raise click.UsageError(
+            f"{name} is a preset, not data: keras-uvit train DATASET FOLDER --preset {name}."
+        )
+    is_name = name == "digits" or name.startswith(("tfds:", "shapes:", "coco:"))
+    if not is_name and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"No folder at {name}. Expected a folder of images, a cache, tfds:NAME, or digits."
+        )
+
+
 def _open(dataset, row, plan, batch_size, seed):
     shape = row.network["image_shape"] if row else None
     size = plan["image_size"]
@@ -48,12 +64,15 @@ def _open(dataset, row, plan, batch_size, seed):
             f"--preset {plan['preset']} is for {'x'.join(map(str, shape))}. Received: "
             f"--image-size {size}. Leave --preset out for a network that suits your pictures."
         )
-    is_pictures = Path(dataset).is_dir() and not (Path(dataset) / "manifest.json").is_file()
+    _check_dataset(dataset)
+    is_pictures = Path(dataset).is_dir() and not (Path(dataset) / MANIFEST).is_file()
+    if size and not is_pictures and not dataset.startswith("tfds:"):
+        raise click.UsageError(f"--image-size is for folders of images and tfds:, not {dataset}.")
     if is_pictures:
         survey = sources.survey(dataset)
         click.echo(survey.text())
         if row is None:
-            size = size or survey.suitable_side(SIDES)
+            size = size or survey.suitable_side(own_data.SIDES[own_data.machine()])
             click.echo(f"They are resized to {size}x{size}; --image-size chooses another size.")
         elif not size and not survey.all_of(shape):
             raise click.UsageError(

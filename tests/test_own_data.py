@@ -122,9 +122,25 @@ def test_minutes_are_steps_that_a_run_keeps(tmp_path, monkeypatch):
     assert choose(pictures(), minutes=1).planned_steps == 600
 
 
-def test_steps_are_really_timed():
-    assert 0 < own_data.seconds_per_step(choose(pictures(classes=3)), own_data.facts_of(
-        pictures(classes=3))) < 10  # fmt: skip
+def test_steps_are_timed_without_the_first_ones(monkeypatch):
+    model, clock, made = choose(pictures(classes=3)), [0.0], []
+
+    def train_on_batch(batch):
+        made.append(batch)
+        clock[0] += 100.0 if len(made) <= 2 else 0.25  # compiling
+        return [0.0]
+
+    monkeypatch.setattr(model, "train_on_batch", train_on_batch)
+    monkeypatch.setattr(own_data.time, "perf_counter", lambda: clock[0])
+    assert own_data.seconds_per_step(model, own_data.facts_of(pictures(classes=3))) == 0.25
+    assert made[0]["image"].shape == (64, 16, 16, 3)
+    assert set(made[0]) == {"image", "label"}
+
+
+def test_processes_of_a_job_take_no_minutes(monkeypatch):
+    monkeypatch.setattr(own_data.distribution, "process", lambda: (0, 2))
+    with pytest.raises(ValueError, match="pass steps, not minutes"):
+        choose(pictures(), minutes=1)
 
 
 def test_five_lines_say_what_was_chosen(capsys):

@@ -52,6 +52,8 @@ class ImageDataset(ShuffledDataset):
             share: float in (0, 1).
             seed: int.
 
+        Returns:
+            (the rest, the share), both `ImageDataset`.
         """
         held = max(1, round(share * self.num_samples))
         order = np.random.default_rng([seed, 3]).permutation(self.num_samples)

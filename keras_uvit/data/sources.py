@@ -188,6 +188,7 @@ def folder(path, image_size, *, channels=3, labels="auto", crop=None):
     )
 
 
+SIDES = (8, 16, 28, 32, 48, 64, 96, 128, 256, 512)  # pixels, which patches divide well
 SURVEYED = 500  # files of a folder whose headers are read for a survey
 
 
@@ -205,18 +206,10 @@ class Survey:
     sizes: list
     grey: int
 
-    def suitable_side(self, limits):
-        """A side for training: that of the smaller pictures, at most what this machine can do.
-
-        Args:
-            limits: (on a CPU, on an accelerator).
-        """
-        from keras_uvit import backend
-
-        side = int(np.percentile([min(size) for size in self.sizes], 25))
-        limit = limits[backend.has_accelerator()]
-        fitting = [k for k in (8, 16, 28, 32, 48, 64, 96, 128, 256, 512) if k <= min(side, limit)]
-        return fitting[-1] if fitting else 8
+    def suitable_side(self, limit):
+        """A side for training in pixels: that of the smaller pictures, at most `limit`."""
+        side = min(limit, np.percentile([min(size) for size in self.sizes], 25))
+        return max([SIDES[0], *(k for k in SIDES if k <= side)])
 
     def all_of(self, shape):
         """Whether all are of this (H, W, C)."""

@@ -59,17 +59,22 @@ def precision_recall(real, generated, k=3):
     return _share_inside(generated, real, k), _share_inside(real, generated, k)
 
 
+def within_class_spread(features, labels):
+    """Mean standard deviation of a feature within a class, of features `(n, d)`."""
+    return np.mean([features[labels == k].std(axis=0).mean() for k in np.unique(labels)])
+
+
 def _share_inside(points, centres, k):
     """Share of `points` within the k-th neighbour's distance of at least one of `centres`."""
     radii = np.concatenate(
         # The nearest is the centre itself, at distance 0.
-        [np.partition(d, k, axis=1)[:, k] for d in _distances(centres, centres)]
+        [np.partition(d, k, axis=1)[:, k] for d in squared_distances(centres, centres)]
     )
-    inside = [(d <= radii).any(axis=1) for d in _distances(points, centres)]
+    inside = [(d <= radii).any(axis=1) for d in squared_distances(points, centres)]
     return float(np.concatenate(inside).mean())
 
 
-def _distances(a, b):
+def squared_distances(a, b):
     """Squared distances of all pairs, `(block, len(b))` at a time."""
     norms = np.square(b).sum(axis=1)
     rows = max(1, BLOCK // len(b))

@@ -12,6 +12,8 @@ from keras_uvit import progress
 from keras_uvit.evaluation.classifier import Classifier
 from keras_uvit.evaluation.files import atomic_json, image_grid
 from keras_uvit.evaluation.frechet import frechet_distance
+from keras_uvit.evaluation.metrics import squared_distances, within_class_spread
+from keras_uvit.pixels import to_unit_range
 from keras_uvit.process import predictions
 
 USED = 1000  # real pictures that are compared with, at most
@@ -86,7 +88,7 @@ def report(model, data, folder, *, num_images=500, seed=0, verbose=1, **options)
             "agreement_real": (judge.classes(images[second]) == labels[second]).mean(),
             "distance": frechet_distance(drawn, real),
             "distance_floor": frechet_distance(floor, real),
-            "spread": _spread(drawn, asked) / _spread(real, labels[second]),
+            "spread": within_class_spread(drawn, asked) / within_class_spread(real, labels[second]),
         }
     say("3/4 Comparing pixels, and looking for copies")
     small = {k: _shrunk(x) for k, x in (("real", images[second]), ("train", images[first]))}
@@ -110,14 +112,19 @@ def report(model, data, folder, *, num_images=500, seed=0, verbose=1, **options)
     return found
 
 
-def _pictures(model, data):
-    """Images and labels (or None) as arrays, checked against the model."""
+def check_model(model):
+    """Raises ValueError for a model that a report cannot be made of."""
     if model.latent_scale is not None or model.network.context_shape is not None:
         raise ValueError(
             "A report is of models of pixels, with classes or without: for latents and captions "
             "use evaluation.evaluate. Received a model with "
             f"latent_scale={model.latent_scale}, context_shape={model.network.context_shape}."
         )
+
+
+def _pictures(model, data):
+    """Images and labels (or None) as arrays, checked against the model."""
+    check_model(model)
     arrays = data if isinstance(data, dict) else getattr(data, "arrays", None)
     if not arrays or "image" not in arrays:
         raise TypeError(
@@ -155,10 +162,6 @@ def _classifier(images, labels, held_out, num_classes, folder, seed):
     return judge
 
 
-def _spread(features, labels):
-    return np.mean([features[labels == k].std(axis=0).mean() for k in np.unique(labels)])
-
-
 def _shrunk(images):
     """`(n, d)` float32 in [0, 1]: block means of at most 16 pixels a side."""
     steps = [max(1, round(side / COMPARED_SIDE)) for side in images.shape[1:3]]
@@ -170,17 +173,14 @@ def _shrunk(images):
 
 def _nearest(points, others):
     """Index of the nearest of `others` to each point, and its distance."""
-    squares = (
-        np.square(points).sum(axis=1)[:, None]
-        + np.square(others).sum(axis=1)
-        - 2 * points @ others.T
-    )
-    return squares.argmin(axis=1), np.sqrt(squares.min(axis=1).clip(0))
+    found = [(d.argmin(axis=1), d.min(axis=1)) for d in squared_distances(points, others)]
+    rows, squares = (np.concatenate(part) for part in zip(*found))
+    return rows, np.sqrt(squares)
 
 
 def _errors(model, images, labels, seed):
     """Error of the x0 estimate over the variance of the pictures, at each of `TIMES`."""
-    x0 = images.astype("float32") / 127.5 - 1
+    x0 = to_unit_range(images)
     random, errors = np.random.default_rng(seed), []
     for t in TIMES.astype("float32"):
         noise = random.standard_normal(x0.shape, "float32")
@@ -245,9 +245,7 @@ def _draw(plot, path, model, found, images, labels, samples, asked, nearest):
     panel = axes[1, 1]
     panel.plot(TIMES, found["error"], "o-", label="this model")
     panel.plot(TIMES, TYPICAL, "--", color="gray", label="examples/fashion.py after 12 minutes")
-    panel.axhline(
-        1.0, color="tab:red", lw=1, label="the mean picture, which an untrained one nears"
-    )
+    panel.axhline(1.0, color="tab:red", lw=1, label="the mean picture")
     panel.set(xlabel="t (0: picture, 1: noise)", yscale="log", title="error of the x0 estimate")
     panel.legend(loc="lower right")
     numbers = ("agreement", "distance", "distance_floor", "spread", "distance_pixels", "copies")

@@ -13,6 +13,7 @@ from keras_uvit.data.shuffled import ShuffledDataset
 from keras_uvit.training import batches, checkpoints, objective, run_length, text_space
 from keras_uvit.training.callbacks import Checkpoint, StopOnNonFinite
 from keras_uvit.training.checkpoints import CheckpointError, Place
+from keras_uvit.training.optimizers import unscaled
 from keras_uvit.training.progress_line import ProgressLine
 
 RESUME = ("auto", True, False)
@@ -71,7 +72,7 @@ def _planned(model, x, options):
     length = steps or _steps_of(x, options["batch_size"])
     if model.planned_steps is None or length is None:
         return {"epochs": 1}
-    accumulated = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
+    accumulated = unscaled(model.optimizer).gradient_accumulation_steps or 1
     batches = model.planned_steps * accumulated
     steps = steps or run_length.epoch_of(batches, length)
     return {"epochs": math.ceil(batches / (steps or length)), "steps_per_epoch": steps}

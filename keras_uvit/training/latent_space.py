@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_uvit.pixels import moments_std
+
 STD = (
     1 / 3,
     3.0,
@@ -81,12 +83,7 @@ def check_std(model, key, value):
             f"All numbers in the first batch of {key!r} are equal: {value.flat[0]:g}. Pass what an "
             "autoencoder makes of images, such as a cache of `keras-uvit encode`."
         )
-    if key == "latent":
-        std = value.std()
-    else:
-        mean, log_variance = np.split(value, 2, axis=-1)
-        noise = np.exp(np.clip(log_variance, -30.0, 20.0)).mean()
-        std = model.latent_scale * np.sqrt(mean.var() + noise)
+    std = value.std() if key == "latent" else model.latent_scale * moments_std(value)
     if not STD[0] < std < STD[1]:
         times = "" if key == "latent" else f", times latent_scale={model.latent_scale},"
         fits = f"{(1 if key == 'latent' else model.latent_scale) / std:.4g}"

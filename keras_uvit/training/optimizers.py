@@ -141,6 +141,11 @@ def adamw(
     )
 
 
+def unscaled(optimizer):
+    """The optimizer itself, where float16 has wrapped it in a loss scale."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
 def recommended_rate(network):
     """The learning rate for a network of this width, or None for one of unknown width."""
     config = network.get_config()

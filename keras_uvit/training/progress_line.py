@@ -7,11 +7,12 @@ import keras
 from keras import ops
 
 from keras_uvit import progress
+from keras_uvit.training.optimizers import unscaled
 
 FIRST_ESTIMATE = 20  # steps after which the time of the run is told
 REDRAW = 0.2  # seconds between changes of the line in a terminal
 ALWAYS_SHOWN = ("loss", "grad_norm")
-NOT_SHOWN = (*ALWAYS_SHOWN, "ema_decay", "skipped_steps", "skipped_in_row")
+NOT_SHOWN = (*ALWAYS_SHOWN, "learning_rate", "ema_decay", "skipped_steps", "skipped_in_row")
 
 
 class ProgressLine(keras.callbacks.Callback):
@@ -37,9 +38,9 @@ class ProgressLine(keras.callbacks.Callback):
         self._width = 0
 
     def on_train_begin(self, logs=None):
-        optimizer = getattr(self.watched.optimizer, "inner_optimizer", self.watched.optimizer)
+        optimizer = unscaled(self.watched.optimizer)
         self._schedule = getattr(optimizer, "schedule", None)
-        self._first_rate = float(ops.convert_to_numpy(optimizer.learning_rate))
+        self._rate = float(ops.convert_to_numpy(optimizer.learning_rate))
         self._batches_before = int(ops.convert_to_numpy(optimizer.iterations)) * (
             optimizer.gradient_accumulation_steps or 1
         )
@@ -91,7 +92,7 @@ class ProgressLine(keras.callbacks.Callback):
         parts += [f"{key} {float(logs[key]):.4f}" for key in ALWAYS_SHOWN[:1] if key in logs]
         more = [key for key in logs if key not in NOT_SHOWN]
         parts += [f"{key} {float(logs[key]):.4g}" for key in more]
-        parts += [f"lr {self._rate():.1e}"]
+        parts += [f"lr {self._current_rate(logs):.1e}"]
         parts += [f"grad {float(logs[key]):.2f}" for key in ALWAYS_SHOWN[1:] if key in logs]
         if float(logs.get("skipped_steps", 0)):
             parts += [f"{int(logs['skipped_steps'])} steps skipped"]
@@ -104,9 +105,10 @@ class ProgressLine(keras.callbacks.Callback):
             parts += [f"{duration(left)} left"]
         return "  ".join(parts)
 
-    def _rate(self):
-        if self._schedule is None:
-            return self._first_rate
+    def _current_rate(self, logs):
+        if self._schedule is None:  # Keras' callbacks that change it write it into the logs
+            self._rate = float(logs.get("learning_rate", self._rate))
+            return self._rate
         return float(ops.convert_to_numpy(self._schedule(self._batches_before + self._done)))
 
     def _write(self, text):

@@ -5,7 +5,7 @@ import warnings
 
 from keras import ops
 
-from keras_uvit.training.optimizers import AdamW, recommended_rate
+from keras_uvit.training.optimizers import AdamW, recommended_rate, unscaled
 
 EPOCHS = 8  # in which a run of less than so many is divided
 SHORT_RUN = 20_000  # optimizer steps
@@ -38,7 +38,7 @@ def tell(model, batches):
         model: `DiffusionModel`, compiled.
         batches: int, or None where the data have no length.
     """
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    optimizer = unscaled(model.optimizer)
     if batches is None or not isinstance(optimizer, AdamW):  # of others nothing is known
         return
     done, skipped = (

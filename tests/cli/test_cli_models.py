@@ -1,5 +1,6 @@
 """`train` and `generate`: that options arrive at the library, and what is left on disk."""
 
+import json
 import sys
 
 import keras
@@ -175,10 +176,25 @@ def test_what_a_folder_holds_is_said(tmp_path, asked):
     assert "resized to 8x8" in text
 
 
+def test_what_does_not_go_with_the_data_is_refused(tmp_path):
+    run_folder = tmp_path / "run"
+    assert "No folder at my_fotos. Expected a folder of images" in refused(
+        "train", "my_fotos", run_folder
+    )
+    text = misused("train", "uvit_tiny_digits", run_folder)
+    assert "train DATASET FOLDER --preset uvit_tiny_digits" in text
+    assert "--image-size is for folders" in misused(
+        "train", "digits", run_folder, "--image-size", 16
+    )
+    words = ("train", "digits", run_folder, "--preset", "unet_tiny_digits", "--width", 8)
+    assert "are for U-ViTs" in misused(*words)
+
+
 def test_report_of_shipped_weights(tmp_path):
     words = ("report", "uvit_tiny_digits", "digits", tmp_path, "--weights", "pretrained")
     text = run(*words, "--num-images", 20, "--num-steps", 4)
     assert f"Look at {tmp_path / 'report.png'}" in text
+    assert json.loads((tmp_path / "report.json").read_text())["images"] == 20
 
 
 # Pillow -------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_blocks_of_distances_change_nothing(monkeypatch, block):
     expected = precision_recall(real, generated)
     monkeypatch.setattr(metrics, "BLOCK", block)
     assert precision_recall(real, generated) == expected
-    rows = [len(d) for d in metrics._distances(real, generated)]
+    rows = [len(d) for d in metrics.squared_distances(real, generated)]
     assert sum(rows) == 20
     assert max(rows) == max(1, block // 30)
 
@@ -130,7 +130,9 @@ def test_distances_are_squared_and_of_all_pairs(monkeypatch):
     a, b = overlapping()
     expected = np.square(a[:, None] - b[None]).sum(axis=-1)
     # 1e-12: |a|^2 + |b|^2 - 2 a b rounds at the size of the squares.
-    np.testing.assert_allclose(np.concatenate([*metrics._distances(a, b)]), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        np.concatenate([*metrics.squared_distances(a, b)]), expected, atol=1e-12
+    )
 
 
 def test_a_set_covers_itself():

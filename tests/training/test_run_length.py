@@ -152,6 +152,15 @@ def test_skipped_steps_and_validation_are_shown(capsys):
     assert "val_loss 0.5" in said
 
 
+def test_a_rate_that_a_callback_lowers_is_shown(capsys):
+    model = make(dict(learning_rate=0.5, warmup_steps=0))
+    lower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 10)
+    model.fit(PICTURES, batch_size=6, epochs=2, callbacks=[lower])
+    lines = capsys.readouterr().out.splitlines()
+    assert "lr 5.0e-02" in lines[0]
+    assert "lr 5.0e-03" in lines[1]
+
+
 def test_long_runs_are_estimated_after_the_first_steps():
     model, said = make(), io.StringIO()
     line = ProgressLine(model, said)
