@@ -45,17 +45,17 @@ SAMPLING = ("contender", "num_steps", "images", "seconds", "ratio", "images_per_
 SAMPLING += ("peak_gib", "first_seconds")
 PARITY = ("backend", "case", "precision", "error", "tolerance", "passed")
 STEP = "--dtypes bfloat16 --steps 5 --turns 4"
-# The seconds are estimates, see README.md. Batch sizes: two processes share 80 GB; a step keeps
-# about 0.4 (H/2), 0.25 (L/2) and 0.08 (S/2) GB per image, up to twice that on JAX, and the state of
+# Where the seconds come from is in README.md. Batch sizes: two processes share 80 GB; a step keeps
+# about 0.3 (H/2), 0.2 (L/2) and 0.07 (S/2) GB per image, a quarter more on JAX, and the state of
 # H/2 is 10 GB. What compiles comes last, so that a slow compiler costs only its own rows.
 PARTS = (
     Part(
-        "parity", 60, "answers beside the published program's, float32 and bfloat16",
+        "parity", 90, "answers beside the published program's, float32 and bfloat16",
         "parity.py --backends {backends}", PARITY,
     ),
     Part(
-        "train-H", 155, "a training step of U-ViT-H/2, 32x32x4, beside plain PyTorch",
-        f"train_step.py --sizes H/2 --batch-sizes 32 {STEP} --contenders {{keras}} torch-compile",
+        "train-H", 105, "a training step of U-ViT-H/2, 32x32x4, beside plain PyTorch",
+        f"train_step.py --sizes H/2 --batch-sizes 32 {STEP} --contenders {{keras}}",
         TRAINING,
     ),
     Part(
@@ -64,7 +64,7 @@ PARTS = (
         TRAINING,
     ),
     Part(
-        "train-S", 50, "the same of U-ViT-S/2, 32x32x3",
+        "train-S", 70, "the same of U-ViT-S/2, 32x32x3",
         f"train_step.py --sizes S/2 --batch-sizes 256 {STEP} --contenders {{keras}}", TRAINING,
     ),
     Part(

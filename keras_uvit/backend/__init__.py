@@ -7,6 +7,7 @@ the same questions, each in its own way:
 |---|---|
 | `has_accelerator()` | whether the backend sees a GPU or TPU |
 | `fuses_attention()` | whether Keras' fused attention is the fastest there is, now |
+| `fused_attention(q, k, v)` | Keras' fused attention, made to take what networks here have |
 | `image_by_image(attend, q, k, v)` | `attend(q, k, v)`, an image at a time where that is faster |
 | `compiled(f)` | `f` of nested arrays, without gradients; one program where there is XLA |
 | `images_at_once(size)` | how many to draw together, with tensors of `size` bytes for each |
@@ -75,7 +76,7 @@ def attention(query, key, value):
     tokens, 8 heads of 64, forward and backward, 2 cores), but for PyTorch without a backward pass.
     """
     if fuses_attention():  # noqa: F405
-        return ops.dot_product_attention(query, key, value)
+        return fused_attention(query, key, value)  # noqa: F405
     return image_by_image(_attention_by_products, query, key, value)  # noqa: F405
 
 

@@ -17,6 +17,20 @@ def has_accelerator():
 fuses_attention = has_accelerator
 
 
+def fused_attention(query, key, value):
+    """cuDNN's kernel takes an even number of tokens only when it is differentiated as JAX calls it,
+    with a bias even where there is none: otherwise Keras logs an error for each call and takes the
+    plain form, with its L x L weights. So an odd number gets one more token, which none sees.
+    """
+    length = query.shape[1]
+    if length % 2 == 0 or query.dtype == "float32" or jax.default_backend() != "gpu":
+        return ops.dot_product_attention(query, key, value)
+    query, key, value = (ops.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (query, key, value))
+    seen = np.arange(length + 1) < length
+    mask = np.broadcast_to(seen, (1, 1, length + 1, length + 1))
+    return ops.dot_product_attention(query, key, value, mask=mask)[:, :length]
+
+
 LARGE = 2**20  # bytes of an image's weights; below it a batch takes as long, its gradient less
 
 

@@ -28,6 +28,10 @@ def guards_itself(optimizer):
     return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
 
 
+def fused_attention(query, key, value):
+    return ops.dot_product_attention(query, key, value)
+
+
 def image_by_image(attend, query, key, value):
     return attend(query, key, value)
 

@@ -48,7 +48,7 @@ class TimeEmbedding(layers.Layer):
     def call(self, timestep):
         half = self.hidden_dim // 2
         frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype("float32")
-        angles = ops.cast(timestep, "float32")[:, None] * frequencies[None]  # (B, D/2)
+        angles = ops.cast(timestep, "float32")[:, None] * ops.convert_to_tensor(frequencies)
         x = ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=-1)
         return ops.cast(ops.pad(x, ((0, 0), (0, self.hidden_dim % 2))), self.compute_dtype)
 

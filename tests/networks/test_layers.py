@@ -139,6 +139,27 @@ def test_both_forms_of_attention_agree(monkeypatch):
     np.testing.assert_allclose(plain, numpy(fused), atol=1e-6)  # rounding of values of size one
 
 
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="cuDNN through JAX")
+@pytest.mark.parametrize("length", [4, 5])
+def test_on_a_gpu_cudnn_is_asked_for_an_even_number_of_tokens(monkeypatch, length):
+    import jax
+
+    shapes = []
+
+    def attend(query, *args, **kwargs):
+        shapes.append(query.shape)
+        return ops.nn.dot_product_attention(query, *args, **kwargs)
+
+    q, k, v = (
+        ops.cast(random(2, length, 3, 8, seed=i), "bfloat16") for i in range(3)
+    )  # (B, L, N, K)
+    plain = numpy(ops.dot_product_attention(q, k, v))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(ops, "dot_product_attention", attend)
+    np.testing.assert_array_equal(numpy(parts.backend.fused_attention(q, k, v)), plain)
+    assert [shape[1] % 2 for shape in shapes] == [0]
+
+
 def test_attention_of_huge_scores_picks_the_largest():
     # exp(1e4) overflows float32; the weights are one-hot.
     q, k, v = (random(2, 7, 3, 4, seed=i) for i in range(3))
