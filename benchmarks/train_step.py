@@ -9,7 +9,7 @@ and backward, AdamW, the moving average, the metrics' update. The rivals (`rival
 without metrics and without checking that the step is finite:
 
     torch          a plain U-ViT, eager: the one that all others are compared with, in turn
-    torch-compile  the same, its loss compiled by torch.compile
+    torch-compile  the same, its loss compiled by torch.compile (keras-torch-compile: the blocks)
     dit            diffusers' DiTTransformer2DModel, with blocks to equal the U-ViT's multiply-adds
 
 `ratio` is the time of "torch" by that of the row: above 1 is faster than plain PyTorch.
@@ -36,6 +36,7 @@ CLASSES = {"tiny": 10, "S/2": None, "L/2": 1000, "H/2": 1000}
 # Blocks of a DiT with the multiply-adds of a U-ViT so wide: it has no long skips.
 DIT_LAYERS = {"tiny": 3, "S/2": 14, "L/2": 23, "H/2": 31}
 CONTENDERS = ["keras-jax", "keras-tensorflow", "keras-torch", "torch-compile", "dit"]
+CONTENDERS += ["keras-torch-compile"]
 COLUMNS = [
     "size",
     "batch_size",
@@ -150,7 +151,7 @@ def prepare_keras(job):
         **SIZES[job["size"]],
     )
     model = DiffusionModel(network)
-    model.compile(jit_compile=os.environ["KERAS_BACKEND"] != "torch")
+    model.compile(jit_compile=job["contender"] != "keras-torch")
     image, label = data(job)
     batch = {"image": image} if label is None else {"image": image, "label": label}
     step = step_function(model, {key: ops.convert_to_tensor(v) for key, v in batch.items()})

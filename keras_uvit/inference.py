@@ -30,7 +30,7 @@ class Frozen:
         self._program = backend.compiled(self._call)
 
     def _call(self, weights, x):
-        with keras.StatelessScope(state_mapping=list(zip(self.network.variables, weights))):
+        with backend.holding(self.network, weights):
             return self.network(x, training=False)
 
     def __call__(self, inputs, batch_size, prepare=None, verbose=0, unit_name="image"):

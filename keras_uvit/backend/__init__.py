@@ -10,7 +10,10 @@ the same questions, each in its own way:
 | `fused_attention(q, k, v)` | Keras' fused attention, made to take what networks here have |
 | `image_by_image(attend, q, k, v)` | `attend(q, k, v)`, an image at a time where that is faster |
 | `compiled(f)` | `f` of nested arrays, without gradients; one program where there is XLA |
+| `holding(network, weights)` | a scope in which its variables have these values, given in order |
+| `compile_blocks(network, wanted)` | compiles its blocks, where steps are not compiled |
 | `images_at_once(size)` | how many to draw together, with tensors of `size` bytes for each |
+| `constant(array)` | what a layer keeps of a NumPy array that its calls read |
 | `project(x, kernel, bias)` | a dense layer: `(..., D)` by `(D, M)`, plus `(M,)` or None |
 | `norm(tensors)` | Euclidean norm of all their numbers |
 | `blend(averages, weights, decay)` | moves each average towards its weight, in place |

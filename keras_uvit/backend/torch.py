@@ -1,7 +1,12 @@
-"""PyTorch: eager steps; many devices by a process each, as torchrun starts them."""
+"""PyTorch: eager steps, of blocks that torch.compile may compile; many devices by a process each,
+as torchrun starts them.
+"""
 
+import contextlib
+import functools
 import math
 import os
+import warnings
 
 import keras
 import numpy as np
@@ -9,12 +14,16 @@ import torch
 import torch.distributed as dist
 from keras import ops
 
+from keras_uvit.backend import steps
 from keras_uvit.backend.steps import *  # noqa: F403
 from keras_uvit.backend.steps import guards_itself, is_ok
 
+# Asked once: the answer stays, and torch.compile cannot trace the question.
+ACCELERATOR = torch.cuda.is_available() or torch.backends.mps.is_available()
+
 
 def has_accelerator():
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    return ACCELERATOR
 
 
 def fuses_attention():
@@ -22,8 +31,37 @@ def fuses_attention():
     return has_accelerator() or not torch.is_grad_enabled()
 
 
+def fused_attention(query, key, value):
+    # Keras' own allows PyTorch's flash kernel alone; PyTorch chooses cuDNN's where that is faster.
+    query, key, value = (a.transpose(1, 2) for a in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
 def compiled(function):
     return torch.inference_mode()(function)
+
+
+def holding(network, weights):
+    # All are of one network. The scope is in the way of torch.compile, which would make a program
+    # for each block.
+    if weights[0] is network.variables[0].value:
+        return contextlib.nullcontext()
+    return steps.holding(network, weights)
+
+
+def compile_blocks(network, wanted):
+    for layer in network._flatten_layers():
+        kind = type(layer)
+        if hasattr(kind, "_body"):
+            body = _compiled_body(kind) if wanted else kind._body
+            layer._body = body.__get__(layer)
+
+
+@functools.cache
+def _compiled_body(kind):
+    """One program for all blocks of a kind: their weights are its inputs."""
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    return torch.compile(kind._body)
 
 
 def normal_per_image(seeds, step, shape):
@@ -41,6 +79,10 @@ def images_at_once(size):
     # glibc maps what is larger than 32 MiB anew each time: a sixth of U-ViT-S/2's sampling. A power
     # of two divides what people ask for.
     return min(64, 2 ** int(math.log2(max(1, 2**25 // size))))
+
+
+def constant(array):
+    return ops.convert_to_tensor(array)  # once, and not in a call: torch.compile cannot trace it
 
 
 def project(x, kernel, bias=None):

@@ -16,7 +16,7 @@ from keras_uvit.networks.basics import fan_in_init as fan_in_init
 from keras_uvit.networks.basics import serializable as serializable
 from keras_uvit.networks.positions import PositionEmbedding as PositionEmbedding
 from keras_uvit.networks.positions import SinusoidalPositions as SinusoidalPositions
-from keras_uvit.networks.positions import rotary_angles, rotate
+from keras_uvit.networks.positions import rotary_turns, rotate
 
 SKIPS = ("concat", "add", "add_project", "project_sum")
 MLPS = ("gelu", "swiglu")
@@ -70,7 +70,7 @@ class Attention(layers.Layer):
             one-hot and training diverges (ViT-22B, arXiv 2302.05442, Section 2: LayerNorm
             without bias and centring; the RMSNorm of Stable Diffusion 3, arXiv 2403.03206).
         grid: pair of ints `(H/P, W/P)`: queries and keys of the patches, the last tokens, are
-            turned by their place; see `positions.rotary_angles`. `None`: they are not.
+            turned by their place; see `positions.rotary_turns`. `None`: they are not.
 
     Call arguments:
         tokens: `(B, L, D)`.
@@ -99,20 +99,20 @@ class Attention(layers.Layer):
             for layer in (self.query_norm, self.key_norm):
                 layer.build((None, None, self.num_heads, head_dim))
         if self.grid is not None:
-            self.angles = rotary_angles(self.grid, length, head_dim)
+            self.turns = rotary_turns(self.grid, length, head_dim)
 
     def call(self, tokens):
         length, dim = tokens.shape[1:]
         qkv = ops.reshape(
-            self.qkv(tokens), (-1, length, 3, self.num_heads, dim // self.num_heads)
+            self.qkv.call(tokens), (-1, length, 3, self.num_heads, dim // self.num_heads)
         )  # (B, L, 3, N, K)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, L, N, K)
         if self.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = self.query_norm.call(query), self.key_norm.call(key)
         if self.grid is not None:
-            query, key = rotate(query, self.angles), rotate(key, self.angles)
+            query, key = rotate(query, self.turns), rotate(key, self.turns)
         x = backend.attention(query, key, value)  # (B, L, N, K)
-        return self.proj(ops.reshape(x, (-1, length, dim)))
+        return self.proj.call(ops.reshape(x, (-1, length, dim)))
 
 
 @serializable
@@ -200,14 +200,14 @@ class TransformerBlock(layers.Layer):
     def _body(self, x, time=None):
         parts = [None] * 4
         if self.adaln:
-            parts = ops.split(self.modulation(time)[:, None], 4, axis=-1)  # each (B, 1, D)
-        x = x + self.attention(_modulate(self.norm_1(x), *parts[:2]))
-        y = _modulate(self.norm_2(x), *parts[2:])
+            parts = ops.split(self.modulation.call(time)[:, None], 4, axis=-1)  # each (B, 1, D)
+        x = x + self.attention.call(_modulate(self.norm_1.call(x), *parts[:2]))
+        y = _modulate(self.norm_2.call(x), *parts[2:])
         if self.mlp == "swiglu":
-            h = ops.silu(self.mlp_gate(y)) * self.mlp_in(y)
+            h = ops.silu(self.mlp_gate.call(y)) * self.mlp_in.call(y)
         else:
-            h = ops.gelu(self.mlp_in(y), approximate=False)
-        return x + self.mlp_out(h)
+            h = ops.gelu(self.mlp_in.call(y), approximate=False)
+        return x + self.mlp_out.call(h)
 
     def compute_output_shape(self, tokens_shape, time_shape=None):
         return tokens_shape
@@ -276,15 +276,15 @@ class LongSkip(layers.Layer):
 
     def _body(self, x, skip):
         merged = self._merged(x, skip)
-        return self.layer_norm(merged) if self.norm else merged
+        return self.layer_norm.call(merged) if self.norm else merged
 
     def _merged(self, x, skip):
         if self.merge == "concat":
-            return self.proj(ops.concatenate([x, skip], axis=-1))
+            return self.proj.call(ops.concatenate([x, skip], axis=-1))
         if self.merge == "add_project":
-            return self.proj(x + skip)
+            return self.proj.call(x + skip)
         if self.merge == "project_sum":
-            return x + self.proj(skip)
+            return x + self.proj.call(skip)
         return x + skip
 
     def compute_output_shape(self, x_shape, skip_shape=None):

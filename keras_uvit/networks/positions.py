@@ -3,6 +3,7 @@
 import numpy as np
 from keras import layers, ops
 
+from keras_uvit import backend
 from keras_uvit.networks.basics import normal_init, serializable
 
 
@@ -60,8 +61,8 @@ class SinusoidalPositions(layers.Layer):
         return tokens + ops.cast(self.table, tokens.dtype)
 
 
-def rotary_angles(grid, length, head_dim):
-    """By how much each token turns the complex numbers that a head's query or key is.
+def rotary_turns(grid, length, head_dim):
+    """What turns the complex numbers that a head's query or key is, token by token.
 
     K / 4 of them turn by (row f_i), the others by (column f_i), f_i = 10000^(-4 i / K), so that a
     product of query and key depends on where the two are to each other, and not on where they are.
@@ -73,22 +74,25 @@ def rotary_angles(grid, length, head_dim):
         head_dim: int K, divisible by 4.
 
     Returns:
-        `(L, K/2)` float64.
+        cosines and sines of the angles, `(L, 1, K/2)` float32 each.
     """
     if head_dim % 4:
         raise ValueError(
             'position="rotary" splits each head in four (rows and columns, real and imaginary). '
             f"Received: hidden_dim / num_heads = {head_dim}; choose a multiple of 4."
         )
-    return _after_extras(np.concatenate(_patch_angles(grid, head_dim // 4), axis=-1), length)
+    angles = np.concatenate(_patch_angles(grid, head_dim // 4), axis=-1)
+    angles = _after_extras(angles, length)[:, None]
+    return tuple(backend.constant(f(angles).astype("float32")) for f in (np.cos, np.sin))
 
 
-def rotate(x, angles):
-    """x times exp(i angles): component j of a head is real, j + K/2 its imaginary part.
+def rotate(x, turns):
+    """x times cos + i sin: component j of a head is real, j + K/2 its imaginary part.
 
-    In float32, whatever the dtype of x; `(B, L, N, K)` and `(L, K/2)` to `(B, L, N, K)`.
+    In float32, whatever the dtype of x; `(B, L, N, K)` to `(B, L, N, K)`. `turns` are those of
+    `rotary_turns`.
     """
-    cos, sin = (ops.cast(f(angles)[:, None], "float32") for f in (np.cos, np.sin))  # (L, 1, K/2)
+    cos, sin = turns
     real, imaginary = ops.split(ops.cast(x, "float32"), 2, axis=-1)  # (B, L, N, K/2)
     turned = [real * cos - imaginary * sin, real * sin + imaginary * cos]
     return ops.cast(ops.concatenate(turned, axis=-1), x.dtype)

@@ -229,7 +229,8 @@ class DiffusionModel(keras.Model):
 
         Args:
             optimizer: any Keras optimizer; `None` is `training.adamw(**recipe)`.
-            jit_compile: bool.
+            jit_compile: bool. `True` compiles the whole step by XLA on JAX and TensorFlow, and on
+                PyTorch the network's blocks, each kind once, by torch.compile.
             **kwargs: `steps_per_execution`, `run_eagerly`, `auto_scale_loss`. The loss is the
                 model's own.
         """
@@ -244,6 +245,12 @@ class DiffusionModel(keras.Model):
         optimizer = adamw(**self.recipe) if optimizer is None else optimizer
         super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
         self.optimizer.build(self.trainable_variables)
+        for network in (self.network, self.ema_network):
+            backend.compile_blocks(network, self.jit_compile)
+
+    def _should_torch_compile(self):
+        """Keras would compile the whole step, a minute for a small network, beside the blocks."""
+        return False
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))

@@ -9,10 +9,10 @@ arXiv 2207.12598). Two things change so slowly from row to row that they may be 
 
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
+from keras_uvit import backend
 from keras_uvit.networks import halves
 from keras_uvit.process import predictions
 
@@ -72,12 +72,13 @@ class Evaluations:
 
     Args:
         model: `DiffusionModel`.
+        network: its `network` or `ema_network`, whose weights are asked.
         plan: `Plan`.
         kinds: the kinds that will be asked for.
     """
 
-    def __init__(self, model, plan, kinds):
-        self.model, self.network = model, model.network
+    def __init__(self, model, network, plan, kinds):
+        self.model, self.network = model, network
         self.keeps_middle = not all(kind.whole for kind in kinds)
         self.keeps_difference = any(kind.guidance == "kept" for kind in kinds)
         self.doubles = any(kind.guidance == "new" for kind in kinds)
@@ -125,7 +126,7 @@ class Evaluations:
         x = ops.concatenate([x] * count)
         times = ops.repeat(t, x.shape[0])
         inputs = {"image": x, "timestep": model.time_scale * times, **both}
-        with keras.StatelessScope(state_mapping=list(zip(self.network.variables, weights))):
+        with backend.holding(self.network, weights):
             if not self.keeps_middle:
                 out = self.network(inputs, training=False)
             elif whole:

@@ -76,8 +76,9 @@ def generate(
     """
     job = _checked(**locals())
     _warn_if_untrained(model)
-    loop, total = _loop(model, job), job.total
-    weights = [w.value for w in (model.ema_network if use_ema else model.network).variables]
+    network = model.ema_network if use_ema else model.network
+    loop, total = _loop(model, network, job), job.total
+    weights = [w.value for w in network.variables]
     replicas = backend.replicas()
     at_once = batch_size or backend.images_at_once(_widest(model.network))
     size = -(-min(at_once, total) // replicas) * replicas  # every device gets as many
@@ -364,12 +365,16 @@ def _noise(seed, indices, shape):
     return noise, np.array([g.integers(2**31) for g in generators], "int32")
 
 
-def _loop(model, job):
-    """The compiled loop for this pattern of evaluations, made once per model."""
-    pattern = tuple(runs_of(job.plan.kinds(job.steps.t))), job.plan.outer_blocks
+def _loop(model, network, job):
+    """The compiled loop for this pattern of evaluations, made once.
+
+    Weights are its arguments: where XLA compiles it, one program serves both networks.
+    """
+    network = model.network if backend.HAS_XLA else network
+    pattern = tuple(runs_of(job.plan.kinds(job.steps.t))), job.plan.outer_blocks, network.name
     if pattern not in model._loops:
         kinds = {kind for _, unit in pattern[0] for kind in unit}
-        evaluations = Evaluations(model, job.plan, kinds)
+        evaluations = Evaluations(model, network, job.plan, kinds)
         run = functools.partial(_run, evaluations, pattern[0])
         model._loops[pattern] = backend.compiled(run)
     return model._loops[pattern]

@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 
 from keras_uvit import UViT
-from keras_uvit.networks.positions import rotary_angles, rotate
+from keras_uvit.networks.positions import rotary_turns, rotate
 
 GRID, EXTRAS, HEAD = (3, 4), 2, 8
 LENGTH = EXTRAS + 12
@@ -16,8 +16,8 @@ def random(*shape, seed=0):
 
 
 def rotated(x, grid=GRID):
-    angles = rotary_angles(grid, x.shape[1], x.shape[-1])
-    return ops.convert_to_numpy(rotate(ops.convert_to_tensor(x), angles))
+    turns = rotary_turns(grid, x.shape[1], x.shape[-1])
+    return ops.convert_to_numpy(rotate(ops.convert_to_tensor(x), turns))
 
 
 def test_rotation_is_a_product_of_complex_numbers():
@@ -58,9 +58,9 @@ def test_scores_depend_on_relative_positions_only():
 def test_angles_are_float32_whatever_the_dtype(dtype):
     # At row 200 bfloat16 would round angles to 1 radian.
     x = ops.cast(random(1, 201, 1, 4), dtype)
-    angles = rotary_angles((201, 1), 201, 4)
-    exact = rotate(ops.cast(x, "float32"), angles)
-    half = rotate(x, angles)
+    turns = rotary_turns((201, 1), 201, 4)
+    exact = rotate(ops.cast(x, "float32"), turns)
+    half = rotate(x, turns)
     np.testing.assert_array_equal(
         ops.convert_to_numpy(ops.cast(half, "float32")),
         ops.convert_to_numpy(ops.cast(ops.cast(exact, dtype), "float32")),
@@ -86,4 +86,4 @@ def test_a_network_has_no_weights_for_them_and_reads_them():
 @pytest.mark.parametrize("head_dim", [2, 6])
 def test_a_head_that_cannot_be_split_is_named(head_dim):
     with pytest.raises(ValueError, match=f"hidden_dim / num_heads = {head_dim}; .* multiple of 4"):
-        rotary_angles(GRID, LENGTH, head_dim)
+        rotary_turns(GRID, LENGTH, head_dim)

@@ -1,0 +1,74 @@
+"""`jit_compile=True` on PyTorch: one program for all blocks of a kind, and the same numbers."""
+
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_uvit import DiffusionModel, UViT, backend
+
+if keras.config.backend() != "torch":
+    pytest.skip("elsewhere XLA compiles whole steps", allow_module_level=True)
+
+import torch  # noqa: E402
+
+RNG = np.random.default_rng(0)
+DATA = {"image": RNG.uniform(-1, 1, (8, 4, 4, 1)).astype("float32"), "label": np.arange(8) % 3}
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch):
+    """What torch.compile traces is run as it is: making programs of it takes seconds."""
+    torch._dynamo.reset()
+    programs, compile = [], torch.compile
+
+    def keep(graph, inputs):
+        programs.append(graph)
+        return graph
+
+    monkeypatch.setattr(
+        torch, "compile", lambda f: compile(f, backend=keep, fullgraph=True, dynamic=False)
+    )
+    forget = sys.modules[backend.compile_blocks.__module__]._compiled_body.cache_clear
+    forget()
+    yield programs
+    forget()
+
+
+def made(jit_compile, **options):
+    keras.utils.set_random_seed(0)
+    shape = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_heads=2, num_classes=3)
+    model = DiffusionModel(UViT(num_layers=5, **shape, **options))
+    model.compile(jit_compile=jit_compile)
+    return model
+
+
+def trained(*choices, **options):
+    model = made(*choices, **options)
+    losses = model.fit(DATA, batch_size=4, epochs=2, verbose=0).history["loss"]
+    images = model.generate(labels=[0, 2], num_steps=2, guidance_scale=2.0, verbose=0)
+    return model, losses, images
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": "mixed_bfloat16", "position": "rotary", "qk_norm": True}, {"remat": True}],
+    ids=["float32", "bfloat16", "remat"],
+)
+def test_blocks_and_long_skips_are_two_programs_and_change_no_number(options, traced):
+    _, losses, images = trained(False, **options)
+    assert not traced
+    _, compiled_losses, compiled_images = trained(True, **options)
+    assert len(traced) == 4  # two in training, two in sampling
+    np.testing.assert_allclose(compiled_losses, losses, rtol=1e-6)  # the same operations
+    np.testing.assert_allclose(compiled_images, images, atol=1)
+
+
+def test_what_was_chosen_is_kept_and_can_be_changed(traced, tmp_path):
+    model = made(True)
+    model.save(tmp_path / "model.keras")
+    assert keras.models.load_model(tmp_path / "model.keras").jit_compile
+    model.compile(jit_compile=False)
+    model.fit(DATA, batch_size=4, verbose=0)
+    assert not traced
