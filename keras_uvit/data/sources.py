@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import numpy as np
 
 ORIENTATION = 274  # the EXIF tag; from 5 on height and width change places
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+# Formats that Pillow knows by name, but are no pictures, or need another program to be read.
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# What systems leave beside the user's files; parts that begin with a dot are left out as well.
+LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,9 +293,11 @@ def _files(path, labels):
     """Image files in sorted order, and the class of each or None."""
     if not path.is_dir():
         raise FileNotFoundError(f"No folder at {path}.")
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    found = list_pictures(path)
     if not found:
-        raise FileNotFoundError(f"No image in {path}. Looked for {', '.join(sorted(EXTENSIONS))}.")
+        raise FileNotFoundError(
+            f"No image in {path}. Looked for {', '.join(sorted(extensions()))}."
+        )
     classes = [p.relative_to(path).parts[0] if p.parent != path else None for p in found]
     if labels is None or not any(classes):
         return found, None
@@ -302,6 +308,55 @@ def _files(path, labels):
             "Move them, or pass labels=None."
         )
     return found, classes
+
+
+def extensions():
+    """Those of all formats that Pillow reads, such as ".jpg"; with its plugins."""
+    Image, _ = pillow()
+    known = Image.registered_extensions()  # which reads the plugins
+    return {end for end, name in known.items() if name in Image.OPEN and name not in NO_PICTURES}
+
+
+def list_pictures(path, beside=()):
+    """All image files below a folder, sorted. Links are followed, but not in circles.
+
+    Warns, with numbers and names, of what is there and left out: files of other kinds, and hidden
+    ones.
+
+    Args:
+        path: the folder.
+        beside: names of files that are read otherwise.
+    """
+    ends, found, others, hidden, circles = extensions(), [], [], [], []
+    for folder, folders, files in os.walk(path, followlinks=True):
+        names = {*folders, *files}
+        litter = {name for name in names if name.startswith(".") or name in LITTER}
+        links = {name for name in folders if _leads_above(Path(folder, name), path)}
+        hidden += [Path(folder, name) for name in litter]
+        circles += [Path(folder, name) for name in links]
+        folders[:] = set(folders) - litter - links
+        for name in set(files) - litter - set(beside):
+            file = Path(folder, name)
+            is_picture = file.suffix.lower() in ends and file.is_file()
+            (found if is_picture else others).append(file)
+    left_out = {"no pictures": others, "hidden": hidden, "links to a folder above": circles}
+    words = [f"{len(them)} {why} ({_named(path, them)})" for why, them in left_out.items() if them]
+    if found and words:
+        warnings.warn(f"Left out of {path}: {'; '.join(words)}.", stacklevel=2)
+    return sorted(found)
+
+
+def _leads_above(folder, top):
+    """Whether it is a link to a folder that holds it, below `top` or `top` itself."""
+    if not folder.is_symlink():
+        return False
+    above = [parent for parent in folder.parents if parent == top or top in parent.parents]
+    return any(os.path.samefile(folder, parent) for parent in above)
+
+
+def _named(path, files):
+    names = [str(file.relative_to(path)) for file in sorted(files)[:3]]
+    return ", ".join(names) + (", ..." if len(files) > 3 else "")
 
 
 def read_file(file, size, channels, crop=None, method="adm"):

@@ -277,3 +277,12 @@ def test_random_prompts_are_one_each_of_different_pictures():
 def test_there_are_as_many_prompts_as_pictures_at_most(count):
     with pytest.raises(ValueError, match="between 1 and 2"):
         captioned.random_prompts([["a"], ["b"]], count)
+
+
+def test_pictures_without_captions_are_counted_and_named(tmp_path):
+    for k in range(4):
+        Image.fromarray(np.zeros((8, 8, 3), "uint8")).save(tmp_path / f"{k}.png")
+    line = json.dumps({"file_name": "0.png", "captions": ["a square"]})
+    (tmp_path / "captions.jsonl").write_text(line, encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"3 of 4 pictures .* left out, such as 1\.png"):
+        assert len(captioned.captioned_folder(tmp_path, 8)) == 1

@@ -231,3 +231,60 @@ def test_an_image_too_large_for_pillow_is_named(photos, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ValueError, match=r"0\.png cannot be read \(DecompressionBombError"):
         sources.folder(photos, 4).read(0)
+
+
+# Folders ------------------------------------------------------------------------------------------
+
+
+def _picture(path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(IMAGES[0]).save(path, **options)
+    return path
+
+
+def test_all_that_pillow_reads_is_a_picture_and_the_rest_is_named(tmp_path):
+    endings = ["jpg", "JPG", "jfif", "jpe", "png", "ppm", "webp", "tif", "gif", "bmp", "tga"]
+    wanted = [_picture(tmp_path / f"{k}.{end}") for k, end in enumerate(endings)]
+    for name in ("0.txt", "notes.pdf", "weights.h5", "film.mpg"):
+        (tmp_path / name).write_text("no picture")
+    with pytest.warns(
+        UserWarning, match=r"4 no pictures \(0\.txt, film\.mpg, notes\.pdf, \.\.\.\)"
+    ):
+        assert sources.list_pictures(tmp_path) == sorted(wanted)
+
+
+def test_what_systems_leave_is_no_picture_and_no_class(tmp_path):
+    wanted = [_picture(tmp_path / name / "1.png") for name in ("cats", "dogs")]
+    for name in (
+        ".thumbnails/1.png",
+        "__MACOSX/cats/1.png",
+        "cats/._1.png",
+        ".ipynb_checkpoints/1.png",
+    ):
+        _picture(tmp_path / name)
+    (tmp_path / "Thumbs.db").write_text("")
+    (tmp_path / "dogs" / ".DS_Store").write_text("")
+    with pytest.warns(UserWarning, match=r"6 hidden \(\.ipynb_checkpoints, \.thumbnails, Thumbs"):
+        source = sources.folder(tmp_path, 8)
+    assert source.class_names == ["cats", "dogs"]
+    assert len(source) == len(wanted)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    kept, folder = tmp_path / "kept", tmp_path / "folder"
+    _picture(kept / "1.png")
+    wanted = [_picture(folder / "cats" / "2.png")]
+    for name in ("birds", "dogs"):
+        (folder / name).symlink_to(kept, target_is_directory=True)
+        wanted.append(folder / name / "1.png")
+    (folder / "cats" / "3.png").symlink_to(kept / "1.png")
+    wanted.append(folder / "cats" / "3.png")
+    (folder / "cats" / "again").symlink_to(folder, target_is_directory=True)
+    with pytest.warns(UserWarning, match=r"1 links to a folder above \(cats/again\)"):
+        assert sources.list_pictures(folder) == sorted(wanted)
+
+
+def test_a_folder_of_pictures_alone_is_taken_without_a_word(tmp_path, recwarn):
+    _picture(tmp_path / "1.png")
+    assert len(sources.list_pictures(tmp_path)) == 1
+    assert not recwarn
