@@ -18,9 +18,10 @@ fuses_attention = has_accelerator
 
 
 def fused_attention(query, key, value):
-    """cuDNN's kernel takes an even number of tokens only when it is differentiated as JAX calls it,
-    with a bias even where there is none: otherwise Keras logs an error for each call and takes the
-    plain form, with its L x L weights. So an odd number gets one more token, which none sees.
+    """On a GPU an odd number of tokens gets one more, which no other attends to.
+
+    JAX differentiates cuDNN's kernel as if there were a bias, and then wants an even number: for an
+    odd one Keras would log an error at each call and take the plain form, with its L x L weights.
     """
     length = query.shape[1]
     if length % 2 == 0 or query.dtype == "float32" or jax.default_backend() != "gpu":

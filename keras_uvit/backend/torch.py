@@ -50,11 +50,16 @@ def holding(network, weights):
 
 
 def compile_blocks(network, wanted):
-    for layer in network._flatten_layers():
-        kind = type(layer)
-        if hasattr(kind, "_body"):
-            body = _compiled_body(kind) if wanted else kind._body
-            layer._body = body.__get__(layer)
+    blocks = [b for b in network._flatten_layers() if getattr(b, "compiles_once", False)]
+    if wanted and not blocks:
+        warnings.warn(
+            f"On PyTorch jit_compile=True does nothing for {type(network).__name__}, whose blocks "
+            "differ in shape: each would be compiled on its own.",
+            stacklevel=3,
+        )
+    for block in blocks:
+        body = _compiled_body(type(block)) if wanted else type(block)._body
+        block._body = body.__get__(block)
 
 
 @functools.cache

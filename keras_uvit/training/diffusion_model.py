@@ -230,7 +230,7 @@ class DiffusionModel(keras.Model):
         Args:
             optimizer: any Keras optimizer; `None` is `training.adamw(**recipe)`.
             jit_compile: bool. `True` compiles the whole step by XLA on JAX and TensorFlow, and on
-                PyTorch the network's blocks, each kind once, by torch.compile.
+                PyTorch the blocks of a U-ViT, each kind once, by torch.compile.
             **kwargs: `steps_per_execution`, `run_eagerly`, `auto_scale_loss`. The loss is the
                 model's own.
         """

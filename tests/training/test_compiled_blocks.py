@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_uvit import DiffusionModel, UViT, backend
+from keras_uvit import DiffusionModel, UNet, UViT, backend
 
 if keras.config.backend() != "torch":
     pytest.skip("elsewhere XLA compiles whole steps", allow_module_level=True)
@@ -72,3 +72,11 @@ def test_what_was_chosen_is_kept_and_can_be_changed(traced, tmp_path):
     model.compile(jit_compile=False)
     model.fit(DATA, batch_size=4, verbose=0)
     assert not traced
+
+
+def test_a_network_of_unequal_blocks_is_told_that_it_is_not_compiled(traced):
+    model = DiffusionModel(
+        UNet((8, 8, 1), base_dim=32, head_dim=32, multipliers=(1,), attention_levels=())
+    )
+    with pytest.warns(UserWarning, match="does nothing for UNet"):
+        model.compile(jit_compile=True)
