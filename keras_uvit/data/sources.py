@@ -248,7 +248,9 @@ def survey(path):
         FileNotFoundError: if there is no such folder or no image in it.
     """
     Image, _ = pillow()
-    files, _ = _files(Path(path), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whoever reads the pictures says what is left out
+        files, _ = _files(Path(path), None)
     chosen = files[:: max(1, len(files) // SURVEYED)][:SURVEYED]
     sizes, grey = [], 0
     for file in chosen:
