@@ -135,14 +135,18 @@ def parse():
     return parser.parse_args()
 
 
+def compiled(contender):
+    """On a GPU eager PyTorch waits for Python. (On a CPU its compiler wants one of C++.)"""
+    return "keras-torch-compile" if contender == "keras-torch" else contender
+
+
 def commanded(part, options, peak):
     """The part with its whole command line."""
     keras = [f"keras-{backend}" for backend in options.backends]
     words = part.command.format(
         backends=" ".join(options.backends),
         keras=" ".join(keras),
-        # Without it PyTorch waits for Python, see README.md.
-        trained=" ".join(keras).replace("keras-torch", "keras-torch-compile"),
+        trained=" ".join(keras if options.dry_run else map(compiled, keras)),
         fast=" ".join(f"{name}-fast" for name in keras),
     ).split()
     script = words[0]
