@@ -35,8 +35,8 @@ SIZES = {
 CLASSES = {"tiny": 10, "S/2": None, "L/2": 1000, "H/2": 1000}
 # Blocks of a DiT with the multiply-adds of a U-ViT so wide: it has no long skips.
 DIT_LAYERS = {"tiny": 3, "S/2": 14, "L/2": 23, "H/2": 31}
-CONTENDERS = ["keras-jax", "keras-tensorflow", "keras-torch", "torch-compile", "dit"]
-CONTENDERS += ["keras-torch-compile"]
+KERAS = ["keras-jax", "keras-tensorflow", "keras-torch", "keras-torch-compile"]
+CONTENDERS = [*KERAS, "torch-compile", "dit"]
 COLUMNS = [
     "size",
     "batch_size",

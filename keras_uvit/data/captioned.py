@@ -90,12 +90,12 @@ def captioned_folder(path, image_size, *, channels=3, crop=None):
             files.append(_inside(path, content["file_name"], f"line {number} of {file}"))
             texts.append(content["captions"])
     _check_files(files, f"{file} names it.")
-    without = sorted(set(sources.list_pictures(path, beside=[CAPTIONS])) - set(files))
+    there = sources.list_pictures(path, beside=[CAPTIONS])
+    without = sorted(set(there) - set(files))
     if without:
-        total = len(without) + len(set(files))
         warnings.warn(
-            f"{len(without)} of {total} pictures in {path} have no line in {CAPTIONS} and are left "
-            f"out, such as {without[0].name}.",
+            f"{len(without)} of {len(there)} pictures in {path} have no line in {CAPTIONS} and are "
+            f"left out, such as {without[0].name}.",
             stacklevel=2,
         )
     return _source(f"folder:{path.name}", files, texts, image_size, channels, crop=crop)

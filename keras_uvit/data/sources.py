@@ -248,9 +248,7 @@ def survey(path):
         FileNotFoundError: if there is no such folder or no image in it.
     """
     Image, _ = pillow()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whoever reads the pictures says what is left out
-        files, _ = _files(Path(path), None)
+    files, _ = _files(Path(path), None, warn=False)  # whoever reads the pictures warns
     chosen = files[:: max(1, len(files) // SURVEYED)][:SURVEYED]
     sizes, grey = [], 0
     for file in chosen:
@@ -291,14 +289,15 @@ def checked_size(image_size):
     return size
 
 
-def _files(path, labels):
-    """Image files in sorted order, and the class of each or None."""
+def _files(path, labels, warn=True):
+    """Image files in sorted order, and the class of each or None; see `list_pictures`."""
     if not path.is_dir():
         raise FileNotFoundError(f"No folder at {path}.")
-    found = list_pictures(path)
+    found = list_pictures(path, warn=warn)
     if not found:
         raise FileNotFoundError(
-            f"No image in {path}. Looked for {', '.join(sorted(extensions()))}."
+            f"No image in {path}. Looked for the endings of all formats that Pillow reads, such as "
+            ".jpeg, .png and .webp, and not in hidden folders."
         )
     classes = [p.relative_to(path).parts[0] if p.parent != path else None for p in found]
     if labels is None or not any(classes):
@@ -319,15 +318,14 @@ def extensions():
     return {end for end, name in known.items() if name in Image.OPEN and name not in NO_PICTURES}
 
 
-def list_pictures(path, beside=()):
+def list_pictures(path, beside=(), warn=True):
     """All image files below a folder, sorted. Links are followed, but not in circles.
-
-    Warns, with numbers and names, of what is there and left out: files of other kinds, and hidden
-    ones.
 
     Args:
         path: the folder.
-        beside: names of files that are read otherwise.
+        beside: names of files that are no pictures and are read all the same.
+        warn: bool. Whether a warning counts and names what is left out: files of other kinds,
+            hidden ones, links in a circle.
     """
     ends, found, others, hidden, circles = extensions(), [], [], [], []
     for folder, folders, files in os.walk(path, followlinks=True):
@@ -343,7 +341,7 @@ def list_pictures(path, beside=()):
             (found if is_picture else others).append(file)
     left_out = {"no pictures": others, "hidden": hidden, "links to a folder above": circles}
     words = [f"{len(them)} {why} ({_named(path, them)})" for why, them in left_out.items() if them]
-    if found and words:
+    if warn and found and words:
         warnings.warn(f"Left out of {path}: {'; '.join(words)}.", stacklevel=2)
     return sorted(found)
 

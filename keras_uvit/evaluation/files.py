@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_uvit.data.sources import extensions
+
 
 def atomic_npz(path, content):
     """Writes arrays as an `.npz`, whole or not at all."""
@@ -92,7 +94,8 @@ def read_images(path):
 
     Raises:
         FileNotFoundError: if there is nothing.
-        ValueError: if the images differ in shape, or the file holds none.
+        ValueError: if the images differ in shape, the file holds none, or the folder holds pictures
+            of other formats too.
     """
     path = Path(path)
     if path.is_dir():
@@ -100,6 +103,12 @@ def read_images(path):
         files = sorted(file for file in path.glob("*.png") if not file.name.startswith("tmp-"))
         if not files:
             raise FileNotFoundError(f"No .png file in {path}.")
+        others = {p.suffix.lower() for p in path.iterdir()} & extensions() - {".png"}
+        if others:
+            raise ValueError(
+                f"{path} holds pictures that are no .png: {', '.join(sorted(others))}. Statistics "
+                "are of PNG files, which keep every pixel. Convert these, or move them away."
+            )
         images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
         if len({image.shape for image in images}) != 1:
             raise ValueError(f"The images in {path} differ in size.")

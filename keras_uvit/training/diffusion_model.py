@@ -224,13 +224,15 @@ class DiffusionModel(keras.Model):
 
     # Training -------------------------------------------------------------------------------------
 
-    def compile(self, optimizer=None, jit_compile=backend.HAS_XLA, **kwargs):
+    def compile(self, optimizer=None, jit_compile=None, **kwargs):
         """As `keras.Model.compile`; without arguments the recipe's AdamW, and XLA where there is.
 
         Args:
             optimizer: any Keras optimizer; `None` is `training.adamw(**recipe)`.
             jit_compile: bool. `True` compiles the whole step by XLA on JAX and TensorFlow, and on
-                PyTorch the blocks of a U-ViT, each kind once, by torch.compile.
+                PyTorch the blocks of a U-ViT, each kind once, by torch.compile. `None` is `True`
+                where there is XLA; a saved model that was left so is what suits the backend that
+                loads it.
             **kwargs: `steps_per_execution`, `run_eagerly`, `auto_scale_loss`. The loss is the
                 model's own.
         """
@@ -243,6 +245,8 @@ class DiffusionModel(keras.Model):
                 "`prediction` and the schedule choose the loss."
             )
         optimizer = adamw(**self.recipe) if optimizer is None else optimizer
+        self._jit_compile_chosen = jit_compile
+        jit_compile = backend.HAS_XLA if jit_compile is None else jit_compile
         super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
         self.optimizer.build(self.trainable_variables)
         for network in (self.network, self.ema_network):
@@ -251,6 +255,10 @@ class DiffusionModel(keras.Model):
     def _should_torch_compile(self):
         """Keras would compile the whole step, a minute for a small network, beside the blocks."""
         return False
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        return config and {**config, "jit_compile": self._jit_compile_chosen}
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))

@@ -206,3 +206,10 @@ def test_a_grid_wider_than_its_images_is_white_there():
     grid = image_grid(random_images(2), columns=4)
     assert grid.shape == (8, 38, 3)
     assert (grid[:, 18:] == 255).all()
+
+
+def test_pictures_of_other_formats_are_not_left_out_in_silence(tmp_path):
+    write_pngs(tmp_path, random_images(1))
+    Image.fromarray(random_images(1)[0]).save(tmp_path / "1.jpg")
+    with pytest.raises(ValueError, match=r"no \.png: \.jpg"):
+        read_images(tmp_path)

@@ -495,4 +495,6 @@ def test_ways_to_run_the_step_agree(options, two_epochs):
 
 
 def test_compiled_by_xla_where_there_is_xla():
-    assert make().jit_compile == (BACKEND != "torch")
+    model = make()
+    assert model.jit_compile == (BACKEND != "torch")
+    assert model.get_compile_config()["jit_compile"] is None  # another backend chooses anew
