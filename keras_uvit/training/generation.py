@@ -107,7 +107,7 @@ def _warn_if_untrained(model):
     """Once a model, and not in the middle of a run. Networks begin with most biases at zero, and
     training moves them all: their values tell, whatever way the weights came.
     """
-    if model.warned_untrained or int(model.step):
+    if model.warned_untrained or int(ops.convert_to_numpy(model.step)):
         return
     model.warned_untrained = True
     biases = [w for w in model.ema_network.weights if w.path.endswith("/bias")]
