@@ -35,7 +35,7 @@ SELECT = $(if $(ALL)$(filter $(CHEAPEST),$*),,-m "not once or each_backend")
 # has traced, and one process with all tests grows to 9 GB.
 test: $(VENV)/installed-test
 	@mkdir -p $(LOGS) && rm -f $(LOGS)/*
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target \
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target test-rest-$(CHEAPEST) \
 		$(foreach part,rest training,$(foreach backend,$(BACKENDS),test-$(part)-$(backend))); \
 	status=$$?; echo; for log in $(LOGS)/*; do echo "$$(basename $$log): $$(tail -n 1 $$log)"; done; \
 	exit $$status

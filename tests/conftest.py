@@ -87,5 +87,12 @@ def _forget_programs():
 
 
 @pytest.fixture(scope="session")
+def alone():
+    """The environment of a child process that sees this backend and no other."""
+    paths = [str(ROOT), str(ROOT / "tests" / "alone"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "KERAS_BACKEND": NAME, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture(scope="session")
 def golden_cases():
     return json.loads((GOLDEN / "cases.json").read_text())

@@ -2,15 +2,8 @@
 
 import argparse
 import json
-import os
 import random
-import sys
 from pathlib import Path
-
-if os.environ["KERAS_BACKEND"] != "tensorflow":
-    # As where they are not installed: Keras imports TensorFlow to write a checkpoint, and
-    # scikit-learn for its wrappers, for seconds each.
-    sys.modules |= dict.fromkeys(["tensorflow", "sklearn"])
 
 import keras
 import numpy as np

@@ -117,10 +117,10 @@ def test_a_contender_that_ends_is_a_row_and_the_others_are_measured(benchmark_mo
 # The whole ----------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_measures_a_training_step(tmp_path):
+def test_a_dry_run_measures_a_training_step(tmp_path, alone):
     options = ["--dry-run", "--out", tmp_path, "--parts", "train-S", "--backends", BACKEND]
     command = [sys.executable, BENCHMARKS / "gpu.py", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, env=alone, timeout=500)
     assert done.returncode == 0, done.stdout + (tmp_path / "train-S.log").read_text()[-2000:]
     machine, rival, row, end = rows_of(tmp_path)
     assert (machine["part"], machine["keras"]) == ("machine", keras.__version__)

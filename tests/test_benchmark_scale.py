@@ -111,14 +111,14 @@ def test_groups_of_devices(written, group):
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="programs of XLA, by JAX")
-def test_scale_predicts_a_row_a_layout():
+def test_scale_predicts_a_row_a_layout(alone):
     small = "--preset uvit_tiny_digits --num-layers 1 --devices 8 --batch-size 64"
     layouts = ["data", "fsdp", "tensor4"]
     network = presets.get("uvit_tiny_digits").new_network(num_layers=1)
     count = sum(math.prod(w.shape) for w in network.weights if len(w.shape) > 1)
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "scale.py", *small.split(), "--layouts", *layouts],
-        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
+        env=alone,
         capture_output=True,
         text=True,
         timeout=600,

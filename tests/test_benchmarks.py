@@ -56,11 +56,11 @@ def test_memory_prints_what_recomputing_saves(run, monkeypatch):
     assert rows[2]["kept_gib"] < rows[0]["kept_gib"]  # half the bytes of most activations
 
 
-def test_sampling_is_measured_in_turn_with_its_rival():
+def test_sampling_is_measured_in_turn_with_its_rival(alone):
     contender = f"keras-{BACKEND}"
     small = ["--size", "tiny", "--images", "2", "--num-steps", "3", "--turns", "1"]
     command = [sys.executable, BENCHMARKS / "generate.py", "--contenders", contender, *small]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=alone, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     rival, row = (json.loads(line) for line in lines if line.startswith("{"))

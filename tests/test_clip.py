@@ -1,7 +1,6 @@
 """CLIP from files: token ids and hidden states against transformers, damaged files."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -192,14 +191,14 @@ print(Tokenizer.learned({words}, 600, 8).merges)
 """
 
 
-def test_equal_captions_give_equal_merges_in_every_process():
+def test_equal_captions_give_equal_merges_in_every_process(alone):
     """Most pairs of these sentences are equally common."""
     words = ["a man rides a wave", "the cat sat on a mat", "dogs run in tall grass"]
     there = subprocess.run(
         [sys.executable, "-c", LEARN.format(words=words)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONHASHSEED": "1"},
+        env={**alone, "PYTHONHASHSEED": "1"},
         timeout=300,
     )
     assert there.stdout.strip() == str(clip.Tokenizer.learned(words, 600, 8).merges)

@@ -32,8 +32,8 @@ def command(folder, devices, *more):
 def environment(devices):
     flags = "--xla_force_host_platform_device_count=8" if devices == "many" else ""
     many = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"}
-    path = os.pathsep.join([str(JOB.parents[1]), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, **many, "PYTHONPATH": path, "KERAS_BACKEND": NAME}
+    paths = [str(JOB.parents[1]), str(JOB.with_name("alone")), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, **many, "PYTHONPATH": os.pathsep.join(paths), "KERAS_BACKEND": NAME}
 
 
 def start(folder, devices, *more, torchrun=NAME == "torch"):

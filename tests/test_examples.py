@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_uvit import training
+from keras_uvit import evaluation, training
 from keras_uvit.data.manifest import CacheError
 from keras_uvit.training.batches import check_source
 
@@ -157,6 +157,7 @@ def test_fashion_trains_what_suits_the_data_and_reports(run, tmp_path, monkeypat
     images = np.random.default_rng(0).integers(0, 256, (200, 28, 28)).astype("uint8")
     content = (images, np.arange(200) % 10), None
     monkeypatch.setattr(keras.datasets.fashion_mnist, "load_data", lambda: content)
+    monkeypatch.setattr(evaluation.reports, "CLASSIFIER_STEPS", (10, 10))
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))  # nothing is copied to the real one
     run("fashion", "--quick", "--out", tmp_path / "run")
     assert len(list((tmp_path / "run" / "grids").glob("epoch-*.png"))) == 7  # 20 steps, 3 each

@@ -123,6 +123,7 @@ def smaller(block, *changes):
 def test_readme_training_lines_run(tmp_path, monkeypatch):
     """The first block in short, on two simple classes, ends in pictures of the class asked for."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(keras_uvit.evaluation.reports, "CLASSIFIER_STEPS", (20, 20))
     rng = np.random.default_rng(0)
     for k in range(80):  # bright above or below
         pixels = rng.integers(0, 60, (16, 16, 3), dtype="uint8")
@@ -245,8 +246,8 @@ def test_digits_example_runs_to_the_end(tmp_path, monkeypatch):
         assert (tmp_path / name).stat().st_size > 1000
 
 
-def test_help_teaches():
-    result = run(ROOT / "examples" / "digits.py", "--help")
+def test_help_teaches(alone):
+    result = run(ROOT / "examples" / "digits.py", "--help", **alone)
     assert result.returncode == 0
     assert "Expect" in result.stdout
     assert "--quick" in result.stdout

@@ -16,8 +16,8 @@ SCRIPT = Path(__file__).with_name("simulated_device.py")
 
 
 @pytest.fixture(scope="module")
-def there():
-    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
+def there(alone):
+    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=alone)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 

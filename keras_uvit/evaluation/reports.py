@@ -19,6 +19,7 @@ from keras_uvit.process import predictions
 USED = 1000  # real pictures that are compared with, at most
 COMPARED_SIDE = 16  # pixels to which pictures are shrunk before distances are taken of them
 TIMES = np.linspace(0.05, 0.95, 10)
+CLASSIFIER_STEPS = (600, 3000)  # at least and at most; in between one for every ten pictures
 SHOWN = 16  # samples whose nearest training pictures are shown
 COPY = 0.5  # of the usual distance between neighbours: below it a sample is called a copy
 # Error of the x0 estimate over the variance of the pictures at TIMES, as measured on the model that
@@ -157,7 +158,9 @@ def _classifier(images, labels, held_out, num_classes, folder, seed):
     if path.is_file():
         judge.network.load_weights(path)
     else:
-        judge.fit(images[kept], labels[kept], steps=int(np.clip(len(kept) // 10, 600, 3000)))
+        judge.fit(
+            images[kept], labels[kept], steps=int(np.clip(len(kept) // 10, *CLASSIFIER_STEPS))
+        )
         judge.network.save_weights(path)
     return judge
 

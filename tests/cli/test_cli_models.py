@@ -190,7 +190,8 @@ def test_what_does_not_go_with_the_data_is_refused(tmp_path):
     assert "are for U-ViTs" in misused(*words)
 
 
-def test_report_of_shipped_weights(tmp_path):
+def test_report_of_shipped_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation.reports, "CLASSIFIER_STEPS", (20, 20))
     words = ("report", "uvit_tiny_digits", "digits", tmp_path, "--weights", "pretrained")
     text = run(*words, "--num-images", 20, "--num-steps", 4)
     assert f"Look at {tmp_path / 'report.png'}" in text

@@ -320,10 +320,10 @@ print(json.dumps({"kills": kills, "halves": halves, "folders": folders}))
 """
 
 
-def test_a_cache_that_was_killed_again_and_again_is_the_same_to_the_bit(tmp_path):
+def test_a_cache_that_was_killed_again_and_again_is_the_same_to_the_bit(tmp_path, alone):
     result = subprocess.run(
         [sys.executable, "-c", KILLED, os.fspath(tmp_path), "24"],
-        env={**os.environ, "KERAS_BACKEND": BACKEND},
+        env=alone,
         capture_output=True,
         text=True,
         timeout=120,

@@ -28,6 +28,12 @@ def content():
     return squares(200)
 
 
+@pytest.fixture(autouse=True)
+def _easy(monkeypatch):
+    """Squares are learned in 60 steps of a classifier."""
+    monkeypatch.setattr(reports, "CLASSIFIER_STEPS", (60, 60))
+
+
 def model_of(num_classes, draw):
     """A model that "draws" what it is told."""
     network = UViT((8, 8, 1), 2, 16, num_layers=1, num_heads=2, num_classes=num_classes)

@@ -267,11 +267,10 @@ def test_a_model_that_stops_by_itself_does_not_go_on(tmp_path):
 
 
 @pytest.mark.once
-def test_a_killed_process_loses_and_repeats_nothing():
+def test_a_killed_process_loses_and_repeats_nothing(alone):
     """`benchmarks/faults.py` in short: SIGKILL at a random moment, and inside a save."""
     command = [sys.executable, ROOT / "benchmarks" / "faults.py", "--kills", "2", "--epochs", "6"]
-    environment = {**os.environ, "KERAS_BACKEND": BACKEND}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     row = json.loads(result.stdout.splitlines()[-1])
     assert (row["curve"], row["state"], row["kills"]) == ("equal", "equal", 2)

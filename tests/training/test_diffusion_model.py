@@ -139,16 +139,18 @@ def test_every_step_draws_anew_and_the_same_step_the_same():
     assert np.abs(first[:1] - draws_of_other_seed()) > 0
 
 
+@pytest.mark.eager
 def test_the_seed_is_a_part_of_the_state_that_training_keeps():
     """As a constant of the program each seed would be compiled anew."""
     model, other = make(), make(seed=1)
+    eight = {key: value[:8] for key, value in DATA.items()}
     base = ops.convert_to_numpy(model.random.state)[0]
-    fit(model)
-    model.evaluate({key: value[:8] for key, value in DATA.items()}, batch_size=8, verbose=0)
+    fit(model, eight)
+    model.evaluate(eight, batch_size=8, verbose=0)
     assert ops.convert_to_numpy(model.random.state)[0] == base
     assert ops.convert_to_numpy(other.random.state)[0] != base
     model.random.state.assign(other.random.state)  # as loading its weights does
-    fit(model)
+    fit(model, eight)
     assert ops.convert_to_numpy(model.random.state)[0] == base
 
 
@@ -291,8 +293,8 @@ def test_evaluation_uses_the_average_repeats_itself_and_does_not_disturb_trainin
     a, b = make(), make()
     first = a.evaluate(DATA, batch_size=8, verbose=0)
     assert first == a.evaluate(DATA, batch_size=8, verbose=0)
-    fit(a, epochs=2, validation_data=DATA)
-    fit(b, epochs=2)
+    fit(a, validation_data=DATA)
+    fit(b)
     assert_equal(weights(a.network), weights(b.network))
     for average in a.ema_network.weights:
         average.assign(np.zeros(average.shape))
@@ -302,15 +304,15 @@ def test_evaluation_uses_the_average_repeats_itself_and_does_not_disturb_trainin
 @pytest.mark.eager
 def test_saved_and_loaded_goes_on_as_if_uninterrupted(tmp_path):
     whole, half = make(), make()
-    fit(whole, epochs=2)
-    history = fit(whole, epochs=2)
-    fit(half, epochs=2)
+    fit(whole)
+    history = fit(whole)
+    fit(half)
     half.save(tmp_path / "model.keras")
     resumed = keras.saving.load_model(tmp_path / "model.keras")
     assert resumed.get_config() == half.get_config()
     assert_equal(weights(resumed.network), weights(half.network))
     assert_equal(weights(resumed.ema_network), weights(half.ema_network))
-    assert fit(resumed, epochs=2) == history
+    assert fit(resumed) == history
     assert_equal(weights(resumed.ema_network), weights(whole.ema_network))
 
 
@@ -390,7 +392,7 @@ def test_compile_refuses_another_loss():
 def test_mixed_precision_trains_like_float32(policy):
     full, mixed = make(), make(network=dict(dtype=policy))
     mixed.network.set_weights(full.network.get_weights())
-    a, b = fit(full, epochs=2), fit(mixed, epochs=2)
+    a, b = fit(full), fit(mixed)
     # bfloat16 has 8 bits of mantissa: 0.4 % a rounding, a few of them in a row.
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=0.03)
     np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=0.1)
@@ -399,6 +401,7 @@ def test_mixed_precision_trains_like_float32(policy):
     assert {keras.backend.standardize_dtype(w.dtype) for w in mixed.network.weights} == {"float32"}
 
 
+@pytest.mark.eager
 def test_loss_scaling_skips_an_overflow_and_lowers_the_scale():
     model = make(compiled=False, network=dict(dtype="mixed_float16"))
     huge = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1e-3), initial_scale=2.0**60)
