@@ -246,8 +246,8 @@ def test_digits_example_runs_to_the_end(tmp_path, monkeypatch):
         assert (tmp_path / name).stat().st_size > 1000
 
 
-def test_help_teaches(alone):
-    result = run(ROOT / "examples" / "digits.py", "--help", **alone)
+def test_help_teaches():
+    result = run(ROOT / "examples" / "digits.py", "--help")
     assert result.returncode == 0
     assert "Expect" in result.stdout
     assert "--quick" in result.stdout
