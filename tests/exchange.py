@@ -1,0 +1,92 @@
+"""Writes every kind of file on one backend, waits, and reads those that others have written.
+
+`python exchange.py FOLDER NAME ...` writes into FOLDER/<its backend>, prints "written", waits for a
+line, and then reads FOLDER/NAME for each NAME.
+"""
+
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_uvit import DiffusionModel, UViT, data, training
+from keras_uvit.evaluation import Reference
+from keras_uvit.latent import AutoencoderKL, SpaceToDepth
+
+NAME = keras.config.backend()
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), "uint8")
+INPUTS = {"image": np.ones((1, 4, 4, 12), "float32"), "timestep": np.array([500.0], "float32")}
+
+
+def make():
+    keras.utils.set_random_seed(len(NAME))  # other weights on each backend
+    network = UViT((4, 4, 12), 2, 16, num_layers=1, num_heads=2)
+    recipe = dict(learning_rate=0.1, warmup_steps=0, gradient_accumulation_steps=2)
+    model = DiffusionModel(network, latent_scale=1.0, optimizer=recipe)
+    model.compile(jit_compile=False)
+    return model
+
+
+def train(model, cache, run, epochs):
+    dataset = data.LatentDataset(cache, 4, verbose=0)
+    checkpoint = training.Checkpoint(run)
+    model.fit(dataset, epochs=epochs, callbacks=[checkpoint], verbose=0)
+    return model
+
+
+def state(model):
+    """All that training moves, but the seed: how many numbers it has is a backend's own."""
+    variables = [*model.weights, *model.optimizer.variables]
+    return [ops.convert_to_numpy(variable) for variable in variables]
+
+
+def assert_same(first, second):
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def write(folder):
+    autoencoder = AutoencoderKL(32, (1, 1), 1, scale=1.0)
+    autoencoder.save(folder / "autoencoder.keras")
+    data.write_latents(IMAGES, folder / "cache", SpaceToDepth(), verbose=0)
+    model = train(make(), folder / "cache", folder / "run", epochs=1)
+    model.save(folder / "model.keras")
+    model.save_weights(folder / "model.weights.h5")
+    statistics = Reference((np.arange(2.0), np.eye(2)), inception=autoencoder.fingerprint)
+    statistics.save(folder / "reference.npz")
+    arrays = {f"{k:03d}": array for k, array in enumerate(state(model))}
+    np.savez(folder / "state.npz", **arrays)
+    np.save(folder / "output.npy", ops.convert_to_numpy(model.network(INPUTS)))
+
+
+def read(folder):
+    with np.load(folder / "state.npz") as file:
+        expected = [file[key] for key in sorted(file.files)]
+    models = [
+        training.load_checkpoint(folder / "run"),
+        keras.saving.load_model(folder / "model.keras"),
+        train(make(), folder / "cache", folder / "run", epochs=1),  # all of it is done
+    ]
+    for model in models:
+        assert_same(state(model), expected)
+        output = ops.convert_to_numpy(model.network(INPUTS))
+        # float32 sums in another order.
+        np.testing.assert_allclose(output, np.load(folder / "output.npy"), rtol=1e-4, atol=1e-5)
+    fresh = make()
+    fresh.load_weights(folder / "model.weights.h5")
+    assert_same([ops.convert_to_numpy(w) for w in fresh.weights], expected[: len(fresh.weights)])
+    autoencoder = keras.saving.load_model(folder / "autoencoder.keras")
+    assert autoencoder.fingerprint == Reference.load(folder / "reference.npz").inception
+
+
+if __name__ == "__main__":
+    everything, *others = sys.argv[1:]
+    (Path(everything) / NAME).mkdir()
+    write(Path(everything) / NAME)
+    print("written", flush=True)
+    input()
+    for name in others:
+        print(f"reading what {name} wrote", flush=True)
+        read(Path(everything) / name)
