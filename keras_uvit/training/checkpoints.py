@@ -323,7 +323,7 @@ def load_checkpoint(path):
 def _check_same(model, path, record):
     there = record["model"]["config"]
     here = json.loads(json.dumps(model.get_config()))  # tuples become lists, as there
-    other = [key for key in here if key not in FREE and there.get(key) != here[key]]
+    other = [k for k in here if k not in FREE and there.get(k, here[k]) != here[k]]
     if other:
         raise CheckpointError(
             f"{path} is of another model: it differs in {other}. Choose another folder, or delete "

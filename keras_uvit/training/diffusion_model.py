@@ -11,13 +11,14 @@ from keras_uvit.training import (
     batches,
     bookkeeping,
     fitting,
+    frozen,
     generation,
     latent_space,
     objective,
     text_space,
 )
 from keras_uvit.training.checkpoints import atomically
-from keras_uvit.training.optimizers import adamw, default_arguments
+from keras_uvit.training.optimizers import adamw, default_arguments, unscaled, without_decay
 
 TRAIN, TEST = 0, 1  # streams of randomness
 FROZEN = ("autoencoder", "text_encoder")
@@ -183,6 +184,7 @@ class DiffusionModel(keras.Model):
             **parts,
             "optimizer": dict(self.recipe),
             **{key: getattr(self, key) for key in own.split()},
+            "frozen": frozen.frozen(self.network),
         }
 
     @classmethod
@@ -191,7 +193,12 @@ class DiffusionModel(keras.Model):
             key: keras.saving.deserialize_keras_object(config[key], custom_objects)
             for key in ("network", "schedule")
         }
-        return cls(**{**config, **parts})
+        arguments = {**config, **parts}
+        paths = arguments.pop("frozen", None)  # older files have none
+        model = cls(**arguments)
+        if paths is not None:
+            frozen.freeze(model.network, paths)  # now: the optimizer is built for what is trained
+        return model
 
     # Frozen parts are not the model's own: Keras would count and train what it sees being set, and
     # save what dir() shows.
@@ -248,6 +255,7 @@ class DiffusionModel(keras.Model):
         self._jit_compile_chosen = jit_compile
         jit_compile = backend.HAS_XLA if jit_compile is None else jit_compile
         super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
+        self.ema_network.trainable = False  # also where `trainable` was set on the whole model
         self.optimizer.build(self.trainable_variables)
         for network in (self.network, self.ema_network):
             backend.compile_blocks(network, self.jit_compile)
@@ -258,10 +266,18 @@ class DiffusionModel(keras.Model):
 
     def get_compile_config(self):
         config = super().get_compile_config()
-        return config and {**config, "jit_compile": self._jit_compile_chosen}
+        if not config:
+            return config
+        own = {"jit_compile": self._jit_compile_chosen, "without_decay": without_decay(self)}
+        return {**config, **own}
 
     def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        arguments = keras.saving.deserialize_keras_object(config)
+        paths = arguments.pop("without_decay", None)
+        if paths:
+            weights = [weight for weight in self.trainable_variables if weight.path in paths]
+            unscaled(arguments["optimizer"]).exclude_from_weight_decay(weights)
+        self.compile(**arguments)
 
     def fit(
         self,

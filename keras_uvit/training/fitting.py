@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_uvit import backend, progress
 from keras_uvit.data.shuffled import ShuffledDataset
-from keras_uvit.training import batches, checkpoints, objective, run_length, text_space
+from keras_uvit.training import batches, checkpoints, frozen, objective, run_length, text_space
 from keras_uvit.training.callbacks import Checkpoint, StopOnNonFinite
 from keras_uvit.training.checkpoints import CheckpointError, Place
 from keras_uvit.training.optimizers import unscaled
@@ -29,6 +29,8 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
         mode: the argument `resume`.
         options: dict of the other arguments.
     """
+    if model.compiled:
+        frozen.check_compiled(model)
     size = options["batch_size"]
     if isinstance(x, types.GeneratorType) or getattr(x, "shuffles_itself", False):
         options.setdefault("shuffle", False)  # Keras cannot shuffle the one, need not the other

@@ -146,6 +146,14 @@ def unscaled(optimizer):
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
+def without_decay(model):
+    """Paths of the weights that `exclude_from_weight_decay` has named to the model's optimizer."""
+    optimizer = unscaled(model.optimizer)
+    if not getattr(optimizer, "weight_decay", None):
+        return []
+    return [v.path for v in model.trainable_variables if not optimizer._use_weight_decay(v)]
+
+
 def recommended_rate(network):
     """The learning rate for a network of this width, or None for one of unknown width."""
     config = network.get_config()
