@@ -12,7 +12,9 @@ from keras import ops
 
 from keras_uvit import backend, progress
 from keras_uvit.training import checkpoints
+from keras_uvit.training.callback_states import CallbackStates
 from keras_uvit.training.checkpoints import Place
+from keras_uvit.training.optimizers import settings
 
 
 class StopOnNonFinite(keras.callbacks.Callback):
@@ -81,13 +83,27 @@ class Checkpoint(keras.callbacks.Callback):
         self._asked_to_stop = self._interrupted = False
         self.begin(Place(0, 0, None, 0))
 
-    def begin(self, place, means=()):
-        """Called by `fit`: where in the data the run begins, and the means of the epoch so far."""
-        self._place, self._means = place, means
-        self._skipped = place.batch
+    def begin(self, place, callbacks=(), record=None, changed=()):
+        """Called by `fit`: where in the data the run begins, and with what.
+
+        Args:
+            place: `Place`.
+            callbacks: those of the user, whose state is kept.
+            record: of the checkpoint from which the run goes on, or None.
+            changed: what callbacks change when an epoch begins, `checkpoints.restore`.
+        """
+        self._place, self._skipped = place, place.batch
+        self._callbacks, self._record, self._changed = callbacks, record or {}, changed
 
     def on_train_begin(self, logs=None):
-        self._step = self._saved = int(ops.convert_to_numpy(self.model.step))
+        # From here on counted by itself: callbacks may turn back the model's own count.
+        self._step = self._record.get("step", int(ops.convert_to_numpy(self.model.step)))
+        self._saved, self._mark = self._step, self._mark_of_state()
+        self._before = self._step - self._place.batches
+        self._at_once = self.model.steps_per_execution
+        self._settings = self._record.get("optimizer") or settings(self.model)
+        self._states = CallbackStates(self._callbacks)
+        self._states.restore(self._record.get("callbacks", {}))
         self._check_space()
 
     @contextlib.contextmanager
@@ -127,26 +143,37 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         self._place = self._place._replace(epoch=epoch, batch=self._skipped)
-        for variable, mean in zip(self.model.metrics_variables, self._means):
-            variable.assign(mean)  # Keras has just reset them
-        self._means, self._skipped = (), 0
-        self._first = self._place.batch
-        self._step_of_epoch = self._step
+        if self._skipped:  # the others have begun this epoch before, and have just done it again
+            self._states.restore_again()
+            for variable, value in self._changed:
+                variable.assign(value)
+        self._first, self._skipped = self._skipped, 0
+        self._begun = self._first
 
-    # Before a batch, not after one: Keras calls this in the main thread and without waiting for the
-    # device, and the state is that after the batch before.
-    def on_train_batch_begin(self, batch, logs=None):
-        self._place = self._place._replace(batch=self._first + batch)
-        self._step = self._step_of_epoch + batch
+    def before_batch(self, batch):
+        """Called by `fit` before the other callbacks see the batch.
+
+        Before a batch, not after one: Keras calls this in the main thread and without waiting for
+        the device, and the state is that after the batch before.
+        """
+        self._move(self._first + batch)
+        self._begun = self._place.batch + self._at_once
         self._save_if_due()
 
     def on_epoch_end(self, epoch, logs=None):
-        self._step = int(ops.convert_to_numpy(self.model.step))
-        self._place = self._place._replace(epoch=epoch + 1, batch=0)
+        if self._begun < self._place.steps_per_epoch:  # a callback has stopped it
+            self._move(self._begun)
+        else:
+            self._place = self._place._replace(epoch=epoch + 1)
+            self._move(0)
         value = logs.get(self.best) if self.best and logs else None
         if self.best and value is None:
             raise ValueError(f"best={self.best!r} is not in the log: {sorted(logs or {})}.")
         self._save_if_due(value)
+
+    def _move(self, batch):
+        self._place = self._place._replace(batch=batch)
+        self._step = self._before + self._place.batches
 
     def _save_if_due(self, value=None):
         stop = backend.any_process(self._asked_to_stop, self._step)
@@ -171,11 +198,23 @@ class Checkpoint(keras.callbacks.Callback):
         return all(value < r["value"] for r in records if r["value"] is not None)
 
     def _save(self, value=None):
-        checkpoints.write(self.model, self.directory, self._place, value)
-        self._saved = self._step
+        more = {
+            "value": value,
+            "optimizer": self._settings,
+            "callbacks": self._states.collect(),
+        }
+        checkpoints.write(self.model, self.directory, self._step, self._place, **more)
+        self._saved, self._mark = self._step, self._mark_of_state()
         if backend.is_first():
             checkpoints.prune(self.directory, self.keep)
 
+    def _mark_of_state(self):
+        """Differs where another callback has put other weights into the model."""
+        norm = backend.norm([weight.value for weight in self.model.network.weights])
+        return [
+            float(ops.convert_to_numpy(backend.alone(x))) for x in (norm, self.model.step.value)
+        ]
+
     def on_train_end(self, logs=None):
-        if self._step > self._saved:
+        if self._step > self._saved or self._mark_of_state() != self._mark:
             self._save()

@@ -5,8 +5,9 @@ A checkpoint is a folder, written under another name, synchronized, then renamed
     step-00001000/
       pieces-0000.h5    what process 0 holds of each variable: weights, moving average, optimizer,
                         loss scale, counters, running means of the log
-      checkpoint.json   step, place in the data, the model's and optimizer's configuration, the list
-                        of variables, sizes and SHA-256 of the pieces, and its own
+      checkpoint.json   step, place in the data, the model's and optimizer's configuration, what
+                        callbacks have learned, the list of variables, sizes and SHA-256 of the
+                        pieces, and its own
 
 A process writes the parts of arrays that its devices own, each part once; any number of devices
 reads them back.
@@ -27,10 +28,11 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend
+from keras_uvit.training.optimizers import settings
 
 FORMAT, VERSION = "keras_uvit checkpoint", 1
 RECORD = "checkpoint.json"
-FREE = ("latent_encoder", "context_encoder", "name")  # in which a model may differ from its past
+ENCODERS = ("latent_encoder", "context_encoder")  # a model may not know them yet
 
 
 class Place(NamedTuple):
@@ -40,6 +42,11 @@ class Place(NamedTuple):
     batch: int
     steps_per_epoch: int | None
     batch_size: int  # of all processes; 0 where it is not known
+
+    @property
+    def batches(self):
+        """How many are done in all."""
+        return self.epoch * (self.steps_per_epoch or 0) + self.batch
 
 
 class CheckpointError(ValueError):
@@ -71,19 +78,20 @@ def atomically(write, filepath, overwrite, **kwargs):
 # Writing ------------------------------------------------------------------------------------------
 
 
-def write(model, directory, place, value=None):
-    """Writes the checkpoint of the model's present step. All processes call it together.
+def write(model, directory, step, place, **more):
+    """Writes a checkpoint of the model as it is. All processes call it together.
 
     Args:
         model: compiled `DiffusionModel`.
         directory: path, seen by all processes.
+        step: int, the checkpoint's number; one that is there already is replaced.
         place: `Place`.
-        value: float by which checkpoints are compared, or None.
+        **more: for the record: "value", a float by which checkpoints are compared, or None;
+            "optimizer", its settings when the run began; "callbacks", their state.
 
     Raises:
         OSError: if the disk is full, or cannot be written. Older checkpoints stay.
     """
-    step = int(ops.convert_to_numpy(model.step))
     path = Path(directory) / name(step)
     beside = path.with_name(f"tmp-{path.name}")
     index, _ = backend.process()
@@ -98,9 +106,8 @@ def write(model, directory, place, value=None):
         _write_json(pieces.with_suffix(".json"), about)
         backend.barrier(f"pieces of {path.name}")
         if index == 0:
-            _write_record(beside, model, {"step": step, "value": value, **place._asdict()})
-            os.replace(beside, path)
-            _synchronize(path.parent)
+            _write_record(beside, model, {"step": step, **place._asdict(), **more})
+            _replace(beside, path)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise OSError(
@@ -110,6 +117,16 @@ def write(model, directory, place, value=None):
             "same run again.",
         ) from error
     backend.barrier(f"end {path.name}")
+
+
+def _replace(beside, path):
+    """Renames a folder, also where there is one of that name: a folder can only replace none."""
+    before = path.with_name(f"tmp-before-{path.name}")
+    if path.exists():
+        os.replace(path, before)
+    os.replace(beside, path)
+    _synchronize(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def name(step):
@@ -156,7 +173,7 @@ def _write_record(folder, model, where):
         **where,
         "backend": backend.NAME,
         "model": keras.saving.serialize_keras_object(model),
-        "optimizer": _optimizer(model),
+        "optimizer_now": settings(model),
         "variables": _list(model),
         "files": files,
     }
@@ -170,23 +187,6 @@ def _write_record(folder, model, where):
 def _list(model):
     # The last part of a path: Keras numbers optimizers and models made one after the other.
     return [[v.path.split("/")[-1], list(v.shape), v.dtype] for v in _variables(model)]
-
-
-def _optimizer(model):
-    """What an optimizer is, without what training changes and Keras numbers."""
-    optimizer = model.optimizer
-    config = {"class": type(optimizer).__name__, **optimizer.get_config()}
-    inner = getattr(optimizer, "inner_optimizer", None)
-    if inner is not None:
-        config["inner_optimizer"] = {"class": type(inner).__name__, **inner.get_config()}
-    parts = [config, config.get("inner_optimizer", {})]
-    for part in parts:
-        part.pop("name", None)
-        if isinstance(part.get("learning_rate"), float):  # a variable: callbacks may lower it
-            del part["learning_rate"]
-        elif isinstance(part.get("learning_rate"), dict):  # a schedule; a run may be prolonged
-            part["learning_rate"]["config"].pop("run_steps", None)
-    return json.loads(json.dumps(config))  # tuples become lists, as in a file
 
 
 def _write_json(path, content):
@@ -276,7 +276,8 @@ def restore(model, path):
         path: of one checkpoint, such as `newest(directory)`.
 
     Returns:
-        `Place`, and the values of the running means, which `fit` resets, as a list of arrays.
+        The record, and the values of all that callbacks may change when an epoch begins, the
+        running means and the learning rate, as pairs (variable, array).
 
     Raises:
         CheckpointError: if model or optimizer are others than those that were saved.
@@ -289,10 +290,11 @@ def restore(model, path):
         for i, variable in enumerate(variables):
             parts = [piece for file in files if str(i) in file for piece in file[str(i)].values()]
             backend.assign(variable, lambda index, p=parts, v=variable: _read(p, index, v.shape))
-    saved = record["model"]["config"]
-    model.latent_encoder, model.context_encoder = saved["latent_encoder"], saved["context_encoder"]
-    means = [np.array(ops.convert_to_numpy(v)) for v in model.metrics_variables]
-    return Place(*(record[field] for field in Place._fields)), means
+    for key in ENCODERS:
+        setattr(model, key, record["model"]["config"][key] or getattr(model, key))
+    rate = model.optimizer.learning_rate  # a variable, unless it follows a schedule
+    changed = [*model.metrics_variables, *([rate] if isinstance(rate, keras.Variable) else [])]
+    return record, [(v, np.array(ops.convert_to_numpy(v))) for v in changed]
 
 
 def load_checkpoint(path):
@@ -323,23 +325,34 @@ def load_checkpoint(path):
 def _check_same(model, path, record):
     there = record["model"]["config"]
     here = json.loads(json.dumps(model.get_config()))  # tuples become lists, as there
-    other = [k for k in here if k not in FREE and there.get(k, here[k]) != here[k]]
+    free = {"name", *(key for key in ENCODERS if None in (there[key], here[key]))}
+    other = [k for k in here if k not in free and there.get(k, here[k]) != here[k]]
     if other:
         raise CheckpointError(
             f"{path} is of another model: it differs in {other}. Choose another folder, or delete "
             "it."
         )
-    there, here = record["optimizer"], _optimizer(model)
-    if there != here:
-        keys = sorted({*there, *here})
-        other = {k: (there.get(k), here.get(k)) for k in keys if there.get(k) != here.get(k)}
-        raise CheckpointError(
-            f"{path} is of another optimizer: (then, now) {other}. Use the same, or choose another "
-            "folder."
-        )
+    _check_optimizer(path, record, settings(model))
     # Without their types: the seed's and the counter's are a backend's own.
     if [entry[:2] for entry in record["variables"]] != [entry[:2] for entry in _list(model)]:
         raise CheckpointError(f"{path} holds other variables than this model has.")
+
+
+def _check_optimizer(path, record, here):
+    """Each setting must be that of the run's beginning, or what callbacks have made of it."""
+    there = record["optimizer"]
+    later = record.get("optimizer_now", there)
+    other = {
+        key: (there.get(key), here.get(key))
+        for key in sorted({*there, *here})
+        if here.get(key) not in (there.get(key), later.get(key))
+    }
+    if other:
+        raise CheckpointError(
+            f"{path} is of another optimizer: (then, now) {other}. Use the same. To go on with "
+            "other settings, load the model by `training.load_checkpoint`, compile it with them, "
+            "and choose another folder."
+        )
 
 
 def _read(parts, index, shape):

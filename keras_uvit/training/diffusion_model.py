@@ -15,10 +15,10 @@ from keras_uvit.training import (
     generation,
     latent_space,
     objective,
+    optimizers,
     text_space,
 )
 from keras_uvit.training.checkpoints import atomically
-from keras_uvit.training.optimizers import adamw, default_arguments, unscaled, without_decay
 
 TRAIN, TEST = 0, 1  # streams of randomness
 FROZEN = ("autoencoder", "text_encoder")
@@ -124,7 +124,7 @@ class DiffusionModel(keras.Model):
         self.latent_encoder, self.context_encoder = latent_encoder, context_encoder
         self.ema_decay = ema_decay
         self.ema_warmup = ema_warmup
-        self.recipe = dict(optimizer or default_arguments(network))
+        self.recipe = dict(optimizer or optimizers.default_arguments(network))
         self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
         self.max_skipped_steps, self.planned_steps = max_skipped_steps, planned_steps
         self.seed = seed
@@ -251,7 +251,8 @@ class DiffusionModel(keras.Model):
                 f"The diffusion loss and its metrics are built in. Leave out: {unused}; "
                 "`prediction` and the schedule choose the loss."
             )
-        optimizer = adamw(**self.recipe) if optimizer is None else optimizer
+        optimizer = optimizers.adamw(**self.recipe) if optimizer is None else optimizer
+        optimizers.check_average(optimizer)
         self._jit_compile_chosen = jit_compile
         jit_compile = backend.HAS_XLA if jit_compile is None else jit_compile
         super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
@@ -268,15 +269,12 @@ class DiffusionModel(keras.Model):
         config = super().get_compile_config()
         if not config:
             return config
-        own = {"jit_compile": self._jit_compile_chosen, "without_decay": without_decay(self)}
-        return {**config, **own}
+        undecayed = optimizers.without_decay(self)
+        return {**config, "jit_compile": self._jit_compile_chosen, "without_decay": undecayed}
 
     def compile_from_config(self, config):
         arguments = keras.saving.deserialize_keras_object(config)
-        paths = arguments.pop("without_decay", None)
-        if paths:
-            weights = [weight for weight in self.trainable_variables if weight.path in paths]
-            unscaled(arguments["optimizer"]).exclude_from_weight_decay(weights)
+        optimizers.exclude(self, arguments["optimizer"], arguments.pop("without_decay", ()))
         self.compile(**arguments)
 
     def fit(

@@ -10,7 +10,15 @@ from keras import ops
 
 from keras_uvit import backend, progress
 from keras_uvit.data.shuffled import ShuffledDataset
-from keras_uvit.training import batches, checkpoints, frozen, objective, run_length, text_space
+from keras_uvit.training import (
+    batches,
+    callback_states,
+    checkpoints,
+    frozen,
+    objective,
+    run_length,
+    text_space,
+)
 from keras_uvit.training.callbacks import Checkpoint, StopOnNonFinite
 from keras_uvit.training.checkpoints import CheckpointError, Place
 from keras_uvit.training.optimizers import unscaled
@@ -86,6 +94,7 @@ def _fit(model, keras_fit, x, y, callbacks, mode, options):
     found = [callback for callback in members if isinstance(callback, Checkpoint)]
     if len(found) > 1 or (found and members is not callbacks):
         raise ValueError("fit takes one Checkpoint, in a list of callbacks.")
+    callback_states.check(model, members, *found)
     if found or backend.data_shard()[1] > 1:
         x = _ordered(x, y, options.pop("batch_size"), options.pop("shuffle", True), model.seed)
         y, options = None, {**options, "shuffle": False}
@@ -100,12 +109,10 @@ def _fit(model, keras_fit, x, y, callbacks, mode, options):
         return keras_fit(x, y, callbacks=callbacks, **options)
     (checkpoint,) = found
     epochs, steps = options.pop("epochs"), options.pop("steps_per_epoch", None)
-    place = _resume(model, checkpoint, x, mode, steps)
-    done = place.epoch * place.steps_per_epoch + place.batch
-    run_length.tell(model, epochs * place.steps_per_epoch - done)
-    # Last, so that a checkpoint is of what the other callbacks have seen.
-    callbacks = [*(c for c in callbacks if c is not checkpoint), checkpoint]
-    run = _OneRun(callbacks, model, options["verbose"], epochs)
+    others = [callback for callback in callbacks if callback is not checkpoint]
+    place = _resume(model, checkpoint, others, x, mode, steps)
+    run_length.tell(model, epochs * place.steps_per_epoch - place.batches)
+    run = _OneRun(others, checkpoint, model, options["verbose"], epochs)
     with checkpoint.watching():
         for part in _parts(x, place, epochs, steps):
             run.set_length(part["steps_per_epoch"] or _length(part["x"]))
@@ -130,7 +137,7 @@ def _ordered(x, y, batch_size, shuffle, seed):
     return ShuffledDataset(arrays, batch_size or 32, seed)
 
 
-def _resume(model, checkpoint, x, mode, steps_per_epoch):
+def _resume(model, checkpoint, others, x, mode, steps_per_epoch):
     """Restores the newest checkpoint, if `mode` wants it, and returns the `Place` to begin at.
 
     Raises:
@@ -146,11 +153,12 @@ def _resume(model, checkpoint, x, mode, steps_per_epoch):
             "in them means nothing."
         )
     here = Place(0, 0, steps, int(ops.convert_to_numpy(model.global_batch)))
+    others = [c for c in others if not isinstance(c, StopOnNonFinite | ProgressLine)]
     path = checkpoints.newest(checkpoint.directory)
     if path is None:
         if mode is True:
             raise ValueError(f"resume=True, but there is no checkpoint in {checkpoint.directory}.")
-        checkpoint.begin(here)
+        checkpoint.begin(here, others)
         return here
     if mode is False:
         raise ValueError(
@@ -158,10 +166,16 @@ def _resume(model, checkpoint, x, mode, steps_per_epoch):
             "for a new one choose another folder, or delete this."
         )
     _check_younger(model, path)
-    place, means = checkpoints.restore(model, path)
+    record, changed = checkpoints.restore(model, path)
+    place = Place(*(record[field] for field in Place._fields))
     _check_data(path, place, here)
     progress.say(f"Going on from {path}: {place.epoch} epochs and {place.batch} batches are done.")
-    checkpoint.begin(place, means if place.batch else ())
+    if record["backend"] != backend.NAME:
+        progress.say(
+            f"It was written on {record['backend']}: {backend.NAME} draws other noise, so the "
+            "losses will not be those of an undisturbed run, number by number."
+        )
+    checkpoint.begin(place, others, record, changed)
     return place
 
 
@@ -274,11 +288,17 @@ class _Rest(keras.utils.PyDataset):
 
 
 class _OneRun(keras.callbacks.CallbackList):
-    """Callbacks that see several calls of Keras' `fit` as one run."""
+    """Callbacks that see several calls of Keras' `fit` as one run.
 
-    def __init__(self, callbacks, model, verbose, epochs):
+    The checkpoint is the last of them, to be of what the others have seen; but before a batch it
+    is the first, because the batch is not part of it.
+    """
+
+    def __init__(self, others, checkpoint, model, verbose, epochs):
         more = dict(add_history=True, add_progbar=verbose != 0, model=model)
+        callbacks = [*others, checkpoint]
         super().__init__(callbacks, **more, verbose=verbose, epochs=epochs, steps=None)
+        self._checkpoint = checkpoint
         self._begun, self._last = False, None
         model.history.epoch = []  # as Keras does when training begins, which it may not
 
@@ -289,6 +309,10 @@ class _OneRun(keras.callbacks.CallbackList):
         if not self._begun:
             super().on_train_begin(logs)
         self._begun = True
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._checkpoint.before_batch(batch)
+        super().on_train_batch_begin(batch, logs)
 
     def on_train_end(self, logs=None):
         self._last = logs

@@ -1,5 +1,7 @@
 """The recipe's optimizer."""
 
+import json
+
 import keras
 import numpy as np
 from keras import ops
@@ -146,12 +148,51 @@ def unscaled(optimizer):
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
+def check_average(optimizer):
+    """Raises for an optimizer that would replace the weights by an average at the end of `fit`.
+
+    Args:
+        optimizer: of Keras, or its name.
+    """
+    if getattr(unscaled(optimizer), "use_ema", False):
+        raise ValueError(
+            "use_ema=True would put the optimizer's average in place of the weights. The model "
+            "keeps one of its own beside them: leave use_ema out; ema_decay of DiffusionModel sets "
+            "its decay."
+        )
+
+
 def without_decay(model):
     """Paths of the weights that `exclude_from_weight_decay` has named to the model's optimizer."""
     optimizer = unscaled(model.optimizer)
     if not getattr(optimizer, "weight_decay", None):
         return []
     return [v.path for v in model.trainable_variables if not optimizer._use_weight_decay(v)]
+
+
+def exclude(model, optimizer, paths):
+    """Names those weights to an optimizer that is not built yet."""
+    weights = [weight for weight in model.trainable_variables if weight.path in paths]
+    if weights:
+        unscaled(optimizer).exclude_from_weight_decay(weights)
+
+
+def settings(model):
+    """What the model's optimizer is, as JSON keeps it; without what Keras numbers.
+
+    A learning rate that is a number is a variable, so it is the present one.
+    """
+    optimizer = model.optimizer
+    config = {"class": type(optimizer).__name__, **optimizer.get_config()}
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        config["inner_optimizer"] = {"class": type(inner).__name__, **inner.get_config()}
+    for part in (config, config.get("inner_optimizer", {})):
+        part.pop("name", None)
+        if isinstance(part.get("learning_rate"), dict):  # a schedule; a run may be prolonged
+            part["learning_rate"]["config"].pop("run_steps", None)
+    paths = without_decay(model)
+    return json.loads(json.dumps(config | ({"without_decay": paths} if paths else {})))
 
 
 def recommended_rate(network):

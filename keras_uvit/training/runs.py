@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import keras
-from keras import ops
 
 from keras_uvit import backend, distribution
 from keras_uvit.training import checkpoints
@@ -77,7 +76,8 @@ def _finish(model, folder):
     """Writes the files to use, unless they are there and not older than the last checkpoint."""
     if not backend.is_first():
         return
-    last = folder / CHECKPOINTS / checkpoints.name(int(ops.convert_to_numpy(model.step)))
+    step, *_ = checkpoints.steps_in(folder / CHECKPOINTS)
+    last = folder / CHECKPOINTS / checkpoints.name(step)
     made = (last / checkpoints.RECORD).stat().st_mtime_ns
     paths = [folder / AVERAGE, folder / MODEL]
     if all(path.is_file() and path.stat().st_mtime_ns >= made for path in paths):

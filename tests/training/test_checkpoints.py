@@ -109,7 +109,7 @@ def test_killed_before_any_step_it_ends_the_same(tmp_path, peace, at):
     with pytest.raises(Killed):
         fit(make(), tmp_path, callbacks=[Kill(*at)])
     saved = steps_in(tmp_path)  # if there is nothing, it begins anew
-    assert bool(saved) == (at > (0, 1))
+    assert bool(saved) == (at > (0, 0))
     model = make(seed=at[0] + 1 if saved else 0)
     history = fit(model, tmp_path).history
     assert_same(state(model), state(peace[0]))
@@ -233,7 +233,7 @@ class Seen(keras.callbacks.Callback):
 @pytest.mark.once
 def test_callbacks_see_one_run(tmp_path):
     with pytest.raises(Killed):
-        fit(make(), tmp_path, callbacks=[Kill(1, 2)])
+        fit(make(), tmp_path, callbacks=[Kill(1, 1)])
     seen = Seen()
     model = make()
     history = fit(model, tmp_path, callbacks=[seen])
@@ -283,9 +283,9 @@ def test_sigterm_saves_after_the_step_and_exits_with_0(tmp_path, peace, capsys):
     with pytest.raises(SystemExit) as stopped:
         fit(make(), tmp_path, callbacks=[kill], every_steps=100)
     assert stopped.value.code == 0
-    # The signal came before step 5 of the run; Keras' list calls ours last, so it is seen there.
-    assert steps_in(tmp_path) == [4]
-    assert "Asked to stop: step 4 is saved" in capsys.readouterr().out
+    # The signal came before step 5 of the run, when the checkpoint had seen that it begins.
+    assert steps_in(tmp_path) == [5]
+    assert "Asked to stop: step 5 is saved" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
     model = make(seed=1)
     fit(model, tmp_path)
@@ -457,6 +457,60 @@ def test_another_run_is_refused(run, change, options, named):
     with pytest.raises(CheckpointError, match=named):
         fit(make(**change), run, **options)
     assert steps_in(run)[0] == 9
+
+
+def tuned(learning_rate=1e-2, spare=(), **settings):
+    """A constant learning rate, which is a variable; the rest are attributes."""
+    optimizer = training.optimizers.AdamW(learning_rate, **settings)
+    optimizer.exclude_from_weight_decay(var_names=spare)
+    return optimizer
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(learning_rate=1e-3),
+        dict(weight_decay=0.1),
+        dict(beta_1=0.5),
+        dict(epsilon=1e-3),
+        dict(clipnorm=1.0),
+        dict(gradient_accumulation_steps=2),
+        dict(spare=["bias"]),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+@pytest.mark.parametrize("dtype", [None, "mixed_float16"])
+def test_every_changed_setting_of_the_optimizer_is_refused(tmp_path, change, dtype):
+    fit(make(optimizer=tuned(), dtype=dtype), tmp_path, epochs=1)
+    name = "without_decay" if "spare" in change else next(iter(change))
+    with pytest.raises(CheckpointError, match=f"(?s)another optimizer.*'{name}'.*load_checkpoint"):
+        fit(make(optimizer=tuned(**change), dtype=dtype), tmp_path, epochs=2)
+    fit(make(optimizer=tuned(), dtype=dtype), tmp_path, epochs=2)
+
+
+@pytest.mark.once
+def test_the_learning_rate_is_compared_with_that_of_the_begin_or_the_last(tmp_path):
+    lower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    model = make(optimizer=tuned())
+    fit(model, tmp_path, epochs=1, callbacks=[lower])
+    fit(model, tmp_path, epochs=2, callbacks=[lower])  # as the callback has left it
+    fit(make(optimizer=tuned()), tmp_path, epochs=3, callbacks=[lower])  # as it began
+    with pytest.raises(CheckpointError, match="'learning_rate'"):
+        fit(make(optimizer=tuned(5e-3)), tmp_path, epochs=4)
+
+
+@pytest.mark.once
+def test_another_encoder_is_refused(tmp_path):
+    network = UViT((4, 4, 8), 2, 16, num_layers=1, num_heads=2)
+    models = [DiffusionModel(network, latent_scale=1.0, latent_encoder=e) for e in "ab"]
+    latents = {"latent": RNG.standard_normal((6, 4, 4, 8)).astype("float32")}
+    for model in models:
+        model.compile()
+    options = dict(batch_size=3, verbose=0, callbacks=[Checkpoint(tmp_path)])
+    models[0].fit(latents, **options)
+    with pytest.raises(CheckpointError, match="differs in .'latent_encoder'"):
+        models[1].fit(latents, **options)
 
 
 @pytest.mark.once
