@@ -52,8 +52,11 @@ class Checkpoint(keras.callbacks.Callback):
     """Keeps a run in a folder, from which `fit` goes on as if it had never been stopped.
 
     A checkpoint is everything: weights, moving average, optimizer, loss scale, counters, the place
-    in the data. Noise is a function of (seed, step): the same losses follow, bit by bit on a CPU
-    (on TensorFlow if `jit_compile` stays as it was: XLA draws other noise).
+    in the data, and what other callbacks have learned (`CallbackStates` says what of it can be
+    kept). It is numbered by the batches of the run, and at the end of `fit` it is of the model as
+    the other callbacks have left it, such as `EarlyStopping` with its best weights.
+    Noise is a function of (seed, step): the same losses follow, bit by bit on a CPU (on TensorFlow
+    if `jit_compile` stays as it was: XLA draws other noise).
     Each is written beside its name and renamed, with checksums; a damaged one is put aside, and the
     one before it is used. SIGTERM, which a scheduler sends before it takes a machine away, makes
     the run save after the present step and exit with code 0; so does Ctrl-C, which then raises

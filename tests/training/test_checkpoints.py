@@ -263,6 +263,18 @@ def test_a_model_that_stops_by_itself_does_not_go_on(tmp_path):
     assert steps_in(tmp_path)[0] == STEPS
 
 
+@pytest.mark.once
+def test_what_a_callback_stops_within_an_epoch_goes_on_there(tmp_path, peace):
+    model = make()
+    stop = Kill(1, 1, lambda: setattr(model, "stop_training", True))
+    fit(model, tmp_path, callbacks=[stop], every_steps=100)
+    record = checkpoints.read_record(checkpoints.newest(tmp_path))
+    assert (record["epoch"], record["batch"], record["step"]) == (1, 2, 5)
+    model = make(seed=1)
+    fit(model, tmp_path)
+    assert_same(state(model), state(peace[0]))
+
+
 # Killed for real ----------------------------------------------------------------------------------
 
 
