@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend, progress
+from keras_uvit.checks import as_int
 
 # What Keras raises for a weight file that is damaged or of another network.
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError)
@@ -52,8 +53,7 @@ class Frozen:
 
     def batches(self, inputs, batch_size, prepare=None, verbose=0, unit_name="image"):
         """As calling it, but yields the output batch by batch: memory is that of one."""
-        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
-            raise ValueError(f"batch_size must be an int, at least 1. Received: {batch_size}.")
+        batch_size = as_int(batch_size, "batch_size", 1)
         if ops.is_tensor(inputs):
             inputs = ops.convert_to_numpy(inputs)
         # Processes of one job run it each on its own: they may have other inputs.

@@ -63,5 +63,5 @@ def blend(averages, weights, decay):
 
     Written as a step towards the weight, which rounds numbers of the weight's size once.
     """
-    for average, weight in zip(averages, weights):
+    for average, weight in zip(averages, weights, strict=True):
         average.assign(average.value + (1.0 - decay) * (weight.value - average.value))

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_uvit import backend
+from keras_uvit.checks import as_int
 
 
 class ShuffledDataset(keras.utils.PyDataset):
@@ -49,7 +50,7 @@ class ShuffledDataset(keras.utils.PyDataset):
         self.arrays = arrays
         self.num_samples = total
         self.batch_size = batch_size
-        self.seed = seed
+        self.seed = as_int(seed, "seed", 0)
         self.process = process
         self.contexts = contexts
         self.epoch = 0

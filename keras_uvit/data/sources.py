@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_uvit.checks import as_int
+
 ORIENTATION = 274  # the EXIF tag; from 5 on height and width change places
 # Formats that Pillow knows by name, but are no pictures, or need another program to be read.
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -281,12 +283,10 @@ def check_options(labels, channels):
 
 def checked_size(image_size):
     """(height, width) of an int or a pair."""
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(
-            f"image_size must be an int or (height, width), at least 1. Received: {image_size}."
-        )
-    return size
+    size = (image_size, image_size) if np.ndim(image_size) == 0 else tuple(image_size)
+    if len(size) != 2:
+        raise ValueError(f"image_size must be an int or (height, width). Received: {image_size}.")
+    return tuple(as_int(side, "image_size", 1) for side in size)
 
 
 def _files(path, labels, warn=True):

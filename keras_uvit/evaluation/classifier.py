@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_uvit.checks import as_int
 from keras_uvit.pixels import to_unit_range
 
 FEATURES = 64
@@ -23,7 +24,8 @@ class Classifier:
     """
 
     def __init__(self, image_shape, num_classes, seed=0):
-        self.image_shape, self.num_classes, self.seed = tuple(image_shape), num_classes, seed
+        self.image_shape, self.num_classes = tuple(image_shape), num_classes
+        self.seed = seed = as_int(seed, "seed", 0)
         pool = [max(1, round(side / 32)) for side in image_shape[:2]]
         init = [keras.initializers.HeNormal(seed + k) for k in range(5)]
         image = keras.Input(self.image_shape)

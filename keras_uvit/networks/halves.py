@@ -1,7 +1,8 @@
 """A U-ViT in two parts: the outer blocks, and the middle that they enclose."""
 
 import keras
-import numpy as np
+
+from keras_uvit.checks import as_int
 
 
 def with_middle(network, outer_blocks):
@@ -34,7 +35,7 @@ def check_outer_blocks(network, outer_blocks):
             "middle_every needs a U-ViT with long skips (skip is not None, num_layers >= 3): they "
             "join what is kept with what is new. Leave middle_every out."
         )
-    if not isinstance(outer_blocks, int | np.integer) or not 1 <= outer_blocks <= half:
+    if not 1 <= as_int(outer_blocks, "outer_blocks", 0) <= half:
         raise ValueError(
             f"outer_blocks counts the blocks on each side that always run: 1 to {half} here. "
             f"Received: {outer_blocks!r}."

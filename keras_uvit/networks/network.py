@@ -3,7 +3,17 @@
 import keras
 from keras import initializers, layers
 
+from keras_uvit.checks import plain, refuses
 
+_CHOSEN = (
+    "The number format of a network is chosen when it is made, such as "
+    '`UViT(..., dtype="mixed_bfloat16")`.'
+)
+# `quantize` is Keras'; the others are those of PyTorch's modules, of which Keras would not know.
+FORMATS = dict.fromkeys(("quantize", "half", "bfloat16", "double", "type"), _CHOSEN)
+
+
+@refuses(FORMATS)
 class Network(keras.Model):
     """A functional Keras model that its config makes again.
 
@@ -31,14 +41,14 @@ class Network(keras.Model):
 
 
 def config_of(arguments):
-    """The `locals()` of a constructor as a config: shapes are tuples, the policy has a name.
+    """The `locals()` of a constructor as a config: shapes are tuples, numbers are Python's own.
 
     Raises:
         ValueError: if the shapes or the number of classes cannot be.
     """
     config = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
     for key, value in config.items():
-        config[key] = tuple(value) if isinstance(value, list) else value
+        config[key] = plain(tuple(value) if isinstance(value, list) else value)
     config["dtype"] = keras.dtype_policies.get(config["dtype"]).name
     image, context, classes = (config[k] for k in ("image_shape", "context_shape", "num_classes"))
     if not _is_shape(image, 3):

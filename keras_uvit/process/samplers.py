@@ -7,10 +7,9 @@ Symbols: s is the time a step starts from, t the one it goes to (t < s), lambda 
 h = lambda_t - lambda_s > 0.
 """
 
-import difflib
-
 import numpy as np
 
+from keras_uvit.checks import as_int, nearest
 from keras_uvit.process.steps import Steps as Steps
 from keras_uvit.process.steps import sample as sample
 
@@ -354,13 +353,8 @@ def named(name, schedule, num_steps):
         ValueError: for an unknown name, or fewer steps than the sampler's order.
     """
     if name not in SAMPLERS:
-        near = difflib.get_close_matches(str(name), SAMPLERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown sampler {name!r}.{hint} Known: {', '.join(SAMPLERS)}.")
-    fewest, builder = SAMPLERS[name]
-    if not isinstance(num_steps, int | np.integer) or num_steps < fewest:
         raise ValueError(
-            f"Sampler {name!r} needs num_steps to be an int, at least {fewest}. "
-            f"Received: num_steps={num_steps!r}."
+            f"Unknown sampler {name!r}.{nearest(name, SAMPLERS)} Known: {', '.join(SAMPLERS)}."
         )
-    return builder(schedule, int(num_steps))
+    fewest, builder = SAMPLERS[name]
+    return builder(schedule, as_int(num_steps, f"num_steps of sampler {name!r}", fewest))

@@ -16,6 +16,7 @@ and, where the network asks for it,
 """
 
 import itertools
+import math
 import types
 import warnings
 
@@ -24,7 +25,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend
-from keras_uvit.training import latent_space, text_space
+from keras_uvit.training import arguments, latent_space, text_space
 
 DATA = ("image", "latent", "moments")
 
@@ -32,10 +33,7 @@ DATA = ("image", "latent", "moments")
 def as_dict(data):
     """A batch as a dict, from what Keras hands to `train_step` or a user to `fit`."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    if weight is not None:
-        raise ValueError(
-            "sample_weight is not supported: the diffusion loss weighs images equally."
-        )
+    arguments.checked("fit", {"sample_weight": weight})
     if not isinstance(x, dict):
         return {"image": x} if y is None else {"image": x, "label": y}
     if y is not None:
@@ -46,14 +44,22 @@ def as_dict(data):
 def check_source(model, x, y=None, batch_size=None):
     """Checks training or validation data, and returns it in a form that Keras takes.
 
-    Arrays are checked whole; of anything else (tf.data, Grain, `PyDataset`, `DataLoader`,
-    generator) the first batch is. Keras wants tuples from a generator, so its dicts are wrapped.
+    Arrays are checked whole, and are one dict then, with `y` among them; of anything else (tf.data,
+    Grain, `PyDataset`, `DataLoader`, generator) the first batch is. Keras wants tuples from a
+    generator, so its dicts are wrapped.
     """
     if isinstance(x, types.GeneratorType):
         first = next(x, None)
-        x = (as_tuple(batch) for batch in itertools.chain([first], x))
-    elif x is None or isinstance(x, dict) or _is_array(x):
+        x = (as_tuple(_plain_labels(batch)) for batch in itertools.chain([first], x))
+    elif x is None or is_arrays(x):
         first = (x, y)
+        x = x if x is None else _plain_labels(as_dict(first))
+    elif not hasattr(x, "__iter__") or isinstance(x, str):
+        raise TypeError(
+            "Training and evaluation need arrays, or data that come in batches, such as "
+            "`data.image_folder(path, image_size)` or `data.images.in_memory(source)`. Received: "
+            f"{x!r:.200}."
+        )
     elif isinstance(x, keras.utils.PyDataset):
         if _is_cache(x):
             latent_space.check_cache(model, x)
@@ -70,7 +76,13 @@ def check_source(model, x, y=None, batch_size=None):
         raise ValueError("The data set is empty: it gave no batch.")
     first = as_dict(first)
     check_batch(model, first)
-    _check_division(x, len(next(iter(first.values()))), batch_size)
+    length = len(next(iter(first.values())))
+    _check_division(x, length, batch_size)
+    if not is_arrays(x) and batch_size not in (None, length * backend.data_shard()[1]):
+        raise ValueError(
+            f"The data come in batches, whose size batch_size={batch_size} cannot change: the "
+            f"first has {length}. Leave batch_size out."
+        )
     if _is_cache(x):  # last: what is refused for another reason must not fix the encoder
         latent_space.agree(model, x, "The cache")
     if getattr(x, "contexts", None) is not None:
@@ -81,7 +93,7 @@ def check_source(model, x, y=None, batch_size=None):
 def _check_division(x, length, batch_size):
     """Raises unless every device gets equally many samples of each batch."""
     replicas, (_, processes) = backend.replicas(), backend.data_shard()
-    if x is None or isinstance(x, dict) or _is_array(x):
+    if is_arrays(x):
         size = batch_size or 32
         sizes = {min(size, length), length % size}
     else:
@@ -104,8 +116,44 @@ def as_tuple(batch):
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def _is_array(x):
-    return isinstance(x, np.ndarray) or ops.is_tensor(x)
+def is_arrays(x):
+    """Whether it is all of the data, and not something that yields batches."""
+    return isinstance(x, dict | np.ndarray) or ops.is_tensor(x)
+
+
+def _plain_labels(batch):
+    """PyTorch has no unsigned integers of 64 bits."""
+    labels = batch.get("label") if isinstance(batch, dict) else None
+    if getattr(labels, "dtype", None) != np.uint64:
+        return batch
+    return {**batch, "label": labels.astype("int64")}
+
+
+def split(arrays, share):
+    """The arrays without their last part, and this part, as Keras' `validation_split` takes it."""
+    length = len(next(iter(arrays.values())))
+    first = math.floor(length * (1 - share))
+    if not 0 < first < length:
+        raise ValueError(
+            f"validation_split={share} leaves one part of {length} images without any. It is a "
+            "share between 0 and 1."
+        )
+    parts = slice(first), slice(first, None)
+    return tuple({key: value[part] for key, value in arrays.items()} for part in parts)
+
+
+def check_inputs(network, x):
+    """Raises for arrays that are no inputs of the network: Keras loses the weights then on JAX."""
+    if not is_arrays(x):
+        return
+    wanted = {tensor.name: tuple(tensor.shape[1:]) for tensor in network.inputs}
+    given = x if isinstance(x, dict) else {"x": x}
+    given = {name: tuple(ops.shape(value)[1:]) for name, value in given.items()}
+    if given != wanted:
+        raise ValueError(
+            "predict gives what the network gives for a dict of its inputs, whose shapes without "
+            f"the batch are {wanted}. Received: {given}. (`generate` draws images.)"
+        )
 
 
 def check_batch(model, batch):

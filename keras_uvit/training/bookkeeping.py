@@ -1,8 +1,23 @@
 """What surrounds the gradient of a step: its norm, the moving average, counters, logs."""
 
+import itertools
+
 from keras import ops
 
 from keras_uvit import backend
+
+
+def check_pairs(model):
+    """Raises unless each weight of the network has its place in the moving average."""
+    networks = (model.network, model.ema_network)
+    kinds = ([(w.name, tuple(w.shape), w.dtype) for w in network.weights] for network in networks)
+    for k, (weight, average) in enumerate(itertools.zip_longest(*kinds)):
+        if weight != average:
+            raise ValueError(
+                f"Weight {k} of the network is {weight}, and of its moving average {average}: a "
+                "layer was changed after it was made, such as by enable_lora, quantize or "
+                "add_weight. This is not supported: use the network as its config makes it."
+            )
 
 
 def gradient_norm(model, gradients):

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_uvit import backend, progress
+from keras_uvit.checks import as_int
 from keras_uvit.training import checkpoints
 from keras_uvit.training.callback_states import CallbackStates
 from keras_uvit.training.checkpoints import Place
@@ -78,11 +79,9 @@ class Checkpoint(keras.callbacks.Callback):
 
     def __init__(self, directory, every_steps=1000, keep=3, best=None):
         super().__init__()
-        for key, value in (("every_steps", every_steps), ("keep", keep)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key} must be an int, at least 1. Received: {value!r}.")
         self.directory = Path(directory)
-        self.every_steps, self.keep, self.best = every_steps, keep, best
+        self.every_steps, self.keep = as_int(every_steps, "every_steps", 1), as_int(keep, "keep", 1)
+        self.best = best
         self._asked_to_stop = self._interrupted = False
         self.begin(Place(0, 0, None, 0))
 

@@ -3,11 +3,10 @@
 import keras
 from keras import ops
 
-from keras_uvit import backend, distribution
-from keras_uvit.process.predictions import PREDICTIONS
+from keras_uvit import backend, checks, distribution
 from keras_uvit.process.schedules import VPLinear
-from keras_uvit.process.weighting import LOSS_WEIGHTINGS, TIME_SAMPLINGS
 from keras_uvit.training import (
+    arguments,
     batches,
     bookkeeping,
     fitting,
@@ -22,14 +21,10 @@ from keras_uvit.training.checkpoints import atomically
 
 TRAIN, TEST = 0, 1  # streams of randomness
 FROZEN = ("autoencoder", "text_encoder")
-CHOICES = {
-    "prediction": PREDICTIONS,
-    "time_sampling": TIME_SAMPLINGS,
-    "loss_weighting": LOSS_WEIGHTINGS,
-}
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
+@checks.refuses(arguments.METHODS)
 class DiffusionModel(keras.Model):
     """Trains a network to denoise, and samples from it.
 
@@ -74,7 +69,7 @@ class DiffusionModel(keras.Model):
         max_skipped_steps: int. `fit` stops after so many non-finite steps in a row.
         planned_steps: int, optimizer steps that `fit` makes where it is not told `epochs`; `None`
             is one epoch.
-        seed: int.
+        seed: int >= 0.
 
     Call arguments: those of the network.
 
@@ -108,7 +103,7 @@ class DiffusionModel(keras.Model):
         seed=0,
         name="diffusion_model",
     ):
-        _check_parts(network, schedule)
+        arguments.check_parts(network, schedule)
         distribution.check_layouts(network)
         # autocast=False: mixed precision must not round the timestep.
         super().__init__(name=name, dtype=network.dtype_policy, autocast=False)
@@ -128,7 +123,7 @@ class DiffusionModel(keras.Model):
         self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
         self.max_skipped_steps, self.planned_steps = max_skipped_steps, planned_steps
         self.seed = seed
-        self._check_arguments(has_null)
+        arguments.check_model(self, has_null)
 
         self.network = network
         self.ema_network = type(network).from_config(
@@ -146,7 +141,7 @@ class DiffusionModel(keras.Model):
         if network.context_shape is not None:
             null = dict(initializer="zeros", trainable=False, name="null_context")
             self.null_context = self.add_weight(shape=network.context_shape, **null)
-        self.random = keras.random.SeedGenerator(seed)
+        self.random = keras.random.SeedGenerator(0)  # `self.seed` may be larger than Keras takes
         objective.begin_random(self)
         self.norm_tracker = keras.metrics.Mean(name="grad_norm")
         # Set by whoever has them: such as latent.AutoencoderKL and latent.CLIPText.
@@ -154,23 +149,6 @@ class DiffusionModel(keras.Model):
         self._loops = {}
         self.warned_untrained = False
         self.built = True
-
-    def _check_arguments(self, has_null):
-        for key, known in CHOICES.items():
-            if getattr(self, key) not in known:
-                raise ValueError(
-                    f"{key} must be one of {list(known)}. Received: {getattr(self, key)!r}."
-                )
-        if not 0 <= self.condition_dropout <= 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError(
-                "condition_dropout is in [0, 1] and ema_decay in [0, 1). Received: "
-                f"condition_dropout={self.condition_dropout}, ema_decay={self.ema_decay}."
-            )
-        if self.condition_dropout and not has_null:
-            raise ValueError(
-                f"condition_dropout={self.condition_dropout} needs a network that knows 'none': "
-                "null_label=True with num_classes, or context_shape. Use condition_dropout=0."
-            )
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
@@ -224,8 +202,21 @@ class DiffusionModel(keras.Model):
     def call(self, inputs, training=False):
         return self.network(inputs, training=training)
 
+    def compute_output_shape(self, input_shape):
+        return self.network.compute_output_shape(input_shape)
+
+    @property
+    def trainable(self):
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.Model.trainable.fset(self, value)
+        self.ema_network.trainable = False  # Keras would set it for all layers
+
     def copy_weights_to_ema(self):
         """Starts the moving average at the network's weights."""
+        bookkeeping.check_pairs(self)
         for average, weight in zip(self.ema_network.weights, self.network.weights):
             average.assign(ops.copy(weight.value))  # a copy: JAX must not donate one buffer twice
 
@@ -243,14 +234,8 @@ class DiffusionModel(keras.Model):
             **kwargs: `steps_per_execution`, `run_eagerly`, `auto_scale_loss`. The loss is the
                 model's own.
         """
-        unused = [
-            k for k in ("loss", "metrics", "weighted_metrics", "loss_weights") if kwargs.get(k)
-        ]
-        if unused:
-            raise ValueError(
-                f"The diffusion loss and its metrics are built in. Leave out: {unused}; "
-                "`prediction` and the schedule choose the loss."
-            )
+        kwargs = arguments.checked("compile", kwargs)
+        bookkeeping.check_pairs(self)
         optimizer = optimizers.adamw(**self.recipe) if optimizer is None else optimizer
         optimizers.check_average(optimizer)
         self._jit_compile_chosen = jit_compile
@@ -300,24 +285,62 @@ class DiffusionModel(keras.Model):
             verbose: "auto" shows loss, learning rate, gradient norm, images per second and the time
                 left in a line that moves in a terminal or a notebook, and is written once per epoch
                 elsewhere; 0, 1 and 2 are those of Keras.
-            **kwargs: those of Keras; `batch_size` is that of all devices together.
+            **kwargs: those of Keras, but `sample_weight` and `class_weight`, as the loss weighs all
+                images equally; `batch_size` is that of all devices together.
 
         Raises:
             ValueError, TypeError: if the data do not fit the model, before anything is compiled.
             FloatingPointError: after `max_skipped_steps` non-finite steps in a row.
         """
         options = dict(kwargs, batch_size=batch_size, epochs=epochs, verbose=verbose)
+        options = arguments.checked("fit", options)
         return fitting.fit(self, super().fit, x, y, callbacks, resume, options)
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """As `keras.Model.evaluate`, with the moving average; the same noise every time."""
-        if not kwargs.get("_use_cached_eval_dataset"):
+        if not kwargs.get("_use_cached_eval_dataset"):  # else `fit` has checked it
+            kwargs = arguments.checked("evaluate", {**kwargs, "batch_size": batch_size})
+            batch_size = kwargs.pop("batch_size")
+            bookkeeping.check_pairs(self)
             x = batches.check_source(self, x, y, batch_size)
-        self.test_step_count.assign(0)
-        objective.begin_random(self)
+        self._begin_test()
         if getattr(x, "shuffles_itself", False):
             x.epoch = x.epoch  # begins it anew: each evaluation reads the same
-        return super().evaluate(x, y, batch_size, **kwargs)
+        return super().evaluate(x, None, batch_size, **kwargs)
+
+    def _begin_test(self):
+        self.test_step_count.assign(0)
+        objective.begin_random(self)
+
+    def predict(self, x, *args, **kwargs):
+        """As `keras.Model.predict`: what the network gives for a dict of its inputs.
+
+        Images are drawn by `generate`.
+        """
+        batches.check_inputs(self.network, x)
+        return super().predict(x, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        """As `keras.Model.predict_on_batch`; see `predict`."""
+        batches.check_inputs(self.network, x)
+        return super().predict_on_batch(x)
+
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        """One training step, as one of `fit`."""
+        given = dict(sample_weight=sample_weight, class_weight=class_weight)
+        arguments.checked("train_on_batch", given)
+        bookkeeping.check_pairs(self)
+        x = batches.check_source(self, x, y)
+        objective.begin_random(self)
+        return super().train_on_batch(x, return_dict=return_dict)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+        """The loss of a batch by the moving average, as `evaluate` gives it for it alone."""
+        arguments.checked("test_on_batch", {"sample_weight": sample_weight})
+        bookkeeping.check_pairs(self)
+        x = batches.check_source(self, x, y)
+        self._begin_test()
+        return super().test_on_batch(x, return_dict=return_dict)
 
     def train_step(self, *args):
         return backend.train_step(self, *args)
@@ -366,8 +389,11 @@ class DiffusionModel(keras.Model):
         One process of several can save what each of them has.
 
         Raises:
-            ValueError: if weights are divided among processes.
+            ValueError: if weights are divided among processes, a layer was changed after the
+                network was made, or the name ends in .h5, Keras' old format, which would not load.
         """
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(f"The name of a saved model ends in .keras. Received: {filepath}.")
         self._write(super().save, filepath, overwrite, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, **kwargs):
@@ -375,6 +401,7 @@ class DiffusionModel(keras.Model):
         self._write(super().save_weights, filepath, overwrite, **kwargs)
 
     def _write(self, write, filepath, overwrite, **kwargs):
+        bookkeeping.check_pairs(self)
         if distribution.divides_among_processes():
             raise ValueError(
                 "Each process has a part of the weights: `training.Checkpoint` saves all of them, "
@@ -382,14 +409,3 @@ class DiffusionModel(keras.Model):
             )
         with distribution.alone():  # Keras makes an optimizer to look at, in all processes
             atomically(write, filepath, overwrite, **kwargs)
-
-
-def _check_parts(network, schedule):
-    needed = ("image_shape", "num_classes", "null_label", "context_shape")
-    missing = [name for name in needed if not hasattr(network, name)]
-    if missing:
-        raise TypeError(
-            f"The network must be a UViT, a UNet, or have {needed}. It lacks {missing}."
-        )
-    if schedule is not None and not hasattr(schedule, "half_log_snr"):
-        raise TypeError(f"schedule must be such as process.schedules.VPLinear(). Got {schedule!r}.")

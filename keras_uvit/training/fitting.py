@@ -5,13 +5,14 @@ import math
 import types
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_uvit import backend, progress
 from keras_uvit.data.shuffled import ShuffledDataset
 from keras_uvit.training import (
+    arguments,
     batches,
+    bookkeeping,
     callback_states,
     checkpoints,
     frozen,
@@ -40,22 +41,23 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
     if model.compiled:
         frozen.check_compiled(model)
     size = options["batch_size"]
+    bookkeeping.check_pairs(model)
+    _check_resume(mode, callbacks, options)
     if isinstance(x, types.GeneratorType) or getattr(x, "shuffles_itself", False):
         options.setdefault("shuffle", False)  # Keras cannot shuffle the one, need not the other
-    model.global_batch.assign(size or getattr(x, "batch_size", None) or 0)
     x = batches.check_source(model, x, y, size)
     text_space.note_arrays(model)
+    if share := options.pop("validation_split", None):
+        x, options["validation_data"] = _split(x, share, options)
     if options["epochs"] is None:
         if model.planned_steps is not None:
-            x, y = _ordered(x, y, size, options.get("shuffle", True), model.seed), None
+            x = _ordered(x, size, options.get("shuffle", True), model.seed)
             if isinstance(x, keras.utils.PyDataset):
                 options.update(batch_size=None, shuffle=False)
         options.update(_planned(model, x, options))
-    validation = options.get("validation_data")
-    if validation is not None:
-        val_x, *rest = validation if isinstance(validation, tuple) else (validation,)
-        val_x = batches.check_source(model, val_x, *(rest[:1] or [None]), size)
-        options["validation_data"] = (val_x, *rest)
+    if options.get("validation_data") is not None:
+        options["validation_data"] = _validation(model, size, options)
+    model.global_batch.assign(size or getattr(x, "batch_size", None) or 0)
     guard = StopOnNonFinite(model)
     own = [guard]
     if options["verbose"] == "auto" and backend.is_first():
@@ -70,10 +72,57 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
     else:
         callbacks = [*keras.tree.flatten(callbacks or []), *own]
     backend.synchronize(model)
-    history = _fit(model, keras_fit, x, y, callbacks, mode, options)
+    history = _fit(model, keras_fit, x, callbacks, mode, options)
     if guard.error:
         raise FloatingPointError(guard.error)
     return history
+
+
+def _members(callbacks):
+    """The callbacks of what `fit` takes: one, a list, or Keras' own list."""
+    return keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
+
+
+def _checkpoints(callbacks):
+    return [callback for callback in _members(callbacks) if isinstance(callback, Checkpoint)]
+
+
+def _check_resume(mode, callbacks, options):
+    """Raises for what cannot go together with a `Checkpoint`, or without one."""
+    found = _checkpoints(callbacks)
+    if mode not in RESUME:
+        raise ValueError(f"resume must be one of {RESUME}. Received: {mode!r}.")
+    if mode is True and not found:
+        raise ValueError("resume=True needs a training.Checkpoint among the callbacks.")
+    if len(found) > 1 or (found and isinstance(callbacks, keras.callbacks.CallbackList)):
+        raise ValueError("fit takes one Checkpoint, in a list of callbacks.")
+    if found and options.get("initial_epoch"):
+        raise ValueError(
+            "With a Checkpoint the run goes on from its newest checkpoint, which knows the epoch. "
+            "Leave initial_epoch out."
+        )
+
+
+def _split(x, share, options):
+    """Training and validation data out of arrays, for `validation_split`."""
+    if not isinstance(x, dict):
+        raise ValueError(
+            "validation_split divides arrays, and these data come in batches. Leave it out, and "
+            "pass validation_data."
+        )
+    if options.get("validation_data") is not None:
+        raise ValueError("Pass validation_split or validation_data, not both.")
+    return batches.split(x, share)
+
+
+def _validation(model, size, options):
+    """Checked `validation_data`, as `fit` of Keras takes them."""
+    given = options["validation_data"]
+    x, *rest = given if isinstance(given, tuple) else (given,)
+    y, weight = (*rest, None, None)[:2]
+    arguments.checked("fit", {"sample_weight": weight})
+    own = options.get("validation_batch_size")
+    return batches.check_source(model, x, y, own or (size if batches.is_arrays(x) else None))
 
 
 def _planned(model, x, options):
@@ -88,16 +137,13 @@ def _planned(model, x, options):
     return {"epochs": math.ceil(batches / (steps or length)), "steps_per_epoch": steps}
 
 
-def _fit(model, keras_fit, x, y, callbacks, mode, options):
+def _fit(model, keras_fit, x, callbacks, mode, options):
     """Keras' `fit`, once, or for each part of what a `Checkpoint` has left to do."""
-    members = getattr(callbacks, "callbacks", callbacks)
-    found = [callback for callback in members if isinstance(callback, Checkpoint)]
-    if len(found) > 1 or (found and members is not callbacks):
-        raise ValueError("fit takes one Checkpoint, in a list of callbacks.")
-    callback_states.check(model, members, *found)
+    found = _checkpoints(callbacks)
+    callback_states.check(model, _members(callbacks), *found)
     if found or backend.data_shard()[1] > 1:
-        x = _ordered(x, y, options.pop("batch_size"), options.pop("shuffle", True), model.seed)
-        y, options = None, {**options, "shuffle": False}
+        x = _ordered(x, options.pop("batch_size"), options.pop("shuffle", True), model.seed)
+        options["shuffle"] = False
         model.global_batch.assign(getattr(x, "batch_size", None) or model.global_batch)
     if not found:
         epochs = options["epochs"] - options.get("initial_epoch", 0)
@@ -106,7 +152,7 @@ def _fit(model, keras_fit, x, y, callbacks, mode, options):
         if options.get("steps_per_epoch") and isinstance(x, keras.utils.PyDataset):
             # Keras would end an epoch early where the data end.
             x, options = _batches(x, 0), {**options, "shuffle": False}
-        return keras_fit(x, y, callbacks=callbacks, **options)
+        return keras_fit(x, callbacks=callbacks, **options)
     (checkpoint,) = found
     epochs, steps = options.pop("epochs"), options.pop("steps_per_epoch", None)
     others = [callback for callback in callbacks if callback is not checkpoint]
@@ -123,18 +169,18 @@ def _fit(model, keras_fit, x, y, callbacks, mode, options):
     return model.history
 
 
-def _ordered(x, y, batch_size, shuffle, seed):
+def _ordered(x, batch_size, shuffle, seed):
     """Arrays as batches whose order is a function of (seed, epoch); other data as they are."""
-    if not isinstance(x, dict | np.ndarray) and not ops.is_tensor(x):
+    if not isinstance(x, dict):
         return x
     if not shuffle:
         raise ValueError(
             "With a Checkpoint, or in several processes, arrays are read in an order of their own, "
             "which can be found again; leave shuffle=False out, or pass a keras.utils.PyDataset."
         )
-    batch = x if isinstance(x, dict) else {"image": x, **({} if y is None else {"label": y})}
-    arrays = {key: ops.convert_to_numpy(value) for key, value in batch.items()}
-    return ShuffledDataset(arrays, batch_size or 32, seed)
+    arrays = {key: ops.convert_to_numpy(value) for key, value in x.items()}
+    total = len(next(iter(arrays.values())))
+    return ShuffledDataset(arrays, batch_size or min(32, total), seed)
 
 
 def _resume(model, checkpoint, others, x, mode, steps_per_epoch):
@@ -144,8 +190,6 @@ def _resume(model, checkpoint, others, x, mode, steps_per_epoch):
         ValueError: if there must be a checkpoint and is none, or the other way round, or if it is
             of another model, optimizer, batch size or number of batches.
     """
-    if mode not in RESUME:
-        raise ValueError(f"resume must be one of {RESUME}. Received: {mode!r}.")
     steps = steps_per_epoch or _length(x)
     if steps is None:
         raise ValueError(
@@ -252,9 +296,8 @@ def _as_tuple(batch):
 
 def _steps_of(x, batch_size):
     """Batches of an epoch of arrays, too."""
-    first = next(iter(x.values())) if isinstance(x, dict) else x
-    if isinstance(first, np.ndarray) or ops.is_tensor(first):
-        return -(-len(first) // (batch_size or 32))
+    if isinstance(x, dict):
+        return -(-len(next(iter(x.values()))) // (batch_size or 32))
     return _length(x)
 
 

@@ -10,11 +10,12 @@ import numpy as np
 from keras import ops, tree
 
 from keras_uvit import backend, progress
+from keras_uvit.checks import as_int, nearest
 from keras_uvit.networks import halves
 from keras_uvit.pixels import from_unit_range
 from keras_uvit.process import samplers
 from keras_uvit.process.steps import runs_of
-from keras_uvit.training import text_space
+from keras_uvit.training import bookkeeping, text_space
 from keras_uvit.training.evaluations import Evaluations, Plan
 
 
@@ -38,6 +39,7 @@ def generate(
     use_ema=True,
     decode=True,
     verbose=1,
+    **unknown,
 ):
     """Draws images from the model.
 
@@ -72,7 +74,8 @@ def generate(
         `(n, H, W, C)` uint8 in [0, 255].
 
     Raises:
-        ValueError, TypeError: if the arguments do not fit the model, before anything is compiled.
+        ValueError, TypeError: if the arguments are unknown or do not fit the model, before anything
+            is compiled.
     """
     job = _checked(**locals())
     _warn_if_untrained(model)
@@ -80,14 +83,14 @@ def generate(
     loop, total = _loop(model, network, job), job.total
     weights = [w.value for w in network.variables]
     replicas = backend.replicas()
-    at_once = batch_size or backend.images_at_once(_widest(model.network))
+    at_once = job.batch_size or backend.images_at_once(_widest(model.network))
     size = -(-min(at_once, total) // replicas) * replicas  # every device gets as many
     bar = progress.bar(total, verbose, "image")
     images = []
     for start in range(0, total, size):
         chosen = np.arange(start, start + size)
         rows = np.minimum(chosen, total - 1)  # a ragged last batch is filled up, not recompiled
-        noise, seeds = _noise(seed, first + chosen, model.network.image_shape)
+        noise, seeds = _noise(job.seed, job.first + chosen, model.network.image_shape)
         x = loop(
             weights,
             backend.spread(noise),
@@ -129,6 +132,9 @@ class _Job(NamedTuple):
     total: int
     steps: samplers.Steps
     plan: Plan
+    seed: int
+    first: int
+    batch_size: int | None
 
 
 def check(model, **options):
@@ -155,9 +161,14 @@ def _checked(
     first,
     batch_size,
     decode,
+    unknown,
     **_,
 ):
     """The `_Job` of arguments that fit; nothing is compiled before."""
+    for name in unknown:
+        known = inspect.signature(generate).parameters
+        raise TypeError(f"generate has no argument {name!r}.{nearest(name, known)}")
+    bookkeeping.check_pairs(model)
     wants = {"num_images": num_images, "labels": labels, "prompts": prompts}
     conditions, total = _conditions(model, wants)
     if decode and model.latent_scale is not None and model.autoencoder is None:
@@ -165,14 +176,9 @@ def _checked(
             "This model makes latents and has no autoencoder to decode them. Set "
             "`model.autoencoder`, or pass decode=False for the latents themselves."
         )
-    for name, value in (("seed", seed), ("first", first)):
-        if not isinstance(value, int | np.integer) or value < 0:
-            raise ValueError(f"{name} must be an int >= 0. Received: {value!r}.")
-    is_int = isinstance(batch_size, int | np.integer)
-    if batch_size is not None and not (is_int and batch_size >= 1):
-        raise ValueError(
-            f"batch_size must be at least 1, an int or None. Received: {batch_size!r}."
-        )
+    seed, first = as_int(seed, "seed", 0), as_int(first, "first", 0)
+    if batch_size is not None:
+        batch_size = as_int(batch_size, "batch_size", 1)
     steps = _steps(model, sampler, num_steps)
     plan = Plan(
         _scale(model, guidance_scale), guidance_interval, guidance_every, middle_every, outer_blocks
@@ -180,7 +186,7 @@ def _checked(
     _check_plan(model, plan)
     is_guided = any(kind.guidance != "off" for kind in plan.kinds(steps.t))
     unconditional = _unconditional(model, negative_prompts, total, is_guided)
-    return _Job(conditions, unconditional, total, steps, plan)
+    return _Job(conditions, unconditional, total, steps, plan, seed, first, batch_size)
 
 
 def _finish(model, x):
@@ -200,10 +206,7 @@ def _conditions(model, wants):
         expected = "`, `".join(asks)
         raise ValueError(f"This model generates from `{expected}`. Received: {given or 'nothing'}.")
     if asks == ["num_images"]:
-        total = wants["num_images"]
-        if not isinstance(total, int | np.integer) or total < 1:
-            raise ValueError(f"num_images must be an int >= 1. Received: {total!r}.")
-        return {}, int(total)
+        return {}, as_int(wants["num_images"], "num_images", 1)
     conditions = {}
     if "labels" in asks:
         conditions["label"] = _labels(network, wants["labels"])
@@ -342,9 +345,7 @@ def _check_plan(model, plan):
     if not 0 <= low < high <= 1:
         raise ValueError(f"guidance_interval is (low, high) in [0, 1]. Received: {plan.interval}.")
     for name in ("guidance_every", "middle_every"):
-        value = getattr(plan, name)
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} is a number of steps, at least 1. Received: {value!r}.")
+        as_int(getattr(plan, name), name, 1)
     if plan.middle_every > 1:
         halves.check_outer_blocks(model.network, plan.outer_blocks)
 

@@ -720,7 +720,7 @@ def test_latents_that_are_not_finite_are_refused(tiny, value):
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_of_nothing_is_refused(tiny, batch_size):
-    message = f"batch_size must be an int, at least 1. Received: {batch_size}"
+    message = f"batch_size must be an int >= 1. Received: {batch_size}"
     with pytest.raises(ValueError, match=message):
         tiny.encode(GOOD, batch_size=batch_size, verbose=0)
     with pytest.raises(ValueError, match=message):

@@ -535,7 +535,7 @@ def test_a_model_that_has_learned_more_is_not_overwritten(run, tmp_path):
 
 @pytest.mark.parametrize("options", [dict(every_steps=0), dict(keep=0), dict(every_steps=1.5)])
 def test_arguments_are_checked(tmp_path, options):
-    with pytest.raises(ValueError, match="must be an int, at least 1"):
+    with pytest.raises(ValueError, match="must be an int >= 1"):
         Checkpoint(tmp_path, **options)
 
 

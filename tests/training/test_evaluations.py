@@ -220,8 +220,8 @@ def test_image_k_is_the_same_in_any_batch(model):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ({}, dict(guidance_every=0), "guidance_every is a number of steps, at least 1.*0"),
-        ({}, dict(middle_every=1.5), "middle_every is a number of steps.*1.5"),
+        ({}, dict(guidance_every=0), "guidance_every must be an int >= 1.*0"),
+        ({}, dict(middle_every=1.5), "middle_every must be an int.*1.5"),
         ({}, dict(middle_every=2, outer_blocks=3), "1 to 2 here. Received: 3"),
         ({}, dict(middle_every=2, outer_blocks=0), "1 to 2 here. Received: 0"),
         (dict(skip=None), dict(middle_every=2), "long skips"),

@@ -208,9 +208,9 @@ def test_latents_are_decoded_by_the_autoencoder():
         (dict(labels=[]), "list of integers"),
         (dict(labels=[0], prompts=["a"]), r"\['labels', 'prompts'\]"),
         (dict(labels=[0], sampler="dpm_solver++"), "Unknown sampler.*Did you mean 'dpm_solver"),
-        (dict(labels=[0], sampler="dpm_solver_pp_3m", num_steps=2), "at least 3"),
-        (dict(labels=[0], num_steps=0), "num_steps=0"),
-        (dict(labels=[0], num_steps=2.5), "num_steps=2.5"),
+        (dict(labels=[0], sampler="dpm_solver_pp_3m", num_steps=2), "num_steps of sampler.*>= 3"),
+        (dict(labels=[0], num_steps=0), "num_steps.*Received: 0"),
+        (dict(labels=[0], num_steps=2.5), "num_steps.*Received: 2.5"),
         (dict(labels=[0], guidance_scale=-1.0), "guidance_scale must be finite and >= 0"),
         (dict(labels=[0], guidance_scale="2"), "guidance_scale must be finite.*'2'"),
         (dict(labels=[0], guidance_interval=(0.7, 0.2)), r"\(low, high\)"),
@@ -219,8 +219,8 @@ def test_latents_are_decoded_by_the_autoencoder():
         (dict(labels=[0], first=1.0), r"first must be an int >= 0. Received: 1\.0"),
         (dict(labels=[0], first="1"), "first must be an int >= 0. Received: '1'"),
         (dict(labels=[0], first=None), "first must be an int >= 0. Received: None"),
-        (dict(labels=[0], batch_size=0), "batch_size must be at least 1"),
-        (dict(labels=[0], batch_size=2.5), "an int or None. Received: 2.5"),
+        (dict(labels=[0], batch_size=0), "batch_size must be an int >= 1"),
+        (dict(labels=[0], batch_size=2.5), "batch_size must be an int.*2.5"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(model, options, message, monkeypatch):

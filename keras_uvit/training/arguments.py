@@ -1,0 +1,103 @@
+"""What `DiffusionModel` takes of Keras' arguments and methods, and why it refuses the others."""
+
+import inspect
+
+import keras
+
+from keras_uvit.checks import as_int, nearest
+from keras_uvit.networks.network import FORMATS
+from keras_uvit.process.predictions import PREDICTIONS
+from keras_uvit.process.weighting import LOSS_WEIGHTINGS, TIME_SAMPLINGS
+
+CHOICES = {
+    "prediction": PREDICTIONS,
+    "time_sampling": TIME_SAMPLINGS,
+    "loss_weighting": LOSS_WEIGHTINGS,
+}
+# Arguments that are whole numbers: the least that each can be.
+OF_MODEL = {"seed": 0, "num_steps": 1, "max_skipped_steps": 0, "planned_steps": 1}
+OF_METHODS = {
+    "batch_size": 1,
+    "epochs": 0,
+    "initial_epoch": 0,
+    "steps": 1,
+    "steps_per_epoch": 1,
+    "validation_steps": 1,
+    "validation_batch_size": 1,
+}
+BUILT_IN = (
+    "The diffusion loss and its metrics are built in: `prediction`, `loss_weighting` and the "
+    "schedule choose the loss."
+)
+EQUAL = (
+    "The diffusion loss weighs all images equally: repeat the images that should count more in the "
+    "data."
+)
+REFUSED = {
+    **dict.fromkeys(("loss", "metrics", "weighted_metrics", "loss_weights"), BUILT_IN),
+    **dict.fromkeys(("sample_weight", "class_weight"), EQUAL),
+}
+METHODS = {
+    **dict.fromkeys(
+        ("add_loss", "add_metric", "compute_loss", "stateless_compute_loss", "compute_metrics"),
+        f"{BUILT_IN} `evaluate` and `test_on_batch` give the loss.",
+    ),
+    "export": "Its images come from a loop around the network, which has no file format: save the "
+    "model by `save`, or export `model.ema_network`, which is what the loop calls.",
+    **FORMATS,
+}
+
+
+def checked(method, given):
+    """The arguments `given` to a method that continues Keras' own, with whole numbers as ints.
+
+    Raises:
+        TypeError: for an argument that Keras does not have.
+        ValueError: for one that would have no effect, or a number that cannot be.
+    """
+    known = list(inspect.signature(getattr(keras.Model, method)).parameters)
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"{method} has no argument {name!r}.{nearest(name, known)}")
+        if name in REFUSED and value is not None:
+            raise ValueError(f"{name} is not supported. {REFUSED[name]} Leave {name}= out.")
+    return {
+        name: as_int(value, name, OF_METHODS[name])
+        if name in OF_METHODS and value is not None
+        else value
+        for name, value in given.items()
+    }
+
+
+def check_parts(network, schedule):
+    """Raises unless these can be parts of a `DiffusionModel`."""
+    needed = ("image_shape", "num_classes", "null_label", "context_shape")
+    missing = [name for name in needed if not hasattr(network, name)]
+    if missing:
+        raise TypeError(
+            f"The network must be a UViT, a UNet, or have {needed}. It lacks {missing}."
+        )
+    if schedule is not None and not hasattr(schedule, "half_log_snr"):
+        raise TypeError(f"schedule must be such as process.schedules.VPLinear(). Got {schedule!r}.")
+
+
+def check_model(model, has_null):
+    """Raises unless the model's own arguments can be; makes ints of its whole numbers."""
+    for key, least in OF_MODEL.items():
+        if key != "planned_steps" or model.planned_steps is not None:
+            setattr(model, key, as_int(getattr(model, key), key, least))
+    for key, known in CHOICES.items():
+        if getattr(model, key) not in known:
+            raise ValueError(
+                f"{key} must be one of {list(known)}. Received: {getattr(model, key)!r}."
+            )
+    if not 0 <= model.condition_dropout <= 1 or not 0 <= model.ema_decay < 1:
+        raise ValueError(
+            "condition_dropout is in [0, 1] and ema_decay in [0, 1). Received: "
+            f"condition_dropout={model.condition_dropout}, ema_decay={model.ema_decay}."
+        )
+    if model.condition_dropout and not has_null:
+        raise ValueError(
+            f"condition_dropout={model.condition_dropout} needs a network that knows 'none': "
+            "null_label=True with num_classes, or context_shape. Use condition_dropout=0."
+        )

@@ -1,0 +1,111 @@
+"""Whole numbers and seeds: Python's and NumPy's are taken everywhere, by one rule."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from keras_uvit import DiffusionModel, UNet, UViT, data
+from keras_uvit.data.shuffled import ShuffledDataset
+from keras_uvit.evaluation.classifier import Classifier
+from keras_uvit.inference import Frozen
+from keras_uvit.training.callbacks import Checkpoint
+
+TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)
+IMAGES, LABELS = np.zeros((4, 4, 4, 1), "uint8"), np.arange(4) % 3
+
+
+def model(**options):
+    return DiffusionModel(UViT(**TINY, num_classes=3), **options)
+
+
+def draws(**options):
+    return model().generate(**{"labels": [0], "num_steps": 2, "verbose": 0, **options})
+
+
+def frozen(**options):
+    return Frozen(keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Dense(2)]))(
+        IMAGES, **options
+    )
+
+
+SEEDS = {
+    "DiffusionModel": lambda seed: model(seed=seed),
+    "generate": lambda seed: draws(seed=seed),
+    "ShuffledDataset": lambda seed: ShuffledDataset({"image": IMAGES}, 2, seed)[0],
+    "Classifier": lambda seed: Classifier((8, 8, 1), 3, seed),
+}
+COUNTS = {
+    "first": lambda n: draws(first=n),
+    "batch_size": lambda n: draws(batch_size=n),
+    "num_steps": lambda n: draws(num_steps=n),
+    "guidance_every": lambda n: draws(guidance_every=n, guidance_scale=2.0),
+    "num_steps of DiffusionModel": lambda n: model(num_steps=n),
+    "max_skipped_steps": lambda n: model(max_skipped_steps=n),
+    "planned_steps": lambda n: model(planned_steps=n),
+    "every_steps": lambda n: Checkpoint("nowhere", every_steps=n),
+    "keep": lambda n: Checkpoint("nowhere", keep=n),
+    "image_size": lambda n: data.sources.checked_size(n),
+    "image_size of two": lambda n: data.sources.checked_size((n, 4)),
+    "Frozen": lambda n: frozen(batch_size=n),
+}
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize("number", [2, np.int64(2), np.uint8(2), np.array(2)], ids=repr)
+@pytest.mark.parametrize("place", [*SEEDS, *COUNTS])
+def test_integers_are_taken(place, number):
+    {**SEEDS, **COUNTS}[place](number)
+
+
+@pytest.mark.parametrize("number", [-1, 2.5, "2", True, np.float32(2)], ids=repr)
+@pytest.mark.parametrize("place", [*SEEDS, *COUNTS])
+def test_what_is_no_integer_is_refused(place, number):
+    with pytest.raises(ValueError, match=r"must be an int >= [0-3]\. Received: "):
+        {**SEEDS, **COUNTS}[place](number)
+
+
+@pytest.mark.parametrize("place", SEEDS)
+def test_a_seed_is_a_number(place):
+    with pytest.raises(ValueError, match="seed must be an int >= 0. Received: None"):
+        SEEDS[place](None)
+
+
+@pytest.mark.each_backend
+@pytest.mark.eager
+@pytest.mark.parametrize("seed", [2**31, 2**33, 2**70, np.uint64(2**63)], ids=repr)
+def test_large_seeds(seed):
+    made = model(seed=seed)
+    made.compile()
+    made.fit(IMAGES, LABELS, verbose=0)
+    made.generate(labels=[0], num_steps=2, seed=seed, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (UViT, dict(TINY, num_classes=3, context_shape=(2, 3))),
+        (UNet, dict(image_shape=(4, 4, 1), base_dim=64, multipliers=(1, 1), attention_levels=(1,))),
+    ],
+)
+def test_networks_of_numbers_from_numpy(kind, arguments):
+    def numpy(value):
+        return tuple(map(np.int64, value)) if isinstance(value, tuple) else np.int64(value)
+
+    network = kind(**{key: numpy(value) for key, value in arguments.items()})
+    assert json.dumps(network.get_config()) == json.dumps(kind(**arguments).get_config())
+
+
+@pytest.mark.each_backend
+@pytest.mark.eager
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int64"])
+def test_labels_of_every_integer_type(dtype):
+    made, labels = model(), LABELS.astype(dtype)
+    made.compile()
+    batch = {"image": IMAGES, "label": labels}
+    made.fit(IMAGES, labels, verbose=0)
+    made.fit((batch for _ in range(2)), steps_per_epoch=1, verbose=0)
+    made.evaluate(batch, verbose=0)
+    made.train_on_batch(batch)
+    made.generate(labels=labels, num_steps=2, verbose=0)
