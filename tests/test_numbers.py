@@ -74,7 +74,7 @@ def test_a_seed_is_a_number(place):
 
 @pytest.mark.each_backend
 @pytest.mark.eager
-@pytest.mark.parametrize("seed", [2**31, 2**33, 2**70, np.uint64(2**63)], ids=repr)
+@pytest.mark.parametrize("seed", [2**33, 2**70, np.uint64(2**63)], ids=repr)
 def test_large_seeds(seed):
     made = model(seed=seed)
     made.compile()
@@ -97,9 +97,11 @@ def test_networks_of_numbers_from_numpy(kind, arguments):
     assert json.dumps(network.get_config()) == json.dumps(kind(**arguments).get_config())
 
 
-@pytest.mark.each_backend
 @pytest.mark.eager
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int64"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["uint8", "uint16", "uint32", pytest.param("uint64", marks=pytest.mark.each_backend), "int8"],
+)
 def test_labels_of_every_integer_type(dtype):
     made, labels = model(), LABELS.astype(dtype)
     made.compile()

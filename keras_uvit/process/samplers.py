@@ -42,13 +42,20 @@ def log_snr_uniform(schedule, num_steps, t_start=None, t_end=None):
     return times
 
 
-def _checked(times, name):
+def _checked(times, name, schedule, limit="t_start"):
     times = np.asarray(times, "float64")
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"{name} needs at least two times (one step). Received: {times}.")
     if (np.diff(times) >= 0).any() or times[0] > 1 or times[-1] < 0:
         raise ValueError(
             f"{name} needs strictly decreasing times in [0, 1], noise first. Received: {times}."
+        )
+    latest = getattr(schedule, limit)
+    if times[0] > latest:
+        raise ValueError(
+            f"{name} starts at t = {latest} at most on {type(schedule).__name__}, which has no "
+            f"signal left later. Received: a first time of {times[0]}; pass "
+            f"np.linspace({latest}, {times[-1]}, {len(times)}), for example."
         )
     return times
 
@@ -71,7 +78,7 @@ def ddim(schedule, times, *, eta=0.0):
 
     Args:
         schedule: gives alpha and sigma.
-        times: `(n + 1,)`, strictly decreasing in [0, 1]; the last may be 0.
+        times: `(n + 1,)`, strictly decreasing from at most `schedule.t_start`; the last may be 0.
         eta: float in [0, 1]. 0 is deterministic, 1 has the DDPM posterior variance.
 
     Returns:
@@ -85,7 +92,7 @@ def ddim(schedule, times, *, eta=0.0):
         >>> ddim(VPLinear(), time_uniform(50)).nfe
         50
     """
-    times = _checked(times, "ddim")
+    times = _checked(times, "ddim", schedule)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1]. Received: {eta}.")
     rows = []
@@ -113,7 +120,7 @@ def _drift(schedule, t, x):
 
 def euler(schedule, times):
     """Euler steps of the probability-flow ODE, order 1. Arguments as in `ddim`."""
-    times = _checked(times, "euler")
+    times = _checked(times, "euler", schedule)
     return _steps(
         [(s, X + (t - s) * _drift(schedule, s, X), 0, 1) for s, t in zip(times, times[1:])]
     )
@@ -125,7 +132,7 @@ def heun(schedule, times):
     A step that ends at t = 0, where the drift is 0 / 0, is an Euler step (Karras et al. 2022,
     arXiv 2206.00364, Algorithm 1). Arguments as in `ddim`.
     """
-    times, rows = _checked(times, "heun"), []
+    times, rows = _checked(times, "heun", schedule), []
     for s, t in zip(times[:-1], times[1:]):
         first = _drift(schedule, s, X)
         guess = X + (t - s) * first
@@ -148,7 +155,7 @@ def euler_maruyama(schedule, times, *, eta=1.0):
     2011.13456, Eq. 6 for eta = 1. The last step adds no noise. The published CIFAR-10 and CelebA
     samples are 1000 of these. Arguments as in `ddim`; `eta` in [0, 1].
     """
-    times, rows = _checked(times, "euler_maruyama"), []
+    times, rows = _checked(times, "euler_maruyama", schedule, "t_max"), []
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1]. Received: {eta}.")
     for i, (s, t) in enumerate(zip(times[:-1], times[1:])):
@@ -202,7 +209,7 @@ def dpm_solver_pp(schedule, times, *, order=2, multistep=True, on_grid=False):
     """
     if not multistep:
         return _singlestep(schedule, times, order, _data_weights, "dpm_solver_pp", on_grid)
-    times = _checked(times, "dpm_solver_pp")
+    times = _checked(times, "dpm_solver_pp", schedule)
     _checked_order(order, "dpm_solver_pp")
     if len(times) - 1 < order:
         raise ValueError(
@@ -244,7 +251,7 @@ def fast_orders(nfe):
 
 
 def _singlestep(schedule, times, order, weights, name, on_grid=False):
-    times = _checked(times, name)
+    times = _checked(times, name, schedule, "t_max")  # lambda may be infinite later
     intervals = len(times) - 1
     if isinstance(order, int | np.integer):
         _checked_order(order, name)

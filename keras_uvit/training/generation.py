@@ -319,6 +319,12 @@ def _steps(model, sampler, num_steps):
     if isinstance(sampler, samplers.Steps):
         if num_steps is not None:
             raise ValueError("`Steps` already has its number of steps; leave `num_steps` out.")
+        first, latest = sampler.t.max(), model.schedule.t_start
+        if first > latest:
+            raise ValueError(
+                f"These `Steps` start at t = {first}, but {type(model.schedule).__name__}, the "
+                f"schedule of this model, at {latest} at most. Make them by `model.schedule`."
+            )
         return sampler
     return samplers.named(
         sampler, model.schedule, model.num_steps if num_steps is None else num_steps

@@ -9,7 +9,7 @@ from keras import ops
 from words import Words
 
 from keras_uvit import DiffusionModel, UViT, backend
-from keras_uvit.process import samplers
+from keras_uvit.process import samplers, schedules
 from keras_uvit.training import generation
 
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)
@@ -227,6 +227,23 @@ def test_bad_requests_are_refused_before_anything_runs(model, options, message, 
     monkeypatch.setattr(generation, "_loop", None)
     with pytest.raises(ValueError, match=message):
         model.generate(**options)
+
+
+def test_steps_of_another_schedule_are_refused():
+    model = DiffusionModel(UViT(**TINY), schedules.VPCosine())
+    steps = samplers.ddim(schedules.VPLinear(), np.linspace(1, 0, 6))
+    with pytest.raises(ValueError, match="start at t = 1.0, but VPCosine.* at 0.9946 at most"):
+        model.generate(num_images=1, sampler=steps, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("prompt", "prompts"), ("label", "labels"), ("steps", "num_steps"), ("cfg", None)],
+)
+def test_an_unknown_argument_gets_the_nearest_name(model, wrong, near):
+    message = f"no argument {wrong!r}." + (f" Did you mean {near!r}" if near else "$")
+    with pytest.raises(TypeError, match=message):
+        model.generate(labels=[0], **{wrong: 1})
 
 
 def test_guidance_without_a_null_label_is_refused():

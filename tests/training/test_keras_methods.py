@@ -368,6 +368,7 @@ USES = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("use", USES)
 def test_a_changed_network_is_refused(change, use):
