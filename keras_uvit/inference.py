@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import re
 from pathlib import Path
 
 import h5py
@@ -14,6 +15,21 @@ from keras_uvit.checks import as_int
 
 # What Keras raises for a weight file that is damaged or of another network.
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError)
+
+
+@contextlib.contextmanager
+def naming_missing_classes(path):
+    """Inside, a class that Keras does not know is told as that, and not as a fault of the file."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        missing = re.search(r"Could not locate (?:class|function) '(\w+)'", str(error))
+        if missing is None:
+            raise
+        raise ImportError(
+            f"{path} needs {missing[1]!r}, which is not known here: import the module that defines "
+            "it, decorated by keras.saving.register_keras_serializable, before you load the file."
+        ) from error
 
 
 class Frozen:

@@ -8,7 +8,7 @@ import keras
 
 from keras_uvit.convert import FAMILIES, load_torch_weights
 from keras_uvit.convert.files import TORCH
-from keras_uvit.inference import DAMAGE, load_keras_weights
+from keras_uvit.inference import DAMAGE, load_keras_weights, naming_missing_classes
 from keras_uvit.latent import AutoencoderKL, CLIPText
 from keras_uvit.own_data import for_data as for_data
 from keras_uvit.recipes import FAST as FAST
@@ -137,7 +137,8 @@ def _load_weights(model, path):
         load_keras_weights(model.network, path, f"preset {model.name!r}")
     else:
         try:
-            saved = keras.saving.load_model(path, compile=False)
+            with naming_missing_classes(path):
+                saved = keras.saving.load_model(path, compile=False)
             model.network.set_weights(saved.ema_network.get_weights())
             _take_encoders(model, saved)
         except (*DAMAGE, BadZipFile) as error:

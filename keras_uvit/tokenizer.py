@@ -83,12 +83,25 @@ class Tokenizer:
         if long:
             shown = long[0] if len(long[0]) < 200 else f"{long[0][:200]} ..."
             others = f" and {len(long) - 1} more" if len(long) > 1 else ""
+            spelled = ", ".join(map(repr, self._spelled(long[0])))
+            cause = (
+                f" The vocabulary spells these words out in pieces: {spelled}." if spelled else ""
+            )
             warnings.warn(
                 f"Cut at {self.length} tokens, the rest is not seen by the model: {shown!r}"
-                f"{others}.",
+                f"{others}.{cause}",
                 stacklevel=2,
             )
         return np.array([encoding.ids for encoding in encodings], "int32")
+
+    def _spelled(self, text):
+        """The words of a text that are no token of their own."""
+        text = self._tokenizer.normalizer.normalize_str(text)
+        words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        spelled = [
+            text[slice(*place)] for word, place in words if word + WORD_END not in self.vocabulary
+        ]
+        return list(dict.fromkeys(spelled))
 
     @classmethod
     def learned(cls, captions, size, length):

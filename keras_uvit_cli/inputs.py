@@ -10,6 +10,7 @@ from keras_uvit.data import captioned, sources
 from keras_uvit.data.manifest import MANIFEST, read_manifest
 from keras_uvit.evaluation.files import read_npz
 from keras_uvit.evaluation.protocol import USUAL_PROMPTS
+from keras_uvit.inference import naming_missing_classes
 from keras_uvit.latent import AutoencoderKL, CLIPText
 from keras_uvit.training import DiffusionModel, load_checkpoint
 from keras_uvit.training.checkpoints import steps_in
@@ -126,8 +127,15 @@ def has_checkpoints(name):
 
 
 def is_preset(name):
-    """Whether MODEL is meant as the name of a preset, known or not."""
-    return not name.endswith(".keras") and not has_checkpoints(name)
+    """Whether MODEL is meant as the name of a preset, known or not; raises for another path."""
+    if name.endswith(".keras") or has_checkpoints(name):
+        return False
+    if name not in presets.names() and Path(name).exists():
+        raise click.UsageError(
+            f"{name} is no model: expected the name of a preset, a .keras file, or a folder of "
+            "checkpoints."
+        )
+    return True
 
 
 def check_preset(name, autoencoder, labels, prompts, num_images):
@@ -159,7 +167,8 @@ def open_model(name, weights, autoencoder, text):
     if weights is not None:
         raise click.UsageError("--weights goes with a preset: a saved model has its own weights.")
     is_file = name.endswith(".keras")
-    model = keras.saving.load_model(name, compile=False) if is_file else load_checkpoint(name)
+    with naming_missing_classes(name):
+        model = keras.saving.load_model(name, compile=False) if is_file else load_checkpoint(name)
     if not isinstance(model, DiffusionModel):
         raise ValueError(f"Expected a DiffusionModel in {name}. Received: {type(model).__name__}.")
     if autoencoder is not None:

@@ -49,6 +49,11 @@ def _check_dataset(name):
         raise click.UsageError(
             f"{name} is a preset, not data: keras-uvit train DATASET FOLDER --preset {name}."
         )
+    if name.endswith(".keras"):
+        raise click.UsageError(
+            f"{name} is a model, not data: expected keras-uvit train DATASET FOLDER. The same "
+            "command as before resumes an interrupted run in FOLDER."
+        )
     is_name = name == "digits" or name.startswith(("tfds:", "shapes:", "coco:"))
     if not is_name and not Path(name).is_dir():
         raise FileNotFoundError(

@@ -173,6 +173,15 @@ def test_long_captions_keep_75_tokens_and_the_end():
         assert (tokenizer("dog " * 75) == ids[0]).all()  # just fits
 
 
+def test_words_that_are_spelled_out_are_named():
+    tokenizer = clip.Tokenizer.learned(["a dog", "a cat"], 600, 6)
+    with pytest.warns(UserWarning, match="spells these words out in pieces: 'zebra', 'fox'"):
+        tokenizer("a Zebra a dog a fox a zebra")
+    with pytest.warns(UserWarning, match="Cut at 6 tokens") as caught:
+        tokenizer("a dog a cat a dog")
+    assert "spells" not in str(caught[0].message)
+
+
 @pytest.mark.parametrize(
     "bad", [None, 7, [b"dog"], [None], [7], [["dog"]], "\ud83d", ["ok", "x\udc36"]]
 )

@@ -1,6 +1,7 @@
 """Promises about the package as a whole: light import, one place for the backend, true words."""
 
 import ast
+import builtins
 import doctest
 import importlib
 import json
@@ -154,7 +155,8 @@ def test_readme_training_lines_run(tmp_path, monkeypatch):
     own = smaller(own, ("hidden_dim=256", "hidden_dim=16"), ("num_layers=9", "num_layers=3"))
     exec(compile(own, "README", "exec"), made)
     (kept,) = blocks("Long runs, many devices")
-    exec(compile(smaller(kept), "README", "exec"), made)
+    tiny = "for_data(photos, network=dict(hidden_dim=16, num_layers=1))"
+    exec(compile(smaller(kept, ("for_data(photos)", tiny)), "README", "exec"), made)
     assert list((tmp_path / "runs" / "photos" / "checkpoints").glob("step-*"))
 
 
@@ -190,10 +192,11 @@ def test_readme_study_lines_run():
 
 def test_readme_text_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_photos(tmp_path / "my_photos")
-    photos = sorted(path.name for path in (tmp_path / "my_photos" / "cats").iterdir())
+    folder = tmp_path / "captioned_photos"
+    make_photos(folder)
+    photos = sorted(path.name for path in (folder / "cats").iterdir())
     lines = [json.dumps({"file_name": f"cats/{name}", "captions": ["a cat"]}) for name in photos]
-    (tmp_path / "my_photos" / "captions.jsonl").write_text("\n".join(lines))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
     latent = keras_uvit.latent
     tiny = latent.AutoencoderKL(32, (1, 1, 1, 1), 1, scale=1.0)
     moments = tiny.encode(np.zeros((1, 16, 16, 3), "uint8"), verbose=0)
@@ -216,6 +219,19 @@ def test_readme_text_lines_run(tmp_path, monkeypatch):
     exec(compile(train, "README", "exec"), made)
     assert made["latents"].num_samples == 20
     assert made["images"].shape == (2, 32, 32, 3)
+
+
+def test_readme_blocks_can_follow_one_another():
+    """Each makes all that it uses, and caches of different data have different names."""
+    caches = []
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        names = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name)]
+        made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        made |= set(re.findall(r"\w+", " ".join(re.findall(r"^.*import (.*)$", block, re.M))))
+        used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+        assert used - made - set(dir(builtins)) == set(), block
+        caches += re.findall(r'write_latents\(\w+, "(\w+)"', block)
+    assert len(caches) == len(set(caches)) > 1
 
 
 @pytest.mark.parametrize("name", presets.names())

@@ -551,3 +551,13 @@ def test_the_fast_way_draws_digits_as_well_as_the_long_one():
     # Other steps of the same way through the same noise: 0.02 of [-1, 1] was measured.
     away = np.sqrt(np.mean((long / 127.5 - fast / 127.5) ** 2))
     assert 0.001 < away < 0.05
+
+
+def test_a_class_that_is_missing_is_no_damage(tmp_path):
+    class Own(UViT):
+        """Which no other process knows."""
+
+    DiffusionModel(Own((8, 8, 1), num_classes=10, **SMALL)).save(tmp_path / "own.keras")
+    for load in (lambda path: presets.load("uvit_tiny_digits", path), AutoencoderKL.from_file):
+        with pytest.raises(ImportError, match=r"own\.keras needs 'Own'.*import the module"):
+            load(tmp_path / "own.keras")

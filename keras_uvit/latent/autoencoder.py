@@ -10,7 +10,14 @@ from keras import layers, ops
 from keras_uvit import backend
 from keras_uvit.convert import load_torch_weights
 from keras_uvit.convert.files import TORCH
-from keras_uvit.inference import DAMAGE, Frozen, fingerprint, load_keras_weights, own_defaults
+from keras_uvit.inference import (
+    DAMAGE,
+    Frozen,
+    fingerprint,
+    load_keras_weights,
+    naming_missing_classes,
+    own_defaults,
+)
 from keras_uvit.networks.layers import serializable
 from keras_uvit.pixels import check_latents, from_unit_range, to_unit_range
 
@@ -267,7 +274,8 @@ class AutoencoderKL(keras.Model):
     @classmethod
     def _saved(cls, path, scale):
         try:
-            autoencoder = keras.saving.load_model(path, compile=False)
+            with naming_missing_classes(path):
+                autoencoder = keras.saving.load_model(path, compile=False)
         except (*DAMAGE, BadZipFile) as error:
             raise ValueError(f"{path.name} is damaged or no autoencoder: {error}") from error
         if not isinstance(autoencoder, cls):

@@ -28,6 +28,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend
+from keras_uvit.inference import naming_missing_classes
 from keras_uvit.training.optimizers import settings
 
 FORMAT, VERSION = "keras_uvit checkpoint", 1
@@ -317,7 +318,8 @@ def load_checkpoint(path):
     damage = _damage(chosen)
     if damage:
         raise CheckpointError(f"{chosen} is damaged: {damage}.")
-    model = keras.saving.deserialize_keras_object(read_record(chosen)["model"])
+    with naming_missing_classes(chosen):
+        model = keras.saving.deserialize_keras_object(read_record(chosen)["model"])
     restore(model, chosen)
     return model
 

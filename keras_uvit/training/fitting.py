@@ -80,7 +80,9 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
 
 def _members(callbacks):
     """The callbacks of what `fit` takes: one, a list, or Keras' own list."""
-    return keras.tree.flatten(getattr(callbacks, "callbacks", callbacks) or [])
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    return keras.tree.flatten(callbacks or [])
 
 
 def _checkpoints(callbacks):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from shell import invoke, misused, refused, run
+from shell import invoke, misused, refused, run, save_pngs
 
 import keras_uvit
 import keras_uvit_cli
@@ -202,6 +202,15 @@ def test_an_unknown_preset_is_answered_with_the_nearest(tmp_path, monkeypatch, w
     line = refused(*words.replace("NAME", "uvit_nano_digit").split())
     assert "Unknown preset 'uvit_nano_digit'. Nearest: ['uvit_nano_digits'" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words", ["generate PHOTOS a.png --num-images 1", "report PHOTOS PHOTOS out"]
+)
+def test_pictures_in_place_of_a_model_are_told(tmp_path, words):
+    photos = save_pngs(tmp_path / "photos")
+    line = misused(*words.replace("PHOTOS", str(photos)).split())
+    assert "photos is no model: expected the name of a preset" in line
 
 
 def test_traceback_shows_where_an_error_was_raised(tmp_path):

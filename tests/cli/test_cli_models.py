@@ -181,6 +181,7 @@ def test_what_does_not_go_with_the_data_is_refused(tmp_path):
     assert "No folder at my_fotos. Expected a folder of images" in refused(
         "train", "my_fotos", run_folder
     )
+    assert "model.keras is a model, not data" in misused("train", "model.keras", run_folder)
     text = misused("train", "uvit_tiny_digits", run_folder)
     assert "train DATASET FOLDER --preset uvit_tiny_digits" in text
     assert "--image-size is for folders" in misused(

@@ -1,9 +1,12 @@
 """Bad data is refused before anything is compiled, in words."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from keras_uvit import DiffusionModel, UViT
+from keras_uvit.data import sources
 
 pytestmark = pytest.mark.once
 
@@ -92,6 +95,15 @@ def test_a_loader_of_dicts_is_explained(model, monkeypatch):
     rows = [{"image": IMAGES[i], "label": LABELS[i]} for i in range(6)]
     with pytest.raises(ValueError, match=r"let the data set return `\(item,\)`"):
         model.fit(DataLoader(rows, batch_size=3), verbose=0)
+
+
+@pytest.mark.parametrize(
+    "data", ["my_photos", Path("my_photos"), sources.arrays({"image": IMAGES}, "six"), 3]
+)
+def test_what_yields_no_batches_is_refused(model, data):
+    for method in (model.fit, model.evaluate, model.train_on_batch):
+        with pytest.raises(TypeError, match=r"data.image_folder.*data.images.in_memory"):
+            method(data)
 
 
 def test_sample_weights_are_refused(model, monkeypatch):

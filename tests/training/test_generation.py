@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 from words import Words
 
-from keras_uvit import DiffusionModel, UViT, backend
+from keras_uvit import DiffusionModel, UNet, UViT, backend
 from keras_uvit.process import samplers, schedules
 from keras_uvit.training import generation
 
@@ -392,9 +392,22 @@ def test_models_without_text_take_no_negative_prompts(model):
         model.generate(labels=[0], negative_prompts="a dog")
 
 
+UNTRAINED = {
+    "UViT": lambda: UViT(**TINY),
+    "UViT of later work": lambda: UViT(**TINY, norm="rms", mlp="swiglu", position="rotary"),
+    "ViT with AdaLN": lambda: UViT(**TINY, time="adaln", skip=None),
+    "UNet": lambda: UNet((4, 4, 1), 64, multipliers=(1, 1), attention_levels=(1,)),
+}
+
+
 @pytest.mark.once
-def test_an_untrained_network_is_told_once():
-    model = DiffusionModel(UViT((4, 4, 1), 2, 16, num_layers=1, num_heads=2))
+@pytest.mark.parametrize("kind", UNTRAINED)
+def test_an_untrained_network_is_told_once(kind, tmp_path):
+    model = DiffusionModel(UNTRAINED[kind]())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    with pytest.warns(UserWarning, match="untrained"):
+        loaded.generate(1, num_steps=2, verbose=0)
     with pytest.warns(UserWarning, match="untrained.*pretrained"):
         model.generate(1, num_steps=2, verbose=0)
     with warnings.catch_warnings():
