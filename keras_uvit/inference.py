@@ -89,15 +89,22 @@ class Frozen:
 
 @contextlib.contextmanager
 def own_defaults(policy):
-    """Layers made inside have this dtype policy and channels last, whatever Keras is set to."""
-    before = keras.config.dtype_policy(), keras.config.image_data_format()
-    keras.config.set_dtype_policy(policy)
-    keras.config.set_image_data_format("channels_last")
+    """What is made inside has this dtype policy, float32 inputs, metrics and counters, and channels
+    last, whatever Keras is set to.
+    """
+    config = keras.config
+    before = config.dtype_policy(), config.floatx(), config.image_data_format()
+    _set_defaults(policy, "float32", "channels_last")
     try:
         yield
     finally:
-        keras.config.set_dtype_policy(before[0])
-        keras.config.set_image_data_format(before[1])
+        _set_defaults(*before)
+
+
+def _set_defaults(policy, floatx, data_format):
+    keras.config.set_dtype_policy(policy)
+    keras.config.set_floatx(floatx)
+    keras.config.set_image_data_format(data_format)
 
 
 def load_keras_weights(network, path, name=None):

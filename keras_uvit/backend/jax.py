@@ -232,7 +232,7 @@ def from_first(number):
 
 def spread(array, axis=0, together=True):
     if _distribution() is None or (not together and jax.process_count() > 1):
-        return ops.convert_to_tensor(array)
+        return jax.numpy.asarray(array)  # Keras makes floats of integers where floatx is bfloat16
     array = np.asarray(array)
     axes = [None] * array.ndim
     if axis == 0 and len(array) % replicas() == 0:

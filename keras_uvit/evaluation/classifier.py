@@ -5,6 +5,7 @@ import numpy as np
 from keras import layers
 
 from keras_uvit.checks import as_int
+from keras_uvit.inference import own_defaults
 from keras_uvit.pixels import to_unit_range
 
 FEATURES = 64
@@ -25,9 +26,14 @@ class Classifier:
 
     def __init__(self, image_shape, num_classes, seed=0):
         self.image_shape, self.num_classes = tuple(image_shape), num_classes
-        self.seed = seed = as_int(seed, "seed", 0)
-        pool = [max(1, round(side / 32)) for side in image_shape[:2]]
-        init = [keras.initializers.HeNormal(seed + k) for k in range(5)]
+        self.seed = as_int(seed, "seed", 0)
+        with own_defaults("float32"):
+            self.network, self._trained = self._networks()
+
+    def _networks(self):
+        """Images to features and logits, and to the logits alone, by the same layers."""
+        pool = [max(1, round(side / 32)) for side in self.image_shape[:2]]
+        init = [keras.initializers.HeNormal(self.seed + k) for k in range(5)]
         image = keras.Input(self.image_shape)
         x = layers.AveragePooling2D(pool)(image) if max(pool) > 1 else image
         for k, width in enumerate((16, 32, 64)):
@@ -37,9 +43,8 @@ class Classifier:
             x = layers.MaxPooling2D(2)(x)
         x = layers.Flatten()(x)
         x = layers.Dense(FEATURES, activation="relu", kernel_initializer=init[3])(x)
-        logits = layers.Dense(num_classes, kernel_initializer=init[4])(x)
-        self.network = keras.Model(image, [x, logits])
-        self._trained = keras.Model(image, logits)
+        logits = layers.Dense(self.num_classes, kernel_initializer=init[4])(x)
+        return keras.Model(image, [x, logits]), keras.Model(image, logits)
 
     def fit(self, images, labels, steps=3000):
         """Trains for `steps` batches of 64.

@@ -89,6 +89,7 @@ class ConvPatchEmbedding(layers.Layer):
                 size,
                 stride,
                 "same",
+                data_format="channels_last",
                 kernel_initializer=fan_in_init(fan_in),
                 bias_initializer=fan_in_init(fan_in),
                 dtype=self.dtype_policy,

@@ -11,7 +11,7 @@ from keras_uvit.networks.basics import Dense, rematerialized, serializable
 
 RESAMPLINGS = {
     None: lambda x: x,
-    "down": lambda x: ops.average_pool(x, 2, 2),
+    "down": lambda x: ops.average_pool(x, 2, 2, data_format="channels_last"),
     "up": lambda x: ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2),
 }
 
@@ -23,7 +23,13 @@ def kernel_init(zero=False):
 def conv(dim, size, dtype, name, zero=False):
     """A convolution that keeps the size."""
     return layers.Conv2D(
-        dim, size, padding="same", kernel_initializer=kernel_init(zero), dtype=dtype, name=name
+        dim,
+        size,
+        padding="same",
+        data_format="channels_last",
+        kernel_initializer=kernel_init(zero),
+        dtype=dtype,
+        name=name,
     )
 
 

@@ -191,6 +191,7 @@ def _smoothing(channels, dtype, name):
         channels,
         3,
         padding="same",
+        data_format="channels_last",
         kernel_initializer=parts.fan_in_init(9 * channels),
         bias_initializer=parts.fan_in_init(9 * channels),
         dtype=dtype,

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_uvit import backend, checks, distribution
+from keras_uvit.inference import own_defaults
 from keras_uvit.process.schedules import VPLinear
 from keras_uvit.training import (
     arguments,
@@ -143,7 +144,7 @@ class DiffusionModel(keras.Model):
             self.null_context = self.add_weight(shape=network.context_shape, **null)
         self.random = keras.random.SeedGenerator(0)  # `self.seed` may be larger than Keras takes
         objective.begin_random(self)
-        self.norm_tracker = keras.metrics.Mean(name="grad_norm")
+        self.norm_tracker = keras.metrics.Mean(name="grad_norm", dtype="float32")
         # Set by whoever has them: such as latent.AutoencoderKL and latent.CLIPText.
         self.autoencoder = self.text_encoder = None
         self._loops = {}
@@ -236,11 +237,12 @@ class DiffusionModel(keras.Model):
         """
         kwargs = arguments.checked("compile", kwargs)
         bookkeeping.check_pairs(self)
-        optimizer = optimizers.adamw(**self.recipe) if optimizer is None else optimizer
-        optimizers.check_average(optimizer)
         self._jit_compile_chosen = jit_compile
         jit_compile = backend.HAS_XLA if jit_compile is None else jit_compile
-        super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
+        with own_defaults(self.dtype_policy):  # float32 for the loss and the learning rate
+            optimizer = optimizers.adamw(**self.recipe) if optimizer is None else optimizer
+            optimizers.check_average(optimizer)
+            super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
         self.ema_network.trainable = False  # also where `trainable` was set on the whole model
         self.optimizer.build(self.trainable_variables)
         for network in (self.network, self.ema_network):

@@ -84,7 +84,9 @@ def draw(model, x0, time_sampling=None):
 def _drawn(model, distribution, shape):
     # For the global batch, of which each replica takes its part: the numbers of a step do not
     # depend on how many devices there are.
-    return backend.drawn(lambda shape: distribution(shape, seed=model.random), shape)
+    return backend.drawn(
+        lambda shape: distribution(shape, dtype="float32", seed=model.random), shape
+    )
 
 
 def condition(model, batch, dropped=None):

@@ -1,11 +1,13 @@
-"""What stays float32 in mixed precision, and recomputing: equal gradients, fewer bytes kept."""
+"""What stays float32 in mixed precision, what keras.json does not change, and recomputing."""
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from keras_uvit import DiffusionModel, UViT
+from keras_uvit import DiffusionModel, UNet, UViT, presets
+from keras_uvit.evaluation.classifier import Classifier
+from keras_uvit.latent import AutoencoderKL
 from keras_uvit.networks import layers as parts
 
 pytestmark = pytest.mark.eager
@@ -136,6 +138,90 @@ def test_weights_average_and_optimizer_are_float32(policy):
     )
     np.testing.assert_allclose(average - before[k], 1e-4 * (weight - before[k]), atol=4e-9)
     assert np.abs(average - before[k]).max() > 1e-8
+
+
+# Keras' own settings ------------------------------------------------------------------------------
+
+# What a user's keras.json may hold, the least usual value of each.
+UNUSUAL = {"image_data_format": "channels_first", "floatx": "bfloat16", "epsilon": 0.01}
+SMALL_UNET = dict(multipliers=(1, 2), num_blocks=1, attention_levels=(1,), head_dim=8)
+
+
+@pytest.fixture
+def unusual():
+    """A function that sets Keras as in `UNUSUAL`; the test's end undoes it."""
+    usual = {key: getattr(keras.config, key)() for key in UNUSUAL}
+
+    def set_all(values=UNUSUAL):
+        for key, value in values.items():
+            getattr(keras.config, f"set_{key}")(value)
+
+    yield set_all
+    set_all(usual)
+
+
+# Networks by what makes them, and the shape of an image.
+MADE = {
+    "uvit": (lambda: UViT(**TINY, dtype="float32"), (4, 4, 1)),
+    "uvit, convolutions": (
+        lambda: UViT(**TINY, patch_embed="conv", output_conv="before", dtype="float32"),
+        (4, 4, 1),
+    ),
+    "unet": (lambda: UNet((4, 8, 1), 8, **SMALL_UNET, dtype="float32"), (4, 8, 1)),
+    "autoencoder": (
+        lambda: AutoencoderKL(base_dim=32, multipliers=(1, 1), num_res_blocks=1),
+        (4, 8, 3),
+    ),
+    "classifier": (lambda: Classifier((8, 40, 1), 2).network, (8, 40, 1)),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", MADE)
+def test_networks_do_not_depend_on_keras_json(name, unusual):
+    make, shape = MADE[name]
+    x = RNG.uniform(-1, 1, (2, *shape)).astype("float32")
+    usual = make()
+    if isinstance(usual, UViT | UNet):
+        x = {"image": x, "timestep": np.array([1, 900], "float32")}
+
+    def output(network):
+        return numpy(keras.tree.flatten(network(x))[0])
+
+    expected = output(usual)
+    unusual()
+    network = make()
+    assert [w.shape for w in network.weights] == [w.shape for w in usual.weights]
+    network.set_weights(usual.get_weights())
+    np.testing.assert_allclose(output(network), expected, atol=1e-6)
+
+
+def test_training_does_not_depend_on_keras_json(unusual):
+    network = UViT(**TINY, dtype="float32")
+
+    def trained():
+        model = DiffusionModel(network, optimizer=dict(warmup_steps=1), seed=3)
+        model.compile()
+        losses = model.fit(IMAGES, batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
+        return [*losses, model.evaluate(IMAGES, verbose=0)], model.generate(2, num_steps=2)
+
+    weights = network.get_weights()
+    expected, images = trained()
+    network.set_weights(weights)
+    unusual()
+    losses, again = trained()
+    # bfloat16 anywhere in the losses would change their third digit.
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert np.abs(again.astype(int) - images).max() <= 1
+
+
+@pytest.mark.once
+def test_shipped_weights_do_not_depend_on_keras_json(unusual):
+    expected = presets.load("uvit_tiny_digits", weights="pretrained").network.get_weights()
+    unusual()
+    weights = presets.load("uvit_tiny_digits", weights="pretrained", dtype="float32")
+    for a, b in zip(weights.network.get_weights(), expected):
+        np.testing.assert_array_equal(a, b)
 
 
 # Recomputing --------------------------------------------------------------------------------------
