@@ -16,7 +16,7 @@ from keras_uvit.training import DiffusionModel, load_checkpoint
 from keras_uvit.training.checkpoints import steps_in
 
 
-def open_source(spec, image_size, split, channels, crop, data_dir):
+def open_source(spec, image_size, split, channels, crop, background, data_dir):
     """The `Source` that SOURCE names."""
     channels = int(channels)
     if spec == "digits" or spec.endswith(".npz"):
@@ -43,9 +43,10 @@ def open_source(spec, image_size, split, channels, crop, data_dir):
         return captioned.coco(spec[5:], split, image_size or 256)
     if image_size is None and Path(spec).is_dir():
         raise click.UsageError("A folder of images needs --image-size.")
+    options = dict(channels=channels, crop=crop, background=background)
     if (Path(spec) / captioned.CAPTIONS).is_file():
-        return captioned.captioned_folder(spec, image_size, channels=channels, crop=crop)
-    return sources.folder(spec, image_size or 1, channels=channels, crop=crop)
+        return captioned.captioned_folder(spec, image_size, **options)
+    return sources.folder(spec, image_size or 1, **options)
 
 
 def _count(spec):
@@ -115,7 +116,7 @@ def open_prompts(spec, split, count, seed):
             raise ValueError(f"{spec} has {len(prompts)} prompts, fewer than {count}.")
         return prompts[:count]
     size = None if spec.startswith("shapes:") else 256
-    captions = open_source(spec, size, split, 3, None, None).captions
+    captions = open_source(spec, size, split, 3, None, "white", None).captions
     if captions is None:
         raise ValueError(f"{spec} has no captions.")
     return captioned.random_prompts(captions, count or min(USUAL_PROMPTS, len(captions)), seed)

@@ -111,7 +111,7 @@ def evaluate(
 
     The scores are FID, sFID, Inception Score, precision, recall and, with --clip, the CLIP score.
     MODEL is the name of a preset, a .keras file, or a folder of checkpoints; or images that are
-    there already: an .npz file or a folder of PNG files.
+    there already: an .npz file or a folder of pictures of one size, read as training reads them.
 
     \b
     Examples:

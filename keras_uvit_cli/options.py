@@ -80,6 +80,11 @@ SOURCE_OPTIONS = gathered(
         metavar="TOP LEFT HEIGHT WIDTH",
         help="Rectangle in pixels to cut out of every image before it is resized.",
     ),
+    background=dict(
+        type=click.Choice(["white", "black"]),
+        default="white",
+        help="Colour behind the transparent pixels of a folder's images.",
+    ),
     data_dir=dict(type=click.Path(), help="Folder in which TensorFlow data sets are kept."),
 )
 MODEL_OPTIONS = gathered(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_uvit.data import sources
+from keras_uvit.data import pictures, sources
 
 CAPTIONS = "captions.jsonl"
 COCO_SPLITS = ("train2014", "val2014", "train2017", "val2017")
@@ -54,10 +54,10 @@ def coco(path, split="train2014", image_size=256):
             f"{file} is damaged or no COCO captions: {type(error).__name__} {error}."
         ) from error
     _check_files(files, f"Unpack {split}.zip in {path}.")
-    return _source(f"coco/{split}", files, list(texts.values()), image_size, 3, "lanczos")
+    return _source(f"coco/{split}", files, list(texts.values()), image_size, 3, method="lanczos")
 
 
-def captioned_folder(path, image_size, *, channels=3, crop=None):
+def captioned_folder(path, image_size, *, channels=3, crop=None, background="white"):
     """A source of the pictures in a folder with `captions.jsonl`.
 
     Each line of that file is an object such as
@@ -65,9 +65,10 @@ def captioned_folder(path, image_size, *, channels=3, crop=None):
 
     Args:
         path: the folder.
-        image_size: int or (height, width) in pixels; see `sources.fitted`.
+        image_size: int or (height, width) in pixels; see `pictures.fitted`.
         channels: 3 (RGB) or 1 (grey).
-        crop: see `sources.fitted`.
+        crop: see `pictures.fitted`.
+        background: "white" or "black", what is seen through transparent pixels.
 
     Raises:
         FileNotFoundError: if the file or a picture is missing.
@@ -98,10 +99,11 @@ def captioned_folder(path, image_size, *, channels=3, crop=None):
             f"left out, such as {without[0].name}.",
             stacklevel=2,
         )
-    return _source(f"folder:{path.name}", files, texts, image_size, channels, crop=crop)
+    about = dict(crop=crop, background=background)
+    return _source(f"folder:{path.name}", files, texts, image_size, channels, **about)
 
 
-def pairs(content, image_size=None, *, channels=3, name="pairs"):
+def pairs(content, image_size=None, *, channels=3, background="white", name="pairs"):
     """A source of (picture, captions) pairs.
 
     Args:
@@ -109,6 +111,7 @@ def pairs(content, image_size=None, *, channels=3, name="pairs"):
         image_size: int or (height, width) in pixels; `None` for arrays of one size, which are
             taken as they are.
         channels: 3 (RGB) or 1 (grey), of paths.
+        background: "white" or "black", what is seen through transparent pixels, of paths.
         name: see `Source`.
 
     Raises:
@@ -131,7 +134,7 @@ def pairs(content, image_size=None, *, channels=3, name="pairs"):
         raise TypeError("With image_size, pictures are paths. Arrays are taken as they are.")
     files = [Path(image) for image in images]
     _check_files(files, "Mend the pairs.")
-    return _source(name, files, list(texts), image_size, channels)
+    return _source(name, files, list(texts), image_size, channels, background=background)
 
 
 def random_prompts(captions, count, seed=0):
@@ -152,15 +155,15 @@ def random_prompts(captions, count, seed=0):
     return [captions[k][random.integers(len(captions[k]))] for k in chosen]
 
 
-def _source(name, files, texts, image_size, channels, method="adm", crop=None):
+def _source(name, files, texts, image_size, channels, **options):
     size = sources.checked_size(image_size)
-    sources.check_options("auto", channels)
-    sources.pillow()
+    sources.check_options("auto", channels, options.get("background", "white"))
+    pictures.pillow()
     return sources.Source(
         name,
         len(files),
         (*size, channels),
-        lambda i: {"image": sources.read_file(files[i], size, channels, crop, method)},
+        lambda i: {"image": pictures.read_file(files[i], size, channels, **options)},
         captions=sources.checked_captions(texts, [str(file) for file in files]),
     )
 

@@ -90,6 +90,7 @@ def image_folder(
     channels=3,
     labels="auto",
     crop=None,
+    background="white",
     batch_size=None,
     flip=True,
     corrupt="raise",
@@ -109,6 +110,7 @@ def image_folder(
         channels: 3 (RGB) or 1 (grey).
         labels: "auto" takes sub-folders as classes where there are any; None gives no labels.
         crop: (top, left, height, width) to cut out of each file first, in pixels, or None.
+        background: "white" or "black", what is seen through transparent pixels.
         batch_size: int, at most the number of images; `None` is 16 on a CPU and 128 on an
             accelerator, or all images where there are fewer.
         flip: bool. Mirror each image left to right with probability 1/2, anew each epoch.
@@ -127,7 +129,9 @@ def image_folder(
         ValueError: for a damaged file, images both beside and inside sub-folders, fewer images than
             `batch_size`, or more than 4 GiB of decoded images.
     """
-    source = sources.folder(path, image_size, channels=channels, labels=labels, crop=crop)
+    source = sources.folder(
+        path, image_size, channels=channels, labels=labels, crop=crop, background=background
+    )
     return in_memory(source, batch_size, flip=flip, corrupt=corrupt, seed=seed, verbose=verbose)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_uvit.checks import as_int
+from keras_uvit.data.pictures import BACKGROUNDS, pillow, read_file
 
 ORIENTATION = 274  # the EXIF tag; from 5 on height and width change places
 # Formats that Pillow knows by name, but are no pictures, or need another program to be read.
@@ -155,17 +156,18 @@ def checked_captions(texts, names):
     return [list(own) for own in texts]
 
 
-def folder(path, image_size, *, channels=3, labels="auto", crop=None):
+def folder(path, image_size, *, channels=3, labels="auto", crop=None, background="white"):
     """A source of image files: class sub-folders, or just images.
 
-    Each image is upright by its EXIF tag and resized as `fitted` says.
+    Each image is read as `pictures.read_file` says.
 
     Args:
         path: the folder. With sub-folders that hold images, each is a class, in sorted order.
         image_size: int or (height, width) in pixels.
         channels: 3 (RGB) or 1 (grey).
         labels: "auto" takes sub-folders as classes where there are any; None gives no labels.
-        crop: see `fitted`.
+        crop: see `pictures.fitted`.
+        background: "white" or "black", what is seen through transparent pixels.
 
     Raises:
         ImportError: without Pillow; `pip install pillow`.
@@ -173,7 +175,7 @@ def folder(path, image_size, *, channels=3, labels="auto", crop=None):
         ValueError: for images both beside and inside sub-folders, or bad arguments.
     """
     size = checked_size(image_size)
-    check_options(labels, channels)
+    check_options(labels, channels, background)
     pillow()
     path = Path(path)
     files, classes = _files(path, labels)
@@ -181,7 +183,7 @@ def folder(path, image_size, *, channels=3, labels="auto", crop=None):
     ids = classes and [names.index(c) for c in classes]
 
     def read(i):
-        sample = {"image": read_file(files[i], size, channels, crop)}
+        sample = {"image": read_file(files[i], size, channels, crop, background=background)}
         return {**sample, "label": ids[i]} if ids else sample
 
     return Source(
@@ -266,19 +268,13 @@ def survey(path):
     return Survey(len(files), sizes, grey)
 
 
-def pillow():
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError("Reading images needs Pillow: pip install pillow.") from error
-    return Image, ImageOps
-
-
-def check_options(labels, channels):
+def check_options(labels, channels, background="white"):
     if labels not in ("auto", None):
         raise ValueError(f'labels must be "auto" or None. Received: {labels!r}.')
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3. Received: {channels}.")
+    if background not in BACKGROUNDS:
+        raise ValueError(f"background must be one of {BACKGROUNDS}. Received: {background!r}.")
 
 
 def checked_size(image_size):
@@ -357,69 +353,3 @@ def _leads_above(folder, top):
 def _named(path, files):
     names = [str(file.relative_to(path)) for file in sorted(files)[:3]]
     return ", ".join(names) + (", ..." if len(files) > 3 else "")
-
-
-def read_file(file, size, channels, crop=None, method="adm"):
-    """`fitted` of an image file, upright by its EXIF tag; ValueError if it cannot be read."""
-    Image, ImageOps = pillow()
-    try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
-            return fitted(image, size, channels, crop, method)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({type(error).__name__}: {error}). Mend or remove it, or pass "
-            'corrupt="skip".'
-        ) from error
-
-
-def fitted(image, size, channels=3, crop=None, method="adm"):
-    """`(H, W, C)` uint8 of a PIL image that covers `size`, cut at the centre.
-
-    Args:
-        image: PIL image.
-        size: (height, width) in pixels, or None to leave the size.
-        channels: 3 or 1.
-        crop: (top, left, height, width) to cut out first, in pixels, or None.
-        method: "adm", halved by box filter as long as it stays larger, then bicubic (Dhariwal and
-            Nichol 2021, arXiv 2105.05233); or "lanczos", cut first, then resized at once (the
-            published program's for COCO).
-
-    Raises:
-        ValueError: if the crop is not in the image.
-    """
-    Image, _ = pillow()
-    image = image.convert("RGB" if channels == 3 else "L")
-    if crop is not None:
-        top, left, height, width = crop
-        if min(top, left) < 0 or top + height > image.height or left + width > image.width:
-            raise ValueError(f"crop={crop} is not in the image, {image.height} x {image.width}")
-        image = image.crop((left, top, left + width, top + height))
-    if size is not None:
-        image = FITS[method](Image, image, size)
-    return np.asarray(image).reshape(image.height, image.width, channels)
-
-
-def _adm(Image, image, size):
-    height, width = size
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    covered = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(covered, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def _lanczos(Image, image, size):
-    height, width = size
-    scale = min(image.height / height, image.width / width)
-    rows, columns = round(scale * height), round(scale * width)
-    top, left = (image.height - rows) // 2, (image.width - columns) // 2
-    image = image.crop((left, top, left + columns, top + rows))
-    return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-FITS = {"adm": _adm, "lanczos": _lanczos}

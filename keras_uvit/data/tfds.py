@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_uvit import backend
-from keras_uvit.data import sources
+from keras_uvit.data import pictures, sources
 from keras_uvit.data.images import in_memory
 
 
@@ -28,7 +28,7 @@ def tfds_source(
         name: such as "cifar10", "celeb_a", "imagenet2012", "imagenet_resized/64x64",
             "coco_captions" (whose "restval+val+test" is COCO's val2014).
         split: such as "train", "train[:1000]", "validation".
-        image_size: int or (height, width) in pixels, fitted as `sources.fitted` says; `None` for
+        image_size: int or (height, width) in pixels, fitted as `pictures.fitted` says; `None` for
             sets whose images are all of one size.
         channels: 3 (RGB) or 1 (grey).
         labels: "auto" takes the set's classes where it has a "label"; None gives no labels.
@@ -64,13 +64,17 @@ def tfds_source(
     has_labels = labels is not None and "label" in features
     classes = getattr(features["label"], "num_classes", None) if has_labels else None
     method = "adm" if texts is None else "lanczos"
-    Image, _ = sources.pillow()
+    Image, _ = pictures.pillow()
 
     def read(i):
         record = data[i]
         pixels = np.asarray(record["image"])
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        sample = {"image": sources.fitted(image, size, channels, crop, method)}
+        try:
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            image = pictures.fitted(pictures.opaque(image), size, channels, crop, method)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"Image {i} of {name} {split} cannot be read: {error}.") from error
+        sample = {"image": image}
         return {**sample, "label": int(record["label"])} if classes else sample
 
     return sources.Source(

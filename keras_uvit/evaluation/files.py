@@ -1,12 +1,15 @@
-"""Samples on disk: the ADM suite's `.npz`, PNG files, grids to look at."""
+"""Samples on disk: the ADM suite's `.npz`, pictures, grids to look at."""
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 
-from keras_uvit.data.sources import extensions
+from keras_uvit.data import pictures, sources
+
+LOSSY = {".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif"}
 
 
 def atomic_npz(path, content):
@@ -90,33 +93,49 @@ def pillow():
 
 
 def read_images(path):
-    """`(n, H, W, C)` uint8 of an ADM `.npz` or of a folder of PNG files, in sorted order.
+    """`(n, H, W, C)` uint8 of an ADM `.npz`, or of all pictures in a folder, sorted, in colour.
+
+    A folder is read by the code that training reads it with, and nothing is resized.
 
     Raises:
         FileNotFoundError: if there is nothing.
-        ValueError: if the images differ in shape, the file holds none, or the folder holds pictures
-            of other formats too.
+        ValueError: if the images differ in size, one is damaged, or the file holds none.
+
+    Warns of pictures in formats that may lose pixels: distances contain what was lost.
     """
     path = Path(path)
     if path.is_dir():
-        Image = pillow()
-        files = sorted(file for file in path.glob("*.png") if not file.name.startswith("tmp-"))
-        if not files:
-            raise FileNotFoundError(f"No .png file in {path}.")
-        others = {p.suffix.lower() for p in path.iterdir()} & extensions() - {".png"}
-        if others:
-            raise ValueError(
-                f"{path} holds pictures that are no .png: {', '.join(sorted(others))}. Statistics "
-                "are of PNG files, which keep every pixel. Convert these, or move them away."
-            )
-        images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
-        if len({image.shape for image in images}) != 1:
-            raise ValueError(f"The images in {path} differ in size.")
-        return np.stack(images)
+        return _read_folder(path)
     content = read_npz(path, "images")
     if "arr_0" not in content:
         raise ValueError(f'{path} holds no images: expected "arr_0". Received: {[*content]}.')
     return content["arr_0"]
+
+
+def _read_folder(path):
+    found = sources.list_pictures(path)
+    files = [file for file in found if not file.name.startswith("tmp-")]  # of a killed process
+    if not files:
+        raise FileNotFoundError(f"No picture in {path}.")
+    lossy = [file for file in files if file.suffix.lower() in LOSSY]
+    if lossy:
+        warnings.warn(
+            f"{len(lossy)} of {len(files)} pictures in {path} are in a format that may lose "
+            f"pixels, such as {lossy[0].name}: distances contain what was lost. Write samples as "
+            "PNG.",
+            stacklevel=3,
+        )
+    images = [pictures.read_file(file) for file in files]
+    other = next((k for k, image in enumerate(images) if image.shape != images[0].shape), None)
+    if other is not None:
+        sizes = " and ".join(
+            f"{files[k].name} of {images[k].shape[0]}x{images[k].shape[1]}" for k in (0, other)
+        )
+        raise ValueError(
+            f"The images in {path} differ in size: {sizes} (height x width). Expected images of "
+            "one size, that of the reference."
+        )
+    return np.stack(images)
 
 
 def image_grid(images, columns=None, zoom=1, gap=2):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_uvit.data import captioned, sources
+from keras_uvit.data import captioned, pictures, sources
 
 pytestmark = pytest.mark.once
 
@@ -58,7 +58,7 @@ def test_coco_is_256_pixels_unless_told(coco_folder):
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (33, 20)])
 def test_the_central_square_is_resized_by_lanczos(size):
     pixels = RANDOM.integers(0, 256, (*size, 3), "uint8")
-    ours = sources.fitted(Image.fromarray(pixels), (16, 16), method="lanczos")
+    ours = pictures.fitted(Image.fromarray(pixels), (16, 16), method="lanczos")
     side = min(size)
     top, left = (size[0] - side) // 2, (size[1] - side) // 2
     cut = Image.fromarray(pixels[top : top + side, left : left + side])
@@ -67,7 +67,7 @@ def test_the_central_square_is_resized_by_lanczos(size):
 
 def test_lanczos_fits_what_is_not_square():
     pixels = RANDOM.integers(0, 256, (40, 40, 3), "uint8")
-    ours = sources.fitted(Image.fromarray(pixels), (8, 16), method="lanczos")
+    ours = pictures.fitted(Image.fromarray(pixels), (8, 16), method="lanczos")
     cut = Image.fromarray(pixels[10:30])
     np.testing.assert_array_equal(ours, np.asarray(cut.resize((16, 8), Image.Resampling.LANCZOS)))
 

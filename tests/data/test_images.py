@@ -205,28 +205,75 @@ def test_grey_images_get_three_equal_channels(tmp_path):
     np.testing.assert_array_equal(_read_one(tmp_path), np.repeat(grey, 3, axis=2))
 
 
-@pytest.mark.parametrize("channels", [2, 4])
-def test_alpha_is_dropped(tmp_path, channels):
-    image = _noise(8, 8, channels=channels)
-    _save(tmp_path / "0.png", image)
-    colour = np.broadcast_to(image[..., :-1], (8, 8, 3))
-    np.testing.assert_array_equal(_read_one(tmp_path), colour)
-
-
-@pytest.mark.parametrize("transparency", [{}, {"transparency": 0}])
-def test_palette_images_get_their_colours(tmp_path, transparency):
+def test_palette_images_get_their_colours(tmp_path):
     palette, index = _noise(1, 4)[0], _noise(8, 8, channels=1)[..., 0] % 4
     image = Image.fromarray(index).convert("P")
     image.putdata(index.ravel().tolist())
     image.putpalette(palette.ravel().tolist())
-    image.save(tmp_path / "0.png", **transparency)
+    image.save(tmp_path / "0.png")
     np.testing.assert_array_equal(_read_one(tmp_path), palette[index])
 
 
-def test_sixteen_bit_images_keep_their_brightness(tmp_path):
-    _save(tmp_path / "0.png", np.full((8, 8), 40_000, "uint16"))
+def _made(mode, value, ending):
+    """A picture in a mode of Pillow, all of it of one value, and the ending of its file."""
+    image = Image.new(mode, (8, 8), value)
+    if mode == "P":
+        image.putpalette([200, 100, 0])
+    return image, ending
+
+
+# What 8-bit colour each picture has.
+MODES = {
+    "1": (_made("1", 1, "png"), (255, 255, 255)),
+    "L": (_made("L", 77, "png"), (77, 77, 77)),
+    "P": (_made("P", 0, "gif"), (200, 100, 0)),
+    "RGB": (_made("RGB", (1, 2, 3), "png"), (1, 2, 3)),
+    "CMYK": (_made("CMYK", (0, 255, 255, 0), "tif"), (255, 0, 0)),
+    "16 bits, PNG": (_made("I;16", 40_000, "png"), (156, 156, 156)),
+    "16 bits, TIFF": (_made("I;16", 40_000, "tif"), (156, 156, 156)),
+    "16 bits, PGM": (_made("I", 40_000, "pgm"), (156, 156, 156)),
+    "opaque RGBA": (_made("RGBA", (1, 2, 3, 255), "png"), (1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_kind_of_pixel_keeps_its_brightness(tmp_path, name):
+    (image, ending), colour = MODES[name]
+    image.save(tmp_path / f"0.{ending}")
     # 40,000 of 65,535 is 155.6 of 255; either rounding will do.
-    np.testing.assert_allclose(_read_one(tmp_path), 155.6, atol=1)
+    np.testing.assert_allclose(_read_one(tmp_path), np.full((8, 8, 3), colour), atol=1)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("F", "floats"), ("I", "integers of 32 bits")])
+def test_pixels_whose_white_is_not_known_are_refused_by_name(tmp_path, mode, kind):
+    Image.new(mode, (8, 8)).save(tmp_path / "depth.tif")
+    with pytest.raises(ValueError, match=rf"depth\.tif cannot be read .*{kind}"):
+        _read_one(tmp_path)
+
+
+# Pictures without a pixel to be seen, whose hidden colour is magenta or white.
+HIDDEN = {
+    "RGBA": (Image.new("RGBA", (8, 8), (255, 0, 255, 0)), {}),
+    "LA": (Image.new("LA", (8, 8), (255, 0)), {}),
+    "P": (_made("P", 0, "png")[0], {"transparency": 0}),
+    "RGB": (Image.new("RGB", (8, 8), (255, 0, 255)), {"transparency": (255, 0, 255)}),
+}
+
+
+@pytest.mark.parametrize(("background", "value"), [("white", 255), ("black", 0)])
+@pytest.mark.parametrize("mode", HIDDEN)
+def test_the_background_is_seen_through_transparent_pixels(tmp_path, mode, background, value):
+    image, options = HIDDEN[mode]
+    image.save(tmp_path / "0.png", **options)
+    assert np.unique(_read(tmp_path, background=background).images).tolist() == [value]
+    assert background == "black" or np.unique(_read_one(tmp_path)).tolist() == [255]  # the default
+
+
+def test_half_transparent_pixels_mix_with_the_background(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 51)).save(tmp_path / "0.png")
+    np.testing.assert_array_equal(_read_one(tmp_path)[0, 0], [255, 204, 204])
+    with pytest.raises(ValueError, match="background must be one of"):
+        _read(tmp_path, background="grey")
 
 
 def test_one_channel_is_luminance(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_uvit.data import sources
+from keras_uvit.data import pictures, sources
 from keras_uvit.data.sources import Source
 
 pytestmark = pytest.mark.once
@@ -214,10 +214,10 @@ def test_a_part_is_cut_out_before_anything_is_resized(photos):
 
 def test_without_a_size_an_image_keeps_its_own():
     image = Image.fromarray(IMAGES[0])
-    np.testing.assert_array_equal(sources.fitted(image, None), IMAGES[0])
-    cut = sources.fitted(image, None, crop=(1, 2, 3, 4))
+    np.testing.assert_array_equal(pictures.fitted(image, None), IMAGES[0])
+    cut = pictures.fitted(image, None, crop=(1, 2, 3, 4))
     np.testing.assert_array_equal(cut, IMAGES[0, 1:4, 2:6])
-    assert sources.fitted(image, None, channels=1).shape == (10, 14, 1)
+    assert pictures.fitted(image, None, channels=1).shape == (10, 14, 1)
 
 
 @pytest.mark.parametrize("crop", [(0, 0, 11, 14), (8, 0, 4, 4), (-1, 0, 4, 4)])

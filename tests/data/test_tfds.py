@@ -401,9 +401,9 @@ def test_captions_are_those_of_the_set(tmp_path):
 
 def test_captioned_pictures_are_fitted_by_lanczos(tmp_path, monkeypatch):
     methods = []
-    fitted = data.sources.fitted
+    fitted = data.pictures.fitted
     monkeypatch.setattr(
-        data.sources, "fitted", lambda *given: methods.append(given[-1]) or fitted(*given)
+        data.pictures, "fitted", lambda *given: methods.append(given[-1]) or fitted(*given)
     )
     for captions in ("auto", None):
         tfds_source("tiny_captions", "val", 16, captions=captions, data_dir=tmp_path).read(0)
