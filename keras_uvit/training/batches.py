@@ -19,6 +19,7 @@ import itertools
 import math
 import types
 import warnings
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -48,6 +49,11 @@ def check_source(model, x, y=None, batch_size=None):
     Grain, `PyDataset`, `DataLoader`, generator) the first batch is. Keras wants tuples from a
     generator, so its dicts are wrapped.
     """
+    if isinstance(x, str | Path):
+        raise TypeError(
+            f"Expected arrays or batches. Received the path {str(x)!r}: read it first, by "
+            f"data.image_folder({str(x)!r}, image_size=...), or a cache by data.LatentDataset."
+        )
     if isinstance(x, types.GeneratorType):
         first = next(x, None)
         x = (as_tuple(_plain_labels(batch)) for batch in itertools.chain([first], x))
@@ -158,6 +164,7 @@ def check_inputs(network, x):
 
 def check_batch(model, batch):
     """Raises unless `batch` is what `model` can be trained on: keys, shapes, dtypes, ranges."""
+    _check_batched(batch, model.network.image_shape[-1])
     wanted = [key for key in ("label", "context") if key in _inputs(model)]
     data = [key for key in DATA if key in batch]
     unknown = sorted(set(batch) - {*DATA, *wanted})
@@ -185,6 +192,17 @@ def check_batch(model, batch):
     if "context" in arrays:
         _check_shape("context", arrays["context"], model.network.context_shape)
         _check_finite("context", arrays["context"])
+
+
+def _check_batched(batch, channels):
+    for key in {*DATA} & {*batch}:
+        if len(batch[key].shape) == 3 and batch[key].shape[-1] in (channels, 2 * channels):
+            raise ValueError(
+                f"Expected batches. Received a single sample: {key!r} of shape "
+                f"{tuple(batch[key].shape)}. Batch it: `dataset.batch(32)` for tf.data and Grain, "
+                "`torch.utils.data.DataLoader(dataset, batch_size=32)` for PyTorch, `x[None]` for "
+                "one array."
+            )
 
 
 def _inputs(model):
@@ -229,6 +247,8 @@ def _check_shape(key, value, shape):
         hint = ""
         if value.ndim == 4 and tuple(value.shape[1:]) == (shape[-1], *shape[:-1]):
             hint = " Channels come last: np.transpose(x, (0, 2, 3, 1))."
+        if (*value.shape[1:], 1) == tuple(shape):
+            hint = " Add the axis of channels: x[..., None]."
         raise ValueError(
             f"{key!r} must have shape (batch, {', '.join(map(str, shape))}). "
             f"Received: {tuple(value.shape)}.{hint}"

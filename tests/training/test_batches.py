@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -79,6 +80,73 @@ def test_bad_validation_data(model, monkeypatch):
         model.fit(IMAGES, LABELS, validation_data=data, verbose=0)
     with pytest.raises(error, match=message):
         model.evaluate(data, verbose=0)
+
+
+def rows():
+    return [dict(image=image, label=np.int32(label)) for image, label in zip(IMAGES, LABELS)]
+
+
+class Rows(keras.utils.PyDataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return rows()[index]
+
+
+def torch_rows():
+    utils = pytest.importorskip("torch.utils.data")
+
+    class TorchRows(utils.Dataset):
+        __len__, __getitem__ = Rows.__len__, lambda self, index: (rows()[index],)
+
+    return utils, TorchRows()
+
+
+def torch_loader():
+    utils, dataset = torch_rows()
+    return utils.DataLoader(dataset, batch_size=None)
+
+
+def grain_rows():
+    return pytest.importorskip("grain").MapDataset.source(rows())
+
+
+def tensorflow_rows():
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices(dict(image=IMAGES, label=LABELS))
+
+
+SINGLE = {
+    "generator": lambda: (row for row in rows()),
+    "Grain": grain_rows,
+    "Grain, iterated": lambda: grain_rows().to_iter_dataset(),
+    "PyDataset": Rows,
+    "PyTorch": lambda: torch_rows()[1],
+    "PyTorch's loader": torch_loader,
+    "tf.data": tensorflow_rows,
+    "array": lambda: IMAGES[0],
+    "dict": lambda: rows()[0],
+}
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_single_samples_are_asked_to_be_batched(model, kind):
+    with pytest.raises(ValueError, match=r"single sample: 'image' of shape \(4, 4, 3\).*batch\(32"):
+        model.fit(SINGLE[kind](), verbose=0)
+
+
+def test_grey_images_without_channels_are_told_what_is_missing():
+    model = DiffusionModel(UViT(**{**TINY, "image_shape": (4, 4, 1)}))
+    model.compile()
+    with pytest.raises(ValueError, match=r"x\[\.\.\., None\]"):
+        model.fit(IMAGES[..., 0], verbose=0)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_is_told_how_it_is_read(model, kind):
+    with pytest.raises(TypeError, match=r"data\.image_folder\('my_photos', image_size"):
+        model.fit(kind("my_photos"), verbose=0)
 
 
 def test_an_empty_generator(model):
