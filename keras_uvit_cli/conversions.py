@@ -125,7 +125,8 @@ def _autoencoder(name, scale):
 @click.argument("kind")
 @click.argument("source", type=click.Path(exists=True))
 @click.argument("target", type=Target(*WEIGHTS))
-def convert_weights(kind, source, target):
+@click.option("--key", help="Part of a published file that holds several, such as ema.")
+def convert_weights(kind, source, target, key):
     """Convert published weights to Keras' format, or back.
 
     KIND is the name of a preset, autoencoder, or inception. A file with the published names ends in
@@ -145,7 +146,7 @@ def convert_weights(kind, source, target):
     if source.endswith(".weights.h5"):
         load_keras_weights(getattr(network, "network", network), source)
     else:
-        convert.load_torch_weights(network, source)
+        convert.load_torch_weights(network, source, key)
     if target.endswith(".weights.h5"):
         network.save_weights(target, overwrite=True)
     else:

@@ -19,7 +19,7 @@ FAMILIES = {
 }
 
 
-def load_torch_weights(network, path):
+def load_torch_weights(network, path, key=None):
     """Loads a published checkpoint (`.pth`, or `.safetensors` with the same names).
 
     Strict: every array of the file is used once and every weight of the network is set, or nothing
@@ -35,6 +35,8 @@ def load_torch_weights(network, path):
             * `evaluation.InceptionFeatures`, from pytorch-fid's or torch-fidelity's file;
             * keras-hub's `CLIPTextEncoder` or `CLIPBackbone`, from Hugging Face's file.
         path: the file.
+        key: str, which part of a file with several, such as "ema"; see `read_tensors`. A file of
+            one part needs none, and "module." in front of all names is taken off.
 
     Raises:
         FileNotFoundError, ImportError: see `read_tensors`.
@@ -43,7 +45,7 @@ def load_torch_weights(network, path):
             message lists missing, extra and wrong-shaped keys.
     """
     target, family = _family(network)
-    tensors = family.normalized(read_tensors(path), target)
+    tensors = family.normalized(read_tensors(path, key), target)
     entries = list(family.entries(target))
     new = _matched(entries, tensors, Path(path).name)
     for variable, value in new:
@@ -104,6 +106,9 @@ def _matched(entries, tensors, file_name):
                 + _label_hint(name, value, variable)
             )
         new.append((variable, value))
+    if not names & set(tensors):
+        begun = sorted({name.partition(".")[0] for name in tensors})
+        problems.append(f"no name is known: they begin with {begun}, of which key= chooses one")
     if problems:
         raise ValueError(f"{file_name} does not fit this network. " + "; ".join(problems) + ".")
     return new

@@ -43,18 +43,33 @@ def coco(path, split="train2014", image_size=256):
             f"in {path}."
         )
     content = _json(file, _text(file))
-    try:
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        texts = {key: [] for key in sorted(names)}
-        for annotation in content["annotations"]:
-            texts[annotation["image_id"]].append(annotation["caption"])
-        files = [_inside(path / split, names[key], file) for key in texts]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged or no COCO captions: {type(error).__name__} {error}."
-        ) from error
+    names = dict(_records(content, "images", ("id", "file_name"), file))
+    texts = {key: [] for key in sorted(names, key=lambda key: (str(type(key)), key))}
+    for key, caption in _records(content, "annotations", ("image_id", "caption"), file):
+        if key not in texts:
+            raise ValueError(
+                f"{file} has a caption of image_id {key!r}, {caption!r}, and no record with this "
+                f'id among its {len(names)} "images", such as {next(iter(names), None)!r}. A file '
+                "that was cut down must lose the captions of the pictures that it lost."
+            )
+        texts[key].append(caption)
+    files = [_inside(path / split, names[key], file) for key in texts]
     _check_files(files, f"Unpack {split}.zip in {path}.")
     return _source(f"coco/{split}", files, list(texts.values()), image_size, 3, method="lanczos")
+
+
+def _records(content, part, keys, file):
+    """The values of `keys` in each record of a part of COCO's annotations."""
+    if not isinstance(content.get(part), list):
+        raise ValueError(f'{file} is damaged or no COCO captions: expected a list "{part}".')
+    for number, record in enumerate(content[part]):
+        values = [record.get(key) for key in keys] if isinstance(record, dict) else [None]
+        if not isinstance(values[0], int | str) or not isinstance(values[-1], str):
+            raise ValueError(
+                f'{file} is damaged or no COCO captions: record {number} of "{part}" lacks one of '
+                f"{keys}, or it is of another type: {str(record)[:200]}."
+            )
+        yield values
 
 
 def captioned_folder(path, image_size, *, channels=3, crop=None, background="white"):

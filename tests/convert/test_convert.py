@@ -9,6 +9,7 @@ import pytest
 import torch
 from keras import ops
 from published import CASES, GOLDEN, answer_of, network_of
+from safetensors import torch as torch_safetensors
 from safetensors.numpy import save_file
 
 from keras_uvit import DiffusionModel, UViT, evaluation
@@ -291,13 +292,68 @@ def test_a_text_file_with_a_weight_files_name_is_refused(tmp_path, suffix, text)
         read_tensors(path)
 
 
-@pytest.mark.parametrize(
-    "content", [{"state_dict": {"a": torch.ones(1)}}, [torch.ones(1)], {"a": 1}]
-)
-def test_a_file_that_is_no_flat_state_dict_is_refused(tmp_path, content):
+@pytest.mark.parametrize("content", [{"step": {"a": 1}}, [torch.ones(1)], {"a": 1}, {}.keys])
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"w\.pth is no state dict"):
+    with pytest.raises(ValueError, match=r"w\.pth (is no state dict|was refused)"):
         read_tensors(tmp_path / "w.pth")
+
+
+def _named(prefix, tensors):
+    return {f"{prefix}{name}": a for name, a in tensors.items()}
+
+
+# How training programs wrap a state dict, and the keys that choose it.
+WRAPPED = {
+    "flat": (lambda s: s, [None]),
+    "DataParallel": (lambda s: _named("module.", s), [None, "module"]),
+    "torch.compile": (lambda s: _named("_orig_mod.", s), [None]),
+    "both": (lambda s: _named("module._orig_mod.", s), [None]),
+    "one part": (lambda s: {"state_dict": s, "epoch": 3}, [None, "state_dict"]),
+    "one part, DataParallel": (lambda s: {"model": _named("module.", s), "step": 5}, [None]),
+    "two parts": (lambda s: {"model": _changed(s), "ema": s, "optimizer": {"state": 1}}, ["ema"]),
+    "two prefixes": (lambda s: _named("model.", _changed(s)) | _named("ema.", s), ["ema"]),
+}
+
+
+def _changed(tensors):
+    return {name: a + 1 for name, a in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_state_dicts_are_found_in_what_wraps_them(tmp_path, kind):
+    wrap, keys = WRAPPED[kind]
+    tensors = _tensors("uvit_uncond")
+    torch.save(wrap(tensors), tmp_path / "w.pth")
+    for key in keys:
+        found = read_tensors(tmp_path / "w.pth", key)
+        assert {*found} == {*tensors}
+        assert all(np.array_equal(found[name], tensors[name]) for name in found)
+
+
+@pytest.mark.parametrize("key", [None, "emma"])
+def test_parts_are_named_where_none_is_chosen(tmp_path, key):
+    network, tensors = network_of("uvit_uncond"), _tensors("uvit_uncond")
+    torch.save({"model": tensors, "ema": tensors, "step": 5}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth.*the parts \['ema', 'model'\].*key=\"ema\""):
+        load_torch_weights(network, tmp_path / "w.pth", key)
+
+
+def test_names_that_begin_otherwise_are_told_how_to_choose(tmp_path):
+    network, tensors = network_of("uvit_uncond"), _tensors("uvit_uncond")
+    torch.save(_named("model.", tensors) | _named("ema.", tensors), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"begin with \['ema', 'model'\], of which key= chooses"):
+        load_torch_weights(network, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_types_that_numpy_lacks_are_refused_by_the_files_name(tmp_path, suffix, dtype):
+    path = tmp_path / f"w{suffix}"
+    tensors = {"a": torch.ones(2).to(dtype)}
+    (torch.save if suffix == ".pth" else torch_safetensors.save_file)(tensors, path)
+    with pytest.raises(ValueError, match=rf"w\{suffix}.*float8.*Convert the file"):
+        read_tensors(path)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -108,12 +108,39 @@ def test_damaged_annotations_are_named(coco_folder, content):
         captioned.coco(coco_folder)
 
 
-def test_a_picture_without_a_caption_is_named(coco_folder):
+def _without(part, key):
+    """COCO's content without the records of picture 5 in a part."""
+    return lambda content: content.update(
+        {part: [record for record in content[part] if record[key] != 5]}
+    )
+
+
+def _lacking(part, key):
+    return lambda content: content[part][1].pop(key)
+
+
+CUT_DOWN = {
+    "a picture": (_without("images", "id"), "caption of image_id 5.*no record with this id"),
+    "its captions": (_without("annotations", "image_id"), "000000000005.jpg has no caption"),
+    "ids": (_lacking("images", "id"), 'record 1 of "images" lacks'),
+    "names": (_lacking("images", "file_name"), 'record 1 of "images" lacks'),
+    "image_ids": (_lacking("annotations", "image_id"), 'record 1 of "annotations" lacks'),
+    "texts": (_lacking("annotations", "caption"), 'record 1 of "annotations" lacks'),
+    "numbers of ids": (
+        lambda content: [image.update(id=str(image["id"])) for image in content["images"]],
+        "caption of image_id .*no record with this id among its 3 .*, such as '",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CUT_DOWN)
+def test_files_that_were_cut_down_name_the_record(coco_folder, what):
+    change, message = CUT_DOWN[what]
     file = coco_folder / "annotations" / "captions_train2014.json"
     content = json.loads(file.read_text())
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 5]
+    change(content)
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="000000000005.jpg has no caption"):
+    with pytest.raises(ValueError, match=message):
         captioned.coco(coco_folder)
 
 
