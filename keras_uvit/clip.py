@@ -15,6 +15,7 @@ from keras_uvit.convert import load_torch_weights, save_torch_weights
 from keras_uvit.inference import DAMAGE, own_defaults
 from keras_uvit.tokenizer import END, START, Tokenizer
 
+CLEAN = "clean_text"  # in config.json: the choice of `save`, which is not Hugging Face's
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # Hugging Face's defaults, which its files leave out: (name there, name here, default).
 TEXT_KEYS = [
@@ -62,20 +63,22 @@ def _as_published(tower):
     return tower
 
 
-def load(source, whole=False):
+def load(source, whole=False, clean=None):
     """CLIP from a folder, or keras-hub's preset, downloaded.
 
     Args:
         source: path of a folder (see above), or the name of a preset such as
             "clip_vit_large_patch14".
         whole: bool. Both towers, `CLIPBackbone`; otherwise the text tower alone.
+        clean: bool, whether captions are cleaned before they are read (`tokenizer.cleaned`);
+            `None` is what a folder that `save` wrote says, and `True` for published ones.
 
     Returns:
         (keras-hub model, `Tokenizer`, name).
 
     Raises:
         FileNotFoundError: if the folder or a file in it is missing.
-        ImportError: without keras-hub or tokenizers.
+        ImportError: without keras-hub, tokenizers or ftfy.
         ValueError: if a file is damaged or of something else.
     """
     folder = _folder(source)
@@ -87,7 +90,10 @@ def load(source, whole=False):
     vocabulary = _read_json(assets / ("vocabulary.json" if is_preset else "vocab.json"))
     try:
         tokenizer = Tokenizer(
-            vocabulary, _read_merges(assets / "merges.txt"), text.max_sequence_length
+            vocabulary,
+            _read_merges(assets / "merges.txt"),
+            text.max_sequence_length,
+            config.get(CLEAN, True) if clean is None else clean,
         )
     except ValueError as error:
         raise ValueError(f"{assets} holds no CLIP tokenizer: {error}") from error
@@ -227,6 +233,7 @@ def save(tower, tokenizer, folder):
     folder.mkdir(parents=True, exist_ok=True)
     config = {there: getattr(tower, here) for there, here, _ in TEXT_KEYS}
     config |= {"model_type": "clip_text_model", "hidden_act": tower.intermediate_activation}
+    config[CLEAN] = tokenizer.clean
     config |= {
         f"{name}_token_id": tokenizer.vocabulary[token]
         for name, token in (("bos", START), ("eos", END), ("pad", END))

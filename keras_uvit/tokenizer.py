@@ -1,6 +1,7 @@
 """Captions to token ids: CLIP's byte-pair encoding, by the tokenizers library."""
 
 import collections
+import html
 import itertools
 import warnings
 
@@ -22,20 +23,24 @@ class Tokenizer:
         vocabulary: dict of token to id.
         merges: list of pairs of tokens, in order.
         length: int, tokens of every caption.
+        clean: bool. Whether captions are `cleaned` first, as CLIP's were that it learned from.
 
     Raises:
-        ImportError: without the tokenizers library; `pip install "keras-uvit[text]"`.
+        ImportError: without the tokenizers library, or ftfy, which cleans;
+            `pip install "keras-uvit[text]"`.
         ValueError: if vocabulary and merges do not fit.
     """
 
-    def __init__(self, vocabulary, merges, length=77):
+    def __init__(self, vocabulary, merges, length=77, clean=False):
+        if clean:
+            ftfy()  # a missing library is found before anything is read
         _check_vocabulary(vocabulary, merges)
         if length < 2:
             raise ValueError(
                 f"length counts start and end, so it is at least 2. Received: {length}."
             )
         self.vocabulary, self.merges = dict(vocabulary), [tuple(pair) for pair in merges]
-        self.length = length
+        self.length, self.clean = length, clean
         lib = tokenizers()
         bytes_to_text = lib.models.BPE(
             self.vocabulary,
@@ -78,7 +83,8 @@ class Tokenizer:
                 raise ValueError(f"Half of a surrogate pair is no text: {caption!r}.") from error
         if not captions:
             return np.empty((0, self.length), "int32")
-        encodings = self._tokenizer.encode_batch(captions)
+        texts = [cleaned(caption) for caption in captions] if self.clean else captions
+        encodings = self._tokenizer.encode_batch(texts)
         long = [text for text, encoding in zip(captions, encodings) if encoding.overflowing]
         if long:
             shown = long[0] if len(long[0]) < 200 else f"{long[0][:200]} ..."
@@ -126,6 +132,20 @@ class Tokenizer:
         tokens = [*alphabet, *(sign + WORD_END for sign in alphabet), *map("".join, merges)]
         tokens = list(dict.fromkeys([*tokens, START, END]))
         return cls({token: k for k, token in enumerate(tokens)}, merges, length)
+
+
+def cleaned(text):
+    """A caption as CLIP's own program cleans it, so that what keyboards write is what it learned.
+
+    ftfy straightens quotes, takes ligatures apart and mends wrong encodings; HTML's entities are
+    resolved twice; whitespace is joined; all in lower case. (`simple_tokenizer.py` of
+    https://github.com/openai/CLIP)
+
+    >>> cleaned("Don\u2019t  \ufb01sh &amp; chips")
+    "don't fish & chips"
+    """
+    text = html.unescape(html.unescape(ftfy().fix_text(text)))
+    return " ".join(text.split()).lower()
 
 
 def _learned_merges(words, most):
@@ -186,6 +206,17 @@ def tokenizers():
             'Prompts need the tokenizers library: pip install "keras-uvit[text]".'
         ) from error
     return tokenizers
+
+
+def ftfy():
+    try:
+        import ftfy
+    except ImportError as error:
+        raise ImportError(
+            'CLIP\'s prompts are cleaned by ftfy: pip install "keras-uvit[text]", or choose '
+            "clean=False, which reads them as they are typed."
+        ) from error
+    return ftfy
 
 
 def _check_vocabulary(vocabulary, merges):

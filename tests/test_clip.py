@@ -9,11 +9,13 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
+from conftest import GOLDEN
 from keras import ops
 
-from keras_uvit import clip
+from keras_uvit import DiffusionModel, UViT, clip
 from keras_uvit.convert.files import read_tensors, write_tensors
 from keras_uvit.data import shapes
 from keras_uvit.evaluation import CLIPScore
@@ -142,16 +144,76 @@ def reference_ids(folder, captions):
 
 @pytest.mark.parametrize("caption", AWKWARD, ids=range(len(AWKWARD)))
 @pytest.mark.filterwarnings("ignore:Cut at")
-def test_token_ids_are_those_of_transformers(text, folder, caption):
-    np.testing.assert_array_equal(text.tokenize(caption), reference_ids(folder, [caption]))
+def test_token_ids_are_those_of_transformers(tokenizer, folder, caption):
+    np.testing.assert_array_equal(tokenizer(caption), reference_ids(folder, [caption]))
 
 
 @pytest.mark.filterwarnings("ignore:Cut at")
-def test_a_list_is_tokenized_as_its_parts(text, folder):
-    together = text.tokenize(AWKWARD)
+def test_a_list_is_tokenized_as_its_parts(tokenizer, folder):
+    together = tokenizer(AWKWARD)
     assert together.shape == (len(AWKWARD), 77)
     assert together.dtype == np.int32
     np.testing.assert_array_equal(together, reference_ids(folder, AWKWARD))
+
+
+CLIPS_OWN = json.loads((GOLDEN / "clip_words.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def clips_own():
+    """A tokenizer of the tokens that the golden captions need, and CLIP's ids of them."""
+    signs = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [pair.split(" ") for pair in CLIPS_OWN["merges"]]
+    tokens = [*signs, *(sign + "</w>" for sign in signs), *map("".join, merges)]
+    vocabulary = {token: k for k, token in enumerate([*tokens, clip.START, clip.END])}
+    return clip.Tokenizer(vocabulary, merges, 100, clean=True)
+
+
+@pytest.mark.parametrize("caption", CLIPS_OWN["captions"], ids=range(len(CLIPS_OWN["captions"])))
+def test_token_ids_are_those_of_clips_own_program(clips_own, caption):
+    names = {k: token for token, k in clips_own.vocabulary.items()}
+    tokens = [names[k] for k in clips_own(caption)[0]]
+    ids = [CLIPS_OWN["ids"][token] for token in tokens if token not in (clip.START, clip.END)]
+    assert ids == CLIPS_OWN["captions"][caption]
+
+
+def test_prompts_are_cleaned_unless_told_and_what_was_told_is_kept(folder, tmp_path):
+    curly, plain = "don\u2019t &amp; so", "don't & so"
+    cleaned, typed = CLIPText.from_preset(folder), CLIPText.from_preset(folder, clean=False)
+    assert (cleaned.clean, typed.clean) == (True, False)
+    np.testing.assert_array_equal(cleaned.tokenize(curly), cleaned.tokenize(plain))
+    assert not np.array_equal(typed.tokenize(curly), typed.tokenize(plain))
+    np.testing.assert_array_equal(typed.tokenize(plain), cleaned.tokenize(plain))
+    assert cleaned.fingerprint != typed.fingerprint
+    for name, text in (("cleaned", cleaned), ("typed", typed)):
+        text.save(tmp_path / name)
+        assert CLIPText.from_preset(tmp_path / name).fingerprint == text.fingerprint
+
+
+def test_a_model_remembers_whether_its_prompts_were_cleaned(folder, tmp_path):
+    cleaned, typed = CLIPText.from_preset(folder), CLIPText.from_preset(folder, clean=False)
+    network = UViT(
+        (4, 4, 1), hidden_dim=8, num_layers=1, num_heads=2, context_shape=typed.context_shape
+    )
+    model = DiffusionModel(network)
+    model.text_encoder = typed
+    model.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match="read as they are typed.*clean=False"):
+        again.text_encoder = cleaned
+    again.text_encoder = typed
+
+
+def test_a_score_cleans_its_prompts(whole_folder):
+    assert CLIPScore.from_preset(whole_folder).tokenizer.clean
+    assert not CLIPScore.from_preset(whole_folder, clean=False).tokenizer.clean
+
+
+def test_without_ftfy_the_extra_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ImportError, match=r'"keras-uvit\[text\]", or choose clean=False'):
+        CLIPText.from_preset(folder)
+    assert CLIPText.from_preset(folder, clean=False).tokenize("a dog").shape == (1, 77)
 
 
 def test_the_empty_prompt_is_start_and_end_tokens(text):

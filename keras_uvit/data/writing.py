@@ -176,6 +176,7 @@ def _plan(source, field, dtype, shard_size, flip, text_encoder):
         plan["text"] = {
             "id": text_encoder.id,
             "fingerprint": text_encoder.fingerprint,
+            "clean": getattr(text_encoder, "clean", False),
             "captions": hashlib.sha256(json.dumps(source.captions).encode()).hexdigest()[:16],
             "shape": list(text_encoder.context_shape),
             "dtype": "float16" if field == "image" else dtype,

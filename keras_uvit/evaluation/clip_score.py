@@ -38,17 +38,18 @@ class CLIPScore:
         self._look, self._read = Frozen(look), Frozen(read)
 
     @classmethod
-    def from_preset(cls, source):
+    def from_preset(cls, source, clean=None):
         """With published weights.
 
         Args:
             source: a Hugging Face folder or a keras-hub preset folder of the whole CLIP, or a
                 preset's name, such as "clip_vit_large_patch14", which is downloaded.
+            clean: bool, whether prompts are cleaned first; see `latent.CLIPText.from_preset`.
 
         Raises:
             FileNotFoundError, ImportError, ValueError: see `clip.load`.
         """
-        return cls(*clip.load(source, whole=True))
+        return cls(*clip.load(source, whole=True, clean=clean))
 
     def __call__(self, images, prompts, batch_size=32, verbose=0):
         if isinstance(prompts, str):

@@ -26,7 +26,8 @@ class CLIPText:
 
     Attributes:
         context_shape: (length, width), the network's `context_shape`: (77, 768) for ViT-L/14.
-        fingerprint: 16 hexadecimal digits of weights and vocabulary.
+        fingerprint: 16 hexadecimal digits of weights, vocabulary and `clean`.
+        clean: bool, whether prompts are cleaned before they are read.
         null_context: `context_shape` float32, that of the empty prompt.
 
     Call arguments: captions, str or list of str. Returns `(n, length, width)` float32.
@@ -39,22 +40,28 @@ class CLIPText:
 
     def __init__(self, tower, tokenizer, id="random"):
         self.tower, self.tokenizer, self.id = tower, tokenizer, id
+        self.clean = tokenizer.clean
         self.context_shape = (tokenizer.length, tower.hidden_dim)
         self._encode = Frozen(tower)
 
     @classmethod
-    def from_preset(cls, source):
+    def from_preset(cls, source, clean=None):
         """With published weights.
 
         Args:
             source: a Hugging Face folder (config.json, model.safetensors, vocab.json, merges.txt;
                 of the text encoder or of the whole CLIP), a keras-hub preset folder, or
                 "clip_vit_large_patch14" and other presets of keras-hub, which are downloaded.
+            clean: bool. Whether prompts are cleaned as CLIP's own program does: curly quotes,
+                ligatures, HTML's entities and wrong encodings become what CLIP learned from;
+                `False` reads them as they are typed. `None` is what a folder that `save` wrote
+                says, and `True` for published ones. Caches and models remember it by the
+                fingerprint.
 
         Raises:
             FileNotFoundError, ImportError, ValueError: see `clip.load`.
         """
-        return cls(*clip.load(source))
+        return cls(*clip.load(source, clean=clean))
 
     @classmethod
     def random(
@@ -95,9 +102,13 @@ class CLIPText:
 
     @functools.cached_property
     def fingerprint(self):
+        return self.fingerprint_of(self.clean)
+
+    def fingerprint_of(self, clean):
+        """That of the same encoder with this choice of `clean`."""
         words = [sorted(self.tokenizer.vocabulary.items()), self.tokenizer.merges]
-        text = json.dumps([fingerprint(self.tower), words, self.context_shape])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        parts = [fingerprint(self.tower), words, self.context_shape, *(["clean"] * clean)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def null_context(self):

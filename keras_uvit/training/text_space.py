@@ -5,6 +5,8 @@ from keras import ops
 
 ARRAYS = "arrays"  # `context_encoder` of a model that has learned contexts of unknown origin
 
+CLEANING = {True: "after cleaning", False: "as they are typed"}
+
 
 def check_encoder(encoder):
     """Raises TypeError for what is no text encoder."""
@@ -44,16 +46,28 @@ def agree(model, other, what):
             "other text encoder."
         )
     if model.context_encoder not in (None, ARRAYS, other.fingerprint):
+        _check_cleaning(model, other, what)
         raise ValueError(
             f"{what} ({other.id}) is of text encoder {other.fingerprint}, the model has learned "
-            f"the contexts of {model.context_encoder}. Use the same. (If you know that they agree, "
-            "set model.context_encoder = None.)"
+            f"the contexts of {model.context_encoder}. Use the same, with the same choice of "
+            "clean=. (If you know that they agree, set model.context_encoder = None.)"
         )
     if model.context_encoder == ARRAYS:
         return
     model.context_encoder = other.fingerprint
     if not _is_set(model):
         model.null_context.assign(np.asarray(other.null_context, "float32"))
+
+
+def _check_cleaning(model, other, what):
+    """Raises where the encoder is the model's but for `clean`."""
+    clean = not getattr(other, "clean", True)
+    if hasattr(other, "fingerprint_of") and other.fingerprint_of(clean) == model.context_encoder:
+        raise ValueError(
+            f"{what} ({other.id}) reads prompts {CLEANING[other.clean]}, and the model has learned "
+            f"contexts of prompts read {CLEANING[clean]}. Use "
+            f"CLIPText.from_preset(..., clean={clean})."
+        )
 
 
 def note_arrays(model):

@@ -63,6 +63,7 @@ def test_every_caption_is_kept_in_half_precision(tmp_path):
     assert about == {
         "id": "words",
         "fingerprint": "words-1",
+        "clean": False,
         "shape": [2, 3],
         "dtype": "float16",
     }
