@@ -1,2 +1,3 @@
+from keras_uvit.networks.own import OwnNetwork as OwnNetwork
 from keras_uvit.networks.unet import UNet as UNet
 from keras_uvit.networks.uvit import UViT as UViT

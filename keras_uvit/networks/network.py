@@ -1,9 +1,12 @@
-"""What U-ViT and U-Net share: their conditions, and how a config makes them again."""
+"""What networks share: their conditions, and how a config makes them again."""
 
 import keras
 from keras import initializers, layers
 
 from keras_uvit.checks import plain, refuses
+
+# What a `DiffusionModel` asks a network for.
+ATTRIBUTES = ("image_shape", "num_classes", "null_label", "context_shape")
 
 _CHOSEN = (
     "The number format of a network is chosen when it is made, such as "
@@ -38,6 +41,32 @@ class Network(keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         return cls(**config)
+
+
+def copy_of(network, name):
+    """A network of the same config under another name, with weights of its own.
+
+    Raises:
+        TypeError: for a network that its config does not make again: it could not be loaded.
+    """
+    try:
+        copy = type(network).from_config({**network.get_config(), "name": name})
+        same = [w.shape for w in copy.weights] == [w.shape for w in network.weights] and all(
+            getattr(copy, key) == getattr(network, key) for key in ATTRIBUTES
+        )
+    except (TypeError, AttributeError, NotImplementedError) as error:
+        raise TypeError(_not_made_again(network)) from error
+    if not same:
+        raise TypeError(_not_made_again(network))
+    return copy
+
+
+def _not_made_again(network):
+    return (
+        f"{network.name!r} is not made again by its config, so it could not be loaded from a file. "
+        "Expected a UViT, a UNet, or your own Keras model inside networks.OwnNetwork(model, "
+        f"image_shape=...). Received: {type(network).__name__}."
+    )
 
 
 def config_of(arguments):

@@ -5,7 +5,7 @@ import inspect
 import keras
 
 from keras_uvit.checks import as_int, nearest
-from keras_uvit.networks.network import FORMATS
+from keras_uvit.networks.network import ATTRIBUTES, FORMATS
 from keras_uvit.process.predictions import PREDICTIONS
 from keras_uvit.process.weighting import LOSS_WEIGHTINGS, TIME_SAMPLINGS
 
@@ -71,11 +71,12 @@ def checked(method, given):
 
 def check_parts(network, schedule):
     """Raises unless these can be parts of a `DiffusionModel`."""
-    needed = ("image_shape", "num_classes", "null_label", "context_shape")
-    missing = [name for name in needed if not hasattr(network, name)]
+    missing = [name for name in ATTRIBUTES if not hasattr(network, name)]
     if missing:
         raise TypeError(
-            f"The network must be a UViT, a UNet, or have {needed}. It lacks {missing}."
+            "The network must be a UViT, a UNet, or your own Keras model inside "
+            "networks.OwnNetwork(model, image_shape=...). Received: "
+            f"{type(network).__name__}, which lacks {missing}."
         )
     if schedule is not None and not hasattr(schedule, "half_log_snr"):
         raise TypeError(f"schedule must be such as process.schedules.VPLinear(). Got {schedule!r}.")

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_uvit import backend, checks, distribution
 from keras_uvit.inference import own_defaults
+from keras_uvit.networks.network import copy_of
 from keras_uvit.process.schedules import VPLinear
 from keras_uvit.training import (
     arguments,
@@ -41,9 +42,7 @@ class DiffusionModel(keras.Model):
     Randomness is a function of (seed, step): a saved and loaded model goes on as if never stopped.
 
     Args:
-        network: `UViT`, `UNet`, or any functional Keras model of inputs "image", "timestep" and
-            maybe "label" and "context" with the attributes `image_shape`, `num_classes`,
-            `null_label`, `context_shape`.
+        network: `UViT`, `UNet`, or any Keras model inside `networks.OwnNetwork`.
         schedule: see `process.schedules`; default `VPLinear()`.
         prediction: "epsilon", "x0", "v" or "velocity": what the network predicts.
         time_scale: float. The network gets `time_scale * t`; `None` is the published value, 1000
@@ -108,6 +107,8 @@ class DiffusionModel(keras.Model):
         distribution.check_layouts(network)
         # autocast=False: mixed precision must not round the timestep.
         super().__init__(name=name, dtype=network.dtype_policy, autocast=False)
+        self.network = network
+        self.ema_network = copy_of(network, f"ema_{network.name}")
         has_null = network.null_label is not None or network.context_shape is not None
         if condition_dropout is None:
             condition_dropout = 0.1 if has_null else 0.0
@@ -126,10 +127,6 @@ class DiffusionModel(keras.Model):
         self.seed = seed
         arguments.check_model(self, has_null)
 
-        self.network = network
-        self.ema_network = type(network).from_config(
-            {**network.get_config(), "name": f"ema_{network.name}"}
-        )
         self.ema_network.trainable = False
         self.copy_weights_to_ema()
         counter = dict(shape=(), dtype="int32", initializer="zeros", trainable=False)
