@@ -85,6 +85,13 @@ def test_the_backend_is_asked_for_in_one_file():
     assert {path.split("/")[0] for path in uses} == {"backend"}
 
 
+@pytest.mark.parametrize("name", ["numpy", "openvino", "unheard_of"])
+def test_a_backend_that_does_not_run_is_told_at_import(name):
+    result = run("-c", "import keras_uvit", KERAS_BACKEND=name)
+    assert "KERAS_BACKEND=jax, tensorflow or torch" in result.stderr
+    assert "ImportError" in result.stderr
+
+
 @pytest.mark.parametrize("name", modules())
 def test_docstring_examples_run(name):
     result = doctest.testmod(importlib.import_module(name))

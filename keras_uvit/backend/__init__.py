@@ -50,7 +50,8 @@ elif NAME == "torch":
     from keras_uvit.backend.torch import *  # noqa: F403
 else:
     raise ImportError(
-        f"keras_uvit runs on JAX, TensorFlow or PyTorch. Received: KERAS_BACKEND={NAME}."
+        f"keras_uvit runs on JAX, TensorFlow or PyTorch. Received: the backend {NAME!r}. Choose "
+        "one of them before Keras is imported: KERAS_BACKEND=jax, tensorflow or torch."
     )
 
 

@@ -1,5 +1,7 @@
 """A picture of any kind to an array: bits, transparency, then its size."""
 
+import math
+
 import numpy as np
 
 BACKGROUNDS = ("white", "black")
@@ -91,6 +93,7 @@ def fitted(image, size, channels=3, crop=None, method="adm"):
 
 def _adm(Image, image, size):
     height, width = size
+    image = _without_ends(image, size)
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
@@ -98,6 +101,15 @@ def _adm(Image, image, size):
     image = image.resize(covered, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def _without_ends(image, size, most=16):
+    """A very long picture, cut to `most` times what its centre needs: all would be enlarged."""
+    height, width = size
+    columns = min(image.width, most * math.ceil(image.height * width / height))
+    rows = min(image.height, most * math.ceil(image.width * height / width))
+    left, top = (image.width - columns) // 2, (image.height - rows) // 2
+    return image.crop((left, top, left + columns, top + rows))
 
 
 def _lanczos(Image, image, size):

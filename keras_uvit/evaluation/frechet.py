@@ -119,6 +119,7 @@ class Reference:
         for pair in (("mu", "sigma"), ("mu_s", "sigma_s")):
             if pair[0] == "mu" or pair[0] in content:
                 _check_pair(path, content, *pair)
+        _check_facts(path, content)
         if features is not None and features.shape[1:] != content["mu"].shape:
             raise ValueError(
                 f"{path}: features have shape (m, {len(content['mu'])}). "
@@ -133,6 +134,25 @@ class Reference:
             resize=str(content["resize"]) if "resize" in content else None,
             inception=str(content["inception"]) if "inception" in content else None,
         )
+
+
+# What a file says beside the statistics: shape and kinds of NumPy types.
+FACTS = {
+    "count": ((), "iu"),
+    "image_size": ((2,), "iu"),
+    "resize": ((), "U"),
+    "inception": ((), "U"),
+}
+
+
+def _check_facts(path, content):
+    for name, (shape, kinds) in FACTS.items():
+        value = content.get(name)
+        if value is not None and (value.shape != shape or value.dtype.kind not in kinds):
+            raise ValueError(
+                f'{path}: "{name}" has shape {shape} and a type of kind {" or ".join(kinds)}. '
+                f"Received: {value!r:.100}."
+            )
 
 
 def _check_pair(path, content, mean, covariance):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from keras_uvit import DiffusionModel, UViT
-from keras_uvit.data import image_folder, images
+from keras_uvit.data import image_folder, images, sources
 
 pytestmark = pytest.mark.once
 
@@ -476,3 +476,19 @@ def test_missing_pillow_names_the_pip_line(numbered, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match="pip install pillow"):
         _read(numbered)
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)])
+@pytest.mark.parametrize("method", sources.FITS)
+def test_a_very_long_picture_is_not_enlarged_whole(monkeypatch, size, method):
+    made, resize = [], Image.Image.resize
+
+    def recorded(image, *arguments, **options):
+        made.append(resize(image, *arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
+    fitted = sources.fitted(Image.new("RGB", size, "red"), (256, 256), method=method)
+    assert fitted.shape == (256, 256, 3)
+    assert (fitted == [255, 0, 0]).all()
+    assert max(image.width * image.height for image in made) <= 16 * 256 * 256

@@ -319,6 +319,13 @@ def bare_array(path):
 
 
 MEAN, COVARIANCE = statistics()
+# What cannot stand beside the statistics.
+FACTS = {
+    "count": ([3, 4], 2.5, "many"),
+    "image_size": (32, [32, 32, 3], [0.5, 0.5]),
+    "resize": (3, ["a", "b"]),
+    "inception": (7.0, ["a"]),
+}
 
 
 @pytest.mark.parametrize(
@@ -357,6 +364,13 @@ MEAN, COVARIANCE = statistics()
             npz(mu=MEAN, sigma=COVARIANCE, features=np.zeros((9, 3))),
             r"\(9, 3\)",
             id="features",
+        ),
+        *(
+            pytest.param(
+                npz(mu=MEAN, sigma=COVARIANCE, **{name: value}), f'"{name}" has', id=f"{name} {k}"
+            )
+            for name, values in FACTS.items()
+            for k, value in enumerate(values)
         ),
     ],
 )
