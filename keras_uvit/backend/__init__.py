@@ -40,6 +40,8 @@ from keras import ops
 
 NAME = keras.config.backend()
 HAS_XLA = NAME in ("jax", "tensorflow")
+# Where Keras can export networks whose inputs are a dict; None is all of its formats.
+EXPORT_FORMATS = ("torch",) if NAME == "torch" else None
 TAKES_LOADERS_OF_DICTS = NAME == "torch"  # elsewhere Keras wants a DataLoader to yield tuples
 
 if NAME == "jax":

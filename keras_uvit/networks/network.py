@@ -3,6 +3,7 @@
 import keras
 from keras import initializers, layers
 
+from keras_uvit import backend
 from keras_uvit.checks import plain, refuses
 
 # What a `DiffusionModel` asks a network for.
@@ -34,6 +35,16 @@ class Network(keras.Model):
         self.image_shape, self.context_shape = config["image_shape"], config["context_shape"]
         self.num_classes = config["num_classes"]
         self.null_label = self.num_classes if config["null_label"] else None
+
+    def export(self, filepath, format="tf_saved_model", **kwargs):
+        """As `keras.Model.export`, in the formats in which Keras can export a dict of inputs."""
+        formats = backend.EXPORT_FORMATS
+        if formats is not None and format not in formats:
+            raise NotImplementedError(
+                f"On this backend Keras cannot export a dict of inputs as {format!r}. Pass "
+                f"format={formats[0]!r}, or export on another backend."
+            )
+        super().export(filepath, format=format, **kwargs)
 
     def get_config(self):
         return dict(self.config)

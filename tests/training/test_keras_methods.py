@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_uvit import DiffusionModel, UViT
+from keras_uvit import DiffusionModel, UViT, backend
 from keras_uvit.networks.network import FORMATS
 from keras_uvit.training import arguments
 from keras_uvit.training.callbacks import Checkpoint
@@ -328,6 +328,14 @@ def test_a_refused_method_changes_nothing(shared, name):
 def test_the_number_format_of_a_network_stays(shared, name):
     with pytest.raises(NotImplementedError, match=f"UViT.{name} is not supported.*dtype="):
         getattr(shared.network, name)("int8")
+
+
+@pytest.mark.once
+def test_networks_are_exported_where_keras_can_export_dicts(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "EXPORT_FORMATS", ("torch",))
+    with pytest.raises(NotImplementedError, match="as 'onnx'. Pass format='torch'"):
+        shared.network.export(tmp_path / "network", format="onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_freezing_and_thawing_leaves_the_average_alone():
