@@ -78,6 +78,11 @@ def check_parts(network, schedule):
             "networks.OwnNetwork(model, image_shape=...). Received: "
             f"{type(network).__name__}, which lacks {missing}."
         )
+    if network.losses:
+        raise ValueError(
+            "The network has losses of its own, such as those of a kernel_regularizer, which the "
+            "diffusion loss does not add. Make the network without them."
+        )
     if schedule is not None and not hasattr(schedule, "half_log_snr"):
         raise TypeError(f"schedule must be such as process.schedules.VPLinear(). Got {schedule!r}.")
 

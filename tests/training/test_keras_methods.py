@@ -220,6 +220,14 @@ def test_a_validation_split_counts_in_the_planned_length():
     assert steps(model) == 12
 
 
+@pytest.mark.once
+def test_a_network_with_losses_of_its_own_is_refused():
+    network = UViT(**TINY)
+    network.get_layer("head").kernel.regularizer = keras.regularizers.L2(0.1)
+    with pytest.raises(ValueError, match="losses of its own.*kernel_regularizer"):
+        DiffusionModel(network)
+
+
 # Methods ------------------------------------------------------------------------------------------
 
 
