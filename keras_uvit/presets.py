@@ -1,6 +1,7 @@
 """Models by name: `load`, of the rows of `recipes.py`."""
 
 import difflib
+import warnings
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -15,6 +16,7 @@ from keras_uvit.recipes import FAST as FAST
 from keras_uvit.recipes import PRESETS as PRESETS
 from keras_uvit.recipes import Preset as Preset
 from keras_uvit.training import DiffusionModel
+from keras_uvit.training.left_out import MESSAGE
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -137,7 +139,8 @@ def _load_weights(model, path):
         load_keras_weights(model.network, path, f"preset {model.name!r}")
     else:
         try:
-            with naming_missing_classes(path):
+            with naming_missing_classes(path), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", f".*{MESSAGE}")  # `load` sets the encoders
                 saved = keras.saving.load_model(path, compile=False)
             model.network.set_weights(saved.ema_network.get_weights())
             _take_encoders(model, saved)

@@ -7,6 +7,7 @@ and `costs.py`, which commands import in their turn, need the library themselves
 """
 
 import runpy
+import warnings
 from pathlib import Path
 
 import click
@@ -61,6 +62,8 @@ def main(traceback):
       keras-uvit statistics photos reference.npz --image-size 256 --inception ...
       keras-uvit evaluate runs/a/model.keras --reference reference.npz --inception ...
     """
+    # Here options set the encoders: --autoencoder and --text, which each command asks for.
+    warnings.filterwarnings("ignore", ".*is no part of a model's file")
 
 
 for command in (

@@ -130,25 +130,35 @@ def convert_weights(kind, source, target, key):
     """Convert published weights to Keras' format, or back.
 
     KIND is the name of a preset, autoencoder, or inception. A file with the published names ends in
-    .pth or .safetensors, a Keras file in .weights.h5.
+    .pth or .safetensors, a Keras file in .weights.h5, an autoencoder that Keras saved in .keras.
 
     \b
     Examples:
       keras-uvit convert uvit_huge_imagenet256 imagenet256_uvit_huge.pth huge.weights.h5
       keras-uvit convert inception pt_inception-2015-12-05-6726825d.pth inception.safetensors
     """
-    from keras_uvit import convert, evaluation, latent, presets
-    from keras_uvit.inference import load_keras_weights
+    from keras_uvit import convert, evaluation
 
-    makers = {"autoencoder": latent.AutoencoderKL, "inception": evaluation.InceptionFeatures}
-    network = makers[kind]() if kind in makers else presets.get(kind).new_network()
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    if source.endswith(".weights.h5"):
-        load_keras_weights(getattr(network, "network", network), source)
-    else:
-        convert.load_torch_weights(network, source, key)
+    network = _loaded(kind, source, key)
     if target.endswith(".weights.h5"):
         network.save_weights(target, overwrite=True)
     else:
         convert.save_torch_weights(network, target)
     click.echo(f"{target}: {evaluation.count_parameters(network):,} weights")
+
+
+def _loaded(kind, source, key):
+    """The network that KIND names, with the weights of a file."""
+    from keras_uvit import convert, evaluation, latent, presets
+    from keras_uvit.inference import load_keras_weights
+
+    if kind == "autoencoder" and source.endswith(".keras"):
+        return latent.AutoencoderKL.from_file(source)
+    makers = {"autoencoder": latent.AutoencoderKL, "inception": evaluation.InceptionFeatures}
+    network = makers[kind]() if kind in makers else presets.get(kind).new_network()
+    if source.endswith(".weights.h5"):
+        load_keras_weights(getattr(network, "network", network), source)
+    else:
+        convert.load_torch_weights(network, source, key)
+    return network

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import GOLDEN
 from keras import ops
 
 from keras_uvit import DiffusionModel, UViT, clip
@@ -156,6 +156,7 @@ def test_a_list_is_tokenized_as_its_parts(tokenizer, folder):
     np.testing.assert_array_equal(together, reference_ids(folder, AWKWARD))
 
 
+GOLDEN = Path(__file__).parent / "golden"
 CLIPS_OWN = json.loads((GOLDEN / "clip_words.json").read_text(encoding="utf-8"))
 
 

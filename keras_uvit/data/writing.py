@@ -76,6 +76,11 @@ def write_latents(
         raise ValueError(f'dtype must be "float16" or "float32". Received: {dtype!r}.')
     if source.field == "image" and autoencoder is None:
         raise ValueError("A source of images needs an autoencoder.")
+    if autoencoder is not None and not hasattr(autoencoder, "moments_shape"):
+        raise TypeError(
+            "An autoencoder is latent.AutoencoderKL or has its methods; a path is read by "
+            f"AutoencoderKL.from_file. Received: {autoencoder!r}."
+        )
     if source.field == "moments" and flip:
         raise ValueError("Moments cannot be mirrored after encoding: flip=True needs images.")
 

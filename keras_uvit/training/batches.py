@@ -19,7 +19,6 @@ import itertools
 import math
 import types
 import warnings
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -49,22 +48,17 @@ def check_source(model, x, y=None, batch_size=None):
     Grain, `PyDataset`, `DataLoader`, generator) the first batch is. Keras wants tuples from a
     generator, so its dicts are wrapped.
     """
-    if isinstance(x, str | Path):
-        raise TypeError(
-            f"Expected arrays or batches. Received the path {str(x)!r}: read it first, by "
-            f"data.image_folder({str(x)!r}, image_size=...), or a cache by data.LatentDataset."
-        )
     if isinstance(x, types.GeneratorType):
         first = next(x, None)
         x = (as_tuple(_plain_labels(batch)) for batch in itertools.chain([first], x))
     elif x is None or is_arrays(x):
         first = (x, y)
         x = x if x is None else _plain_labels(as_dict(first))
-    elif not hasattr(x, "__iter__") or isinstance(x, str):
+    elif isinstance(x, str) or not (hasattr(x, "__iter__") or hasattr(x, "__getitem__")):
         raise TypeError(
             "Training and evaluation need arrays, or data that come in batches, such as "
-            "`data.image_folder(path, image_size)` or `data.images.in_memory(source)`. Received: "
-            f"{x!r:.200}."
+            "`data.image_folder(path, image_size)`, `data.LatentDataset(path, batch_size)` or "
+            f"`data.images.in_memory(source)`. Received: {x!r:.200}."
         )
     elif isinstance(x, keras.utils.PyDataset):
         if _is_cache(x):

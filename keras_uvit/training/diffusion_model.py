@@ -15,6 +15,7 @@ from keras_uvit.training import (
     frozen,
     generation,
     latent_space,
+    left_out,
     objective,
     optimizers,
     text_space,
@@ -174,6 +175,7 @@ class DiffusionModel(keras.Model):
         model = cls(**arguments)
         if paths is not None:
             frozen.freeze(model.network, paths)  # now: the optimizer is built for what is trained
+        left_out.say_loaded(model)
         return model
 
     # Frozen parts are not the model's own: Keras would count and train what it sees being set, and
@@ -182,6 +184,7 @@ class DiffusionModel(keras.Model):
         if name not in FROZEN:
             return super().__setattr__(name, value)
         if name == "autoencoder" and value is not None:
+            latent_space.check_autoencoder(value)
             latent_space.agree(self, value, "The autoencoder")
         if name == "text_encoder" and value is not None:
             text_space.check_encoder(value)
@@ -385,7 +388,8 @@ class DiffusionModel(keras.Model):
     def save(self, filepath, overwrite=True, **kwargs):
         """As `keras.Model.save`, but written beside and renamed: a killed save loses nothing.
 
-        One process of several can save what each of them has.
+        One process of several can save what each of them has. `autoencoder` and `text_encoder` are
+        no part of the file, which a warning says: set them again after loading.
 
         Raises:
             ValueError: if weights are divided among processes, a layer was changed after the
@@ -393,6 +397,7 @@ class DiffusionModel(keras.Model):
         """
         if str(filepath).endswith((".h5", ".hdf5")):
             raise ValueError(f"The name of a saved model ends in .keras. Received: {filepath}.")
+        left_out.say_saved(self)
         self._write(super().save, filepath, overwrite, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, **kwargs):

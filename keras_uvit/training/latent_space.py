@@ -10,6 +10,15 @@ STD = (
 )  # of scaled latents; without the scale Stable Diffusion's are 5.5, with it twice 0.2
 
 
+def check_autoencoder(autoencoder):
+    """Raises TypeError for what is no autoencoder."""
+    if not all(hasattr(autoencoder, name) for name in ("scale", "fingerprint", "decode")):
+        raise TypeError(
+            "An autoencoder is latent.AutoencoderKL or has its methods; a path is read by "
+            f"AutoencoderKL.from_file. Received: {autoencoder!r}."
+        )
+
+
 def agree(model, other, what):
     """Raises unless an autoencoder or a cache is of the latents that the model works on.
 

@@ -13,7 +13,8 @@ def check_encoder(encoder):
     needed = ("context_shape", "fingerprint", "tokenize", "encode")
     if not all(hasattr(encoder, name) for name in needed):
         raise TypeError(
-            f"A text encoder is latent.CLIPText or has its methods. Received: {encoder!r}."
+            "A text encoder is latent.CLIPText or has its methods; a folder is read by "
+            f"CLIPText.from_preset. Received: {encoder!r}."
         )
 
 

@@ -129,12 +129,14 @@ def test_a_number_of_shapes_is_needed(spec, tmp_path):
 
 
 @pytest.mark.usefixtures("small_autoencoder")
-def test_convert_there_and_back_is_exact(tmp_path):
+@pytest.mark.parametrize("name", ["a.weights.h5", "a.keras"])
+def test_convert_there_and_back_is_exact(tmp_path, name):
     first, published, back = (
-        tmp_path / name for name in ("a.weights.h5", "new/a.safetensors", "b.weights.h5")
+        tmp_path / name for name in (name, "new/a.safetensors", "b.weights.h5")
     )
     autoencoder = AutoencoderKL()
-    autoencoder.save_weights(first)
+    save = autoencoder.save if name.endswith(".keras") else autoencoder.save_weights
+    save(first)
     text = run("convert", "autoencoder", first, published)
     assert re.fullmatch(rf"{re.escape(str(published))}: [\d,]+ weights\n", text)
     run("convert", "autoencoder", published, back)

@@ -1,11 +1,13 @@
 """Caches and autoencoders that are not the model's are refused before anything is compiled."""
 
 import re
+import warnings
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
+from words import Words
 
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.data import LatentDataset, write_latents
@@ -403,6 +405,66 @@ def test_the_autoencoder_is_no_part_of_the_model(tmp_path, kl):
 def assert_same(before, after):
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+TEXT = dict(context_shape=(2, 3))
+# What a model has, and the encoders that are told of when it is saved and when it is loaded.
+LEFT_OUT = {
+    "pixels": (dict(latent_scale=None), [], []),
+    "latents": ({}, [], ["autoencoder"]),
+    "latents and an autoencoder": (dict(autoencoder=1), ["autoencoder"], ["autoencoder"]),
+    "pixels and text": (
+        dict(latent_scale=None, network=TEXT, text_encoder=1), ["text_encoder"], ["text_encoder"],
+    ),
+    "contexts of arrays": (
+        dict(latent_scale=None, network=TEXT, context_encoder="arrays"), [], [],
+    ),
+    "both": (
+        dict(network=TEXT, autoencoder=1, text_encoder=1), *2 * [["autoencoder", "text_encoder"]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_encoders_that_are_left_out_are_told_of_with_how_to_set_them(tmp_path, kl, name):
+    arguments, at_saving, at_loading = LEFT_OUT[name]
+    encoders = {"autoencoder": kl, "text_encoder": Words()}
+    model = make(**{key: value for key, value in arguments.items() if key not in encoders})
+    for key in encoders.keys() & arguments.keys():
+        setattr(model, key, encoders[key])
+    path = tmp_path / "m.keras"
+    assert told(lambda: model.save(path)) == at_saving
+    assert told(lambda: keras.saving.load_model(path)) == at_loading
+
+
+def told(action):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        action()
+    text = "\n".join(str(warning.message) for warning in found)
+    return re.findall(r"model's file.*after loading, set `model\.(\w+) =", text)
+
+
+@pytest.mark.each_backend
+@pytest.mark.parametrize("name", ["mine.keras", "mine.weights.h5"])
+def test_an_autoencoder_that_keras_saved_is_read_by_its_path(tmp_path, kl, name):
+    save = kl.save if name.endswith(".keras") else kl.save_weights
+    save(tmp_path / name)
+    own = {} if name.endswith(".keras") else kl.config
+    again = AutoencoderKL.from_file(tmp_path / name, scale=SCALE, **own)
+    assert (again.fingerprint, again.scale) == (kl.fingerprint, SCALE)
+    assert_same(again.get_weights(), kl.get_weights())
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "text_encoder"])
+def test_a_path_for_an_encoder_is_told_how_it_is_read(tmp_path, name):
+    model = make(TEXT)
+    reader = "AutoencoderKL.from_file" if name == "autoencoder" else "CLIPText.from_preset"
+    with pytest.raises(TypeError, match=f"is read by {reader}"):
+        setattr(model, name, str(tmp_path / "a"))
+    if name == "autoencoder":
+        with pytest.raises(TypeError, match=f"is read by {reader}"):
+            write_latents(PICTURES, tmp_path / "cache", str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("name", ["m.keras", "m.weights.h5"])
