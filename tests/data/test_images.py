@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from keras_uvit import DiffusionModel, UViT
-from keras_uvit.data import image_folder, images, sources
+from keras_uvit.data import image_folder, images, pictures
 
 pytestmark = pytest.mark.once
 
@@ -479,7 +479,7 @@ def test_missing_pillow_names_the_pip_line(numbered, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)])
-@pytest.mark.parametrize("method", sources.FITS)
+@pytest.mark.parametrize("method", pictures.FITS)
 def test_a_very_long_picture_is_not_enlarged_whole(monkeypatch, size, method):
     made, resize = [], Image.Image.resize
 
@@ -488,7 +488,7 @@ def test_a_very_long_picture_is_not_enlarged_whole(monkeypatch, size, method):
         return made[-1]
 
     monkeypatch.setattr(Image.Image, "resize", recorded)
-    fitted = sources.fitted(Image.new("RGB", size, "red"), (256, 256), method=method)
+    fitted = pictures.fitted(Image.new("RGB", size, "red"), (256, 256), method=method)
     assert fitted.shape == (256, 256, 3)
     assert (fitted == [255, 0, 0]).all()
     assert max(image.width * image.height for image in made) <= 16 * 256 * 256

@@ -143,12 +143,6 @@ def test_grey_images_without_channels_are_told_what_is_missing():
         model.fit(IMAGES[..., 0], verbose=0)
 
 
-@pytest.mark.parametrize("kind", [str, Path])
-def test_a_path_is_told_how_it_is_read(model, kind):
-    with pytest.raises(TypeError, match=r"data\.image_folder\('my_photos', image_size"):
-        model.fit(kind("my_photos"), verbose=0)
-
-
 def test_an_empty_generator(model):
     with pytest.raises(ValueError, match="gave no batch"):
         model.fit((batch for batch in []), steps_per_epoch=1, verbose=0)
