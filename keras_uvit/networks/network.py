@@ -75,8 +75,9 @@ def copy_of(network, name):
 def _not_made_again(network):
     return (
         f"{network.name!r} is not made again by its config, so it could not be loaded from a file. "
-        "Expected a UViT, a UNet, or your own Keras model inside networks.OwnNetwork(model, "
-        f"image_shape=...). Received: {type(network).__name__}."
+        "Expected a UViT or a UNet of which no layer was changed after it was made, such as by "
+        "enable_lora, or your own Keras model inside networks.OwnNetwork(model, image_shape=...). "
+        f"Received: {type(network).__name__}."
     )
 
 

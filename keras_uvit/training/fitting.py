@@ -38,10 +38,10 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
         mode: the argument `resume`.
         options: dict of the other arguments.
     """
-    if model.compiled:
-        frozen.check_compiled(model)
     size = options["batch_size"]
     bookkeeping.check_pairs(model)
+    if model.compiled:
+        frozen.check_compiled(model)
     _check_resume(mode, callbacks, options)
     if isinstance(x, types.GeneratorType) or getattr(x, "shuffles_itself", False):
         options.setdefault("shuffle", False)  # Keras cannot shuffle the one, need not the other

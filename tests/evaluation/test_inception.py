@@ -175,7 +175,7 @@ def test_images_that_do_not_fit_are_refused(network, images, error, message):
 
 
 def test_a_batch_of_no_images_is_refused(network):
-    with pytest.raises(ValueError, match="batch_size .*at least 1.*0"):
+    with pytest.raises(ValueError, match="batch_size must be an int >= 1.*0"):
         network(PHOTO, batch_size=0)
 
 
