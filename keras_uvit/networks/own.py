@@ -34,7 +34,9 @@ class OwnNetwork(Network):
 
     Example:
         >>> inputs = {"image": keras.Input((8, 8, 1)), "timestep": keras.Input(())}
-        >>> output = layers.Conv2D(1, 3, padding="same")(inputs["image"])
+        >>> x = layers.Conv2D(8, 3, padding="same")(inputs["image"])
+        >>> time = layers.Dense(8)(layers.Reshape((1, 1, 1))(inputs["timestep"]))
+        >>> output = layers.Conv2D(1, 3, padding="same")(layers.Add()([x, time]))
         >>> OwnNetwork(keras.Model(inputs, output), image_shape=(8, 8, 1)).output_shape
         (None, 8, 8, 1)
     """

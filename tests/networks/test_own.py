@@ -138,7 +138,8 @@ def test_networks_that_would_not_come_back_are_told_of_the_wrapper(make):
 
 @pytest.mark.once
 def test_another_shape_is_refused():
-    model = keras.Model(x := inputs(), layers.Conv2D(3, 3)(x["image"]))
+    same = functional(x := inputs())
+    model = keras.Model(x, layers.Cropping2D(1)(same.output))
     with pytest.raises(ValueError, match=r"shape \(4, 6, 3\). Received: \(2, 4, 3\)"):
         OwnNetwork(model, SHAPE)
 
