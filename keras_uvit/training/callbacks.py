@@ -212,10 +212,10 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _mark_of_state(self):
         """Differs where another callback has put other weights into the model."""
-        norm = backend.norm([weight.value for weight in self.model.network.weights])
-        return [
-            float(ops.convert_to_numpy(backend.alone(x))) for x in (norm, self.model.step.value)
-        ]
+        # As tensors: of TensorFlow's replicas the values are a kind of their own.
+        weights = [ops.convert_to_tensor(weight) for weight in self.model.network.weights]
+        numbers = backend.norm(weights), ops.convert_to_tensor(self.model.step)
+        return [float(ops.convert_to_numpy(backend.alone(number))) for number in numbers]
 
     def on_train_end(self, logs=None):
         if self._step > self._saved or self._mark_of_state() != self._mark:
