@@ -283,17 +283,13 @@ def _batches(x, first):
             epoch, index = divmod(k, length)
             if hasattr(x, "epoch") and x.epoch != epoch:
                 x.epoch = epoch
-            yield _as_tuple(x[index])
+            yield batches.as_tuple(x[index])
     elif length:  # such as a tf.data.Dataset: each epoch reads it from its beginning
-        yield from map(_as_tuple, itertools.islice(iter(x), first % length, None))
+        yield from map(batches.as_tuple, itertools.islice(iter(x), first % length, None))
         while True:
-            yield from map(_as_tuple, iter(x))
+            yield from map(batches.as_tuple, iter(x))
     else:
-        yield from map(_as_tuple, itertools.islice(iter(x), first, None))
-
-
-def _as_tuple(batch):
-    return batch if isinstance(batch, tuple) else (batch,)
+        yield from map(batches.as_tuple, itertools.islice(iter(x), first, None))
 
 
 def _steps_of(x, batch_size):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import callbacks as kc
 from keras import ops
+from states import assert_same, state
 
 from keras_uvit import DiffusionModel, UViT, training
 from keras_uvit.training import checkpoints
@@ -26,17 +27,6 @@ def make(optimizer=None):
 
 def fit(model, callbacks, epochs=EPOCHS):
     return model.fit(PICTURES, batch_size=BATCH, epochs=epochs, callbacks=callbacks, verbose=0)
-
-
-def state(model):
-    """All that training moves."""
-    variables = [*model.variables, *model.optimizer.variables]
-    return [np.array(ops.convert_to_numpy(v)) for v in variables]
-
-
-def assert_same(first, second):
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 class Score(keras.callbacks.Callback):

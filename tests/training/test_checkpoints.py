@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from states import assert_same, state
 
 from keras_uvit import DiffusionModel, UViT, training
 from keras_uvit.data.shuffled import ShuffledDataset
@@ -38,17 +39,6 @@ def make(seed=0, dtype=None, optimizer=None, **arguments):
     # XLA on TensorFlow would compile for longer than all the steps here.
     model.compile(optimizer, jit_compile=BACKEND == "jax")
     return model
-
-
-def state(model):
-    """All that training moves."""
-    variables = [*model.variables, *model.optimizer.variables]
-    return [np.array(ops.convert_to_numpy(v)) for v in variables]
-
-
-def assert_same(first, second):
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 class Killed(BaseException):
