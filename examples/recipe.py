@@ -175,7 +175,7 @@ def reduced(row, image_shape, patch_size, num_classes, quick, context_shape=None
     )
     keys = ("schedule", "prediction", "time_scale", "condition_dropout", "sampler")
     own = {key: getattr(row, key) for key in (*keys, "guidance_scale")}
-    own |= {"ema_decay": 0.999, "num_steps": 50}
+    own |= {"ema_decay": 0.999, "num_steps": 10 if quick else 50}
     own["optimizer"] = {**row.optimizer, "learning_rate": 1e-3, "warmup_steps": 100}
     return DiffusionModel(network, **own | more)
 
@@ -193,7 +193,7 @@ def digit_scores(quick):
     def measure(model):
         count = 100 if quick else 1000
         labels = np.arange(count) % 10
-        images = model.generate(labels=labels, batch_size=min(count, 500))
+        images = model.generate(labels=labels, batch_size=None if quick else 500)
         return digits.measure(images, labels, data.digits("train"), data.digits("test"))
 
     return measure

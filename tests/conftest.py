@@ -17,13 +17,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Tests compile more than they compute. These flags make a tiny training step compile in 2 seconds
 # instead of 10 on JAX 0.10. XLA ends the process for a flag that it does not know, so the last one
 # is for versions in which it was seen to work: JAX 0.12 and TensorFlow 2.19 do not know it.
-FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 KNOWN_TO = {"jax": ["0.7", "0.8", "0.9", "0.10"], "tensorflow": ["2.21"]}
-with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # such as tensorflow-cpu
-    major, minor, *_ = importlib.metadata.version(NAME).split(".")
-    if f"{major}.{minor}" in KNOWN_TO.get(NAME, []):
-        FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+
+
+def xla_flags(backend):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # such as tensorflow-cpu
+        major, minor, *_ = importlib.metadata.version(backend).split(".")
+        if f"{major}.{minor}" in KNOWN_TO.get(backend, []):
+            return f"{FLAGS} --xla_cpu_use_fusion_emitters=false"
+    return FLAGS
+
+
+OWN_FLAGS = "XLA_FLAGS" in os.environ
+os.environ.setdefault("XLA_FLAGS", xla_flags(NAME))
 # `make test` runs two processes on two cores: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
@@ -87,10 +94,21 @@ def _forget_programs():
 
 
 @pytest.fixture(scope="session")
-def alone():
-    """The environment of a child process that sees this backend and no other."""
+def alone_on():
+    """Gives the environment of a child process that sees one backend and no other."""
     paths = [str(ROOT), str(ROOT / "tests" / "alone"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "KERAS_BACKEND": NAME, "PYTHONPATH": os.pathsep.join(paths)}
+
+    def environment(backend):
+        flags = os.environ["XLA_FLAGS"] if OWN_FLAGS else xla_flags(backend)
+        own = {"KERAS_BACKEND": backend, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(paths)}
+        return {**os.environ, **own}
+
+    return environment
+
+
+@pytest.fixture(scope="session")
+def alone(alone_on):
+    return alone_on(NAME)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """What each process of tests/test_distribution.py does; leaves a file of what it saw."""
 
 import argparse
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -41,15 +42,16 @@ def main():
         on_train_batch_end=lambda batch, logs: each.append(logs["loss"])
     )
     dataset = BadDataset(PICTURES, BATCH) if options.bad else ShuffledDataset(PICTURES, BATCH)
-    training.train(
-        model,
-        dataset,
-        options.folder,
-        options.epochs * len(dataset),
-        every_steps=3,
-        callbacks=[note],
-        verbose=2,
-    )
+    with contextlib.suppress(SystemExit):  # asked to stop
+        training.train(
+            model,
+            dataset,
+            options.folder,
+            options.epochs * len(dataset),
+            every_steps=3,
+            callbacks=[note],
+            verbose=2,
+        )
     # A file each: lines of two processes that share a pipe may run into each other.
     file = options.folder / f"report-{backend.process()[0]}.json"
     file.write_text(json.dumps(report(model, options, each)))
@@ -113,7 +115,7 @@ def report(model, options, each):
     return {
         "process": backend.process(),
         "replicas": backend.replicas(),
-        "losses": model.history.history["loss"],
+        "losses": model.history.history.get("loss"),  # None where it was stopped
         "each": each,
         "skipped": int(ops.convert_to_numpy(model.skipped_steps)),
         "weights": [float(np.abs(w.astype("float64")).sum()) for w in weights],

@@ -65,8 +65,11 @@ def run(folder, devices, *more):
     for old in folder.glob("report-*.json"):
         old.unlink()
     lines = said_by(start(folder, devices, *more))
-    reports = [json.loads(file.read_text()) for file in sorted(folder.glob("report-*.json"))]
-    return reports, [line for line in lines if line.startswith("Epoch")]
+    return reports_in(folder), [line for line in lines if line.startswith("Epoch")]
+
+
+def reports_in(folder):
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("report-*.json"))]
 
 
 def port():
@@ -97,7 +100,17 @@ def run_on(work, one):
     return functools.cache(lambda devices: run(work / devices, devices, "--draw"))
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module")
+def divided(work, one):
+    """The run of two processes that divide the weights."""
+    return run(work / "fsdp", "processes", "--layout", "fsdp", "--draw")[0]
+
+
+# On JAX two processes with whole weights are for `make test-all`: those that divide them are below.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(w, marks=pytest.mark.once) if w != WAYS[0] else w for w in WAYS],
+)
 def many(request, run_on):
     return request.param, *run_on(request.param)
 
@@ -132,20 +145,24 @@ def test_only_process_0_talks(many):
     assert [line for line in many[2] if line.startswith("Epoch")] == ["Epoch 1/2", "Epoch 2/2"]
 
 
-def test_a_run_goes_on_with_another_number_of_devices(work, run_on, one):
-    run_on(WAYS[-1])
+def test_a_run_goes_on_with_another_number_of_devices(work, run_on, one, request):
     middle, folder = "checkpoints/step-00000006", work / "moved"
-    shutil.copytree(work / WAYS[-1] / middle, folder / middle)
-    (report,), _ = run(folder, "many" if WAYS[-1] == "processes" and NAME == "jax" else "one")
+    if NAME == "jax" and not OLD:
+        request.getfixturevalue("divided")
+        begun, then = "fsdp", "many"
+    else:
+        run_on(WAYS[0])
+        begun, then = WAYS[0], "one"
+    shutil.copytree(work / begun / middle, folder / middle)
+    (report,), _ = run(folder, then)
     assert (len(report["losses"]), len(report["each"])) == (1, 2)
     assert_as_one(report, one)
 
 
 @pytest.mark.skipif(NAME != "jax" or OLD, reason="weights are divided on JAX, Keras 3.11")
-def test_weights_divided_among_processes(work, one):
+def test_weights_divided_among_processes(work, divided, one):
     folder = work / "fsdp"
-    reports, _ = run(folder, "processes", "--layout", "fsdp", "--draw")
-    for report in reports:
+    for report in divided:
         assert_as_one(report, one)
         np.testing.assert_allclose(report["images"], one["images"], atol=2)
     pieces = sorted(file.name for file in folder.glob("checkpoints/step-00000008/*.h5"))
@@ -155,8 +172,16 @@ def test_weights_divided_among_processes(work, one):
     np.testing.assert_allclose(sums, one["weights"], **CLOSE)
 
 
+def assert_one_step_was_skipped(reports):
+    for report in reports:
+        assert report["skipped"] == 1
+        assert np.isfinite(report["weights"]).all()
+        assert report["weights"] == reports[0]["weights"]
+
+
 # A loss scale takes another way on TensorFlow, where the skipped update is the optimizer's own.
 # In float32 one device takes the same way there, which is tested below in this process.
+@pytest.mark.skipif("many" not in WAYS, reason="tested with processes below")
 @pytest.mark.parametrize(
     "dtype",
     ["float32"]
@@ -164,23 +189,25 @@ def test_weights_divided_among_processes(work, one):
     else [pytest.param("float32", marks=pytest.mark.once), "mixed_float16"],
 )
 def test_a_step_that_is_not_finite_on_one_replica_is_skipped_on_all(work, dtype):
-    reports, _ = run(work / f"bad-{dtype}", WAYS[0], "--bad", "--dtype", dtype)
-    for report in reports:
-        assert report["skipped"] == 1
-        assert np.isfinite(report["weights"]).all()
-        assert report["weights"] == reports[0]["weights"]
+    reports, _ = run(work / f"bad-{dtype}", "many", "--bad", "--dtype", dtype)
+    assert_one_step_was_skipped(reports)
 
 
+@pytest.mark.once  # what processes say to each other is tested with divided weights too
 @pytest.mark.skipif("processes" not in WAYS, reason="one process is tested with checkpoints")
 def test_when_one_process_is_asked_to_stop_all_save_and_stop(work):
+    """So do those that have skipped a step, which was not finite on one of them."""
     folder = work / "stopped"
-    jobs = start(folder, "processes", "--epochs", "100000", torchrun=False)
+    jobs = start(folder, "processes", "--bad", "--epochs", "100000", torchrun=False)
     while not list(folder.glob("checkpoints/step-*")) and jobs[0].poll() is None:
         time.sleep(0.1)
     jobs[1].send_signal(signal.SIGTERM)
     (said,) = [line for line in said_by(jobs) if line.startswith("Asked to stop")]
     saved = folder / "checkpoints" / checkpoints.name(int(re.search(r"step (\d+)", said)[1]))
     assert saved == checkpoints.newest(folder / "checkpoints")
+    reports = reports_in(folder)
+    assert len(reports) == 2
+    assert_one_step_was_skipped(reports)
 
 
 # In this process ----------------------------------------------------------------------------------

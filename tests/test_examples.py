@@ -36,7 +36,7 @@ def run(monkeypatch):
 
 def test_one_runs_to_its_end(run, tmp_path):
     name = WHOLE[keras.config.backend()]
-    run(name, "--quick", "--quiet", "--out", tmp_path)
+    run(name, "--quick", "--quiet", "--batch-size", 128, "--out", tmp_path)
     assert [name for name in FILES if not (tmp_path / name).stat().st_size] == []
     assert list((tmp_path / "grids").glob("epoch-*.png"))
     metrics = json.loads((tmp_path / "metrics.json").read_text())

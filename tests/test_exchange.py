@@ -1,7 +1,6 @@
 """Files that one backend has written are read on the others."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,8 @@ BACKENDS = ("jax", "tensorflow", "torch")
 SCRIPT = Path(__file__).parent / "exchange.py"
 
 
-def begin(folder, backend):
+def begin(folder, environment):
     """A process that writes its files, and reads those of all when it is told to."""
-    path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": path}
     command = [sys.executable, SCRIPT, folder, *BACKENDS]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return subprocess.Popen(command, env=environment, text=True, **pipes)
@@ -25,9 +22,9 @@ def begin(folder, backend):
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in BACKENDS), reason="needs all backends"
 )
-def test_each_backend_reads_the_files_of_all(tmp_path):
+def test_each_backend_reads_the_files_of_all(tmp_path, alone_on):
     """Checkpoint, model, weights, autoencoder, cache of latents and statistics."""
-    processes = [begin(tmp_path, name) for name in BACKENDS]
+    processes = [begin(tmp_path, alone_on(name)) for name in BACKENDS]
     said = ["" for _ in processes]
     for k, process in enumerate(processes):
         for line in process.stdout:

@@ -269,11 +269,16 @@ def test_digits_example_runs_to_the_end(tmp_path, monkeypatch):
         assert (tmp_path / name).stat().st_size > 1000
 
 
-def test_help_teaches():
-    result = run(ROOT / "examples" / "digits.py", "--help")
-    assert result.returncode == 0
-    assert "Expect" in result.stdout
-    assert "--quick" in result.stdout
+def test_help_teaches(monkeypatch, capsys):
+    script = ROOT / "examples" / "digits.py"
+    monkeypatch.syspath_prepend(script.parent)
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "Expect" in said
+    assert "--quick" in said
 
 
 def text_files_without_encoding(path):

@@ -312,7 +312,7 @@ def test_missing_tar_files_are_named(tmp_path):
         tfds_source("imagenet2012", "train", 32, data_dir=tmp_path)
 
 
-def test_what_was_prepared_is_read_without_tensorflow(imagenet):
+def test_what_was_prepared_is_read_without_tensorflow(imagenet, alone):
     if BACKEND == "tensorflow":
         pytest.skip("Keras itself needs it on this backend.")
     code = f"""
@@ -325,13 +325,14 @@ class WithoutTensorFlow(PathFinder):  # as if it were not installed
         return None if name == "tensorflow" else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTensorFlow
+del sys.modules["tensorflow"]  # where `alone` has put that Keras finds none
 from keras_uvit import data
 source = data.tfds_source("imagenet2012", "train", 32, data_dir={os.fspath(imagenet)!r})
 print(json.dumps([source.read(i)["label"] for i in range(len(source))]))
 """
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "KERAS_BACKEND": BACKEND},
+        env=alone,
         capture_output=True,
         text=True,
         timeout=120,

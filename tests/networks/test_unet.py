@@ -95,6 +95,7 @@ def test_there_are_32_groups_or_as_many_as_have_four_channels(dim, groups):
     assert parts.group_norm(dim, "float32", "norm").groups == groups
 
 
+@pytest.mark.once
 def test_a_new_block_adds_nothing():
     x, time = random(2, 2, 2, 8), random(2, 6, seed=1)
     np.testing.assert_array_equal(numpy(parts.UNetBlock(8)(x, time)), x)
@@ -188,6 +189,7 @@ def test_statistics_of_norms_are_float32(policy):
     np.testing.assert_allclose(ours, expected, atol=0.02)
 
 
+@pytest.mark.once
 def test_the_timestep_and_the_last_convolution_are_float32(monkeypatch):
     seen, call = [], TimeEmbedding.call
     monkeypatch.setattr(TimeEmbedding, "call", lambda self, t: seen.append(t) or call(self, t))

@@ -83,7 +83,9 @@ TOUCHING = {
 
 @pytest.mark.parametrize("name", on_each_backend(TOUCHING, "EarlyStopping"))
 @pytest.mark.parametrize(
-    "options", [dict(best="val_loss"), dict(every_steps=2, keep=2)], ids=["best", "every"]
+    "options",
+    [dict(best="val_loss"), pytest.param(dict(every_steps=2, keep=2), marks=pytest.mark.once)],
+    ids=["best", "every"],
 )
 def test_the_newest_checkpoint_is_what_fit_left(tmp_path, name, options):
     model = make()
@@ -179,7 +181,9 @@ REMEMBERING = {
 }
 
 
-@pytest.mark.parametrize("at", [(2, 0), (2, 1)], ids=["between", "within"])
+@pytest.mark.parametrize(
+    "at", [pytest.param((2, 0), marks=pytest.mark.once), (2, 1)], ids=["between", "within"]
+)
 @pytest.mark.parametrize("name", on_each_backend(REMEMBERING, "ReduceLROnPlateau"))
 def test_callbacks_remember_when_a_run_is_resumed(tmp_path, name, at):
     whole, model = make(), make()

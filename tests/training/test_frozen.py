@@ -50,7 +50,13 @@ def freeze_and_thaw_the_model(model):
 
 @pytest.mark.eager
 @pytest.mark.parametrize(
-    "change", [freeze_a_layer, freeze_all_but_a_part, freeze_a_weight, freeze_and_thaw_the_model]
+    "change",
+    [
+        pytest.param(freeze_a_layer, marks=pytest.mark.once),
+        pytest.param(freeze_all_but_a_part, marks=pytest.mark.once),
+        freeze_a_weight,
+        pytest.param(freeze_and_thaw_the_model, marks=pytest.mark.once),
+    ],
 )
 def test_what_is_frozen_stays_frozen_in_files(tmp_path, change):
     model = make(change)

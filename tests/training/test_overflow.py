@@ -70,6 +70,7 @@ def test_a_batch_that_overflows_float16_is_skipped_and_training_goes_on():
     assert np.mean(moved) > 0.9  # all but the learning rate
 
 
+@pytest.mark.once
 @pytest.mark.eager
 def test_float32_and_bfloat16_survive_the_same_batch():
     for dtype in ("float32", "mixed_bfloat16"):  # so it is float16 that the test above bursts
