@@ -49,11 +49,10 @@ def check_source(model, x, y=None, batch_size=None):
     generator, so its dicts are wrapped.
     """
     if isinstance(x, types.GeneratorType):
-        first = next(x, None)
-        x = (as_tuple(_plain_labels(batch)) for batch in itertools.chain([first], x))
+        first = _plain(next(x, None))
+        x = (as_tuple(_plain(batch)) for batch in itertools.chain([first], x))
     elif x is None or is_arrays(x):
-        first = (x, y)
-        x = x if x is None else _plain_labels(as_dict(first))
+        first = x = x if x is None else _plain(as_dict((x, y)))
     elif isinstance(x, str) or not (hasattr(x, "__iter__") or hasattr(x, "__getitem__")):
         raise TypeError(
             "Training and evaluation need arrays, or data that come in batches, such as "
@@ -72,7 +71,7 @@ def check_source(model, x, y=None, batch_size=None):
                 "Keras takes a DataLoader only if it yields tuples: let the data set return "
                 "`(item,)` instead of `item`."
             )
-    if first is None or (isinstance(first, tuple) and first[0] is None):
+    if first is None:
         raise ValueError("The data set is empty: it gave no batch.")
     first = as_dict(first)
     check_batch(model, first)
@@ -121,12 +120,17 @@ def is_arrays(x):
     return isinstance(x, dict | np.ndarray) or ops.is_tensor(x)
 
 
-def _plain_labels(batch):
-    """PyTorch has no unsigned integers of 64 bits."""
-    labels = batch.get("label") if isinstance(batch, dict) else None
-    if getattr(labels, "dtype", None) != np.uint64:
+def _plain(batch):
+    """The batch in types that all backends have: no big-endian numbers, no uint64 on PyTorch."""
+    if not isinstance(batch, dict):
         return batch
-    return {**batch, "label": labels.astype("int64")}
+    plain = dict(batch)
+    for key, value in batch.items():
+        if isinstance(value, np.ndarray):
+            dtype = value.dtype.newbyteorder("=")
+            dtype = "int64" if key == "label" and dtype == "uint64" else dtype
+            plain[key] = value.astype(dtype, copy=False)
+    return plain
 
 
 def split(arrays, share):
@@ -175,6 +179,12 @@ def check_batch(model, batch):
         )
     (key,) = data
     arrays = {name: ops.convert_to_numpy(value) for name, value in batch.items()}
+    foreign = [name for name, value in arrays.items() if not value.dtype.isnative]
+    if foreign:
+        raise ValueError(
+            f"{foreign} have the byte order of another machine, which JAX and PyTorch cannot read. "
+            'Give the batches in that of this one: `x.astype(x.dtype.newbyteorder("="))`.'
+        )
     lengths = {name: value.shape[0] if value.ndim else 0 for name, value in arrays.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise ValueError(

@@ -8,6 +8,7 @@ import pytest
 
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.data import sources
+from keras_uvit.training import batches
 
 pytestmark = pytest.mark.once
 
@@ -208,3 +209,15 @@ def test_floats_from_0_to_1_are_suspicious(model):
     images = np.random.default_rng(0).random((60, 4, 4, 3)).astype("float32")
     with pytest.warns(UserWarning, match=r"pass 2 x - 1"):
         check_batch(model, {"image": images, "label": np.zeros(60, int)})
+
+
+def test_numbers_of_another_byte_order(model):
+    """JAX and PyTorch cannot read them: arrays are converted, and what yields batches is told."""
+    foreign = dict(image=floats(0).astype(">f4"), label=LABELS.astype(">i4"))
+    ((generated,),) = batches.check_source(model, (batch for batch in [foreign]))
+    for plain in (batches.check_source(model, foreign), generated):
+        for key, value in foreign.items():
+            assert plain[key].dtype.isnative
+            np.testing.assert_array_equal(plain[key], value)
+    with pytest.raises(ValueError, match="byte order"):
+        batches.check_source(model, [foreign])
