@@ -93,7 +93,8 @@ def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **n
         name=name,
     )
     if path is not None:
-        _load_weights(model, path)
+        changes = ", ".join(f"{key}={value!r}" for key, value in network.items())
+        _load_weights(model, path, f"preset {name!r}" + (changes and f" with {changes}"))
     if isinstance(autoencoder, str | Path):
         autoencoder = AutoencoderKL.from_file(autoencoder, scale=row.latent_scale or 1.0)
     model.autoencoder = autoencoder
@@ -131,12 +132,12 @@ def _weight_file(name, row, weights):
     return path
 
 
-def _load_weights(model, path):
+def _load_weights(model, path, what):
     if path.suffix in (*TORCH, ".safetensors"):
         load_torch_weights(model, path)
         return
     if path.name.endswith(".weights.h5"):
-        load_keras_weights(model.network, path, f"preset {model.name!r}")
+        load_keras_weights(model.network, path, what)
     else:
         try:
             with naming_missing_classes(path), warnings.catch_warnings():
@@ -145,9 +146,7 @@ def _load_weights(model, path):
             model.network.set_weights(saved.ema_network.get_weights())
             _take_encoders(model, saved)
         except (*DAMAGE, BadZipFile) as error:
-            raise ValueError(
-                f"{path.name} is damaged or does not fit preset {model.name!r}: {error}"
-            ) from error
+            raise ValueError(f"{path.name} is damaged or does not fit {what}: {error}") from error
     model.copy_weights_to_ema()
 
 

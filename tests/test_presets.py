@@ -485,7 +485,8 @@ def test_a_damaged_file_is_named(tmp_path, kind, damage):
 @pytest.mark.parametrize("kind", ["w.weights.h5", "w.keras"])
 def test_weights_of_another_network_are_refused(tmp_path, kind, change):
     _weight_files(tmp_path)
-    with pytest.raises(ValueError, match=f"{kind} is damaged or does not fit.*uvit_tiny_digits"):
+    (changed,) = change
+    with pytest.raises(ValueError, match=f"{kind} .* not fit.*uvit_tiny_digits.*{changed}="):
         presets.load("uvit_tiny_digits", tmp_path / kind, **{**SMALL, **change})
 
 
