@@ -155,12 +155,12 @@ def parse():
         default=1000,
         help="steps between checkpoints (%(default)s)",
     )
-    add("--quick", action="store_true", help="10 steps, 50 images, one seed: try the path")
+    add("--quick", action="store_true", help="22 steps, 50 images, one seed: try the path")
     options = parser.parse_args()
     if bool(options.inception) != bool(options.reference):
         parser.error("FID needs --inception and --reference.")
     if options.quick:
-        options.iterations, options.num_images, options.seeds = 10, 50, [0]
+        options.iterations, options.num_images, options.seeds = 22, 50, [0]
     keras.config.set_dtype_policy(options.precision)
     return options
 

@@ -93,7 +93,7 @@ def test_ablations_measure_each_variant_once(run, tmp_path, capsys):
     rows = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("runs/*.json")}
     assert sorted(rows) == ["AdaLN-0", "base-0"]
     for row in rows.values():
-        assert row["steps"] == 10
+        assert row["steps"] == 22
         assert sorted(row["scores"]) == ["2", "4"]
         assert set(row["scores"]["4"]) == {"agreement", "distance"}
     # AdaLN: four vectors a block instead of a token.
