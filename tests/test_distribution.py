@@ -103,7 +103,7 @@ def run_on(work, one):
 @pytest.fixture(scope="module")
 def divided(work, one):
     """The run of two processes that divide the weights."""
-    return run(work / "fsdp", "processes", "--layout", "fsdp", "--draw")[0]
+    return run(work / "fsdp", "processes", "--layout", "fsdp", "--draw")
 
 
 # On JAX two processes with whole weights are for `make test-all`: those that divide them are below.
@@ -162,7 +162,12 @@ def test_a_run_goes_on_with_another_number_of_devices(work, run_on, one, request
 @pytest.mark.skipif(NAME != "jax" or OLD, reason="weights are divided on JAX, Keras 3.11")
 def test_weights_divided_among_processes(work, divided, one):
     folder = work / "fsdp"
-    for report in divided:
+    reports, lines = divided
+    assert lines == ["Epoch 1/2", "Epoch 2/2"]  # of process 0
+    assert len(reports) == 2
+    for report in reports:
+        assert report["encoded"] == 64
+        assert report["alone"]
         assert_as_one(report, one)
         np.testing.assert_allclose(report["images"], one["images"], atol=2)
     pieces = sorted(file.name for file in folder.glob("checkpoints/step-00000008/*.h5"))
@@ -193,7 +198,6 @@ def test_a_step_that_is_not_finite_on_one_replica_is_skipped_on_all(work, dtype)
     assert_one_step_was_skipped(reports)
 
 
-@pytest.mark.once  # what processes say to each other is tested with divided weights too
 @pytest.mark.skipif("processes" not in WAYS, reason="one process is tested with checkpoints")
 def test_when_one_process_is_asked_to_stop_all_save_and_stop(work):
     """So do those that have skipped a step, which was not finite on one of them."""
