@@ -147,9 +147,12 @@ def split(arrays, share):
 
 
 def check_inputs(network, x):
-    """Raises for arrays that are no inputs of the network: Keras loses the weights then on JAX."""
+    """Checks what `predict` is given, as Keras loses the weights on JAX where arrays do not fit.
+
+    Returns it in a form that Keras takes.
+    """
     if not is_arrays(x):
-        return
+        return x
     wanted = {tensor.name: tuple(tensor.shape[1:]) for tensor in network.inputs}
     given = x if isinstance(x, dict) else {"x": x}
     given = {name: tuple(ops.shape(value)[1:]) for name, value in given.items()}
@@ -158,6 +161,7 @@ def check_inputs(network, x):
             "predict gives what the network gives for a dict of its inputs, whose shapes without "
             f"the batch are {wanted}. Received: {given}. (`generate` draws images.)"
         )
+    return _plain(x)
 
 
 def check_batch(model, batch):

@@ -319,12 +319,12 @@ class DiffusionModel(keras.Model):
 
         Images are drawn by `generate`.
         """
-        batches.check_inputs(self.network, x)
+        x = batches.check_inputs(self.network, x)
         return super().predict(x, *args, **kwargs)
 
     def predict_on_batch(self, x):
         """As `keras.Model.predict_on_batch`; see `predict`."""
-        batches.check_inputs(self.network, x)
+        x = batches.check_inputs(self.network, x)
         return super().predict_on_batch(x)
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):

@@ -221,3 +221,6 @@ def test_numbers_of_another_byte_order(model):
             np.testing.assert_array_equal(plain[key], value)
     with pytest.raises(ValueError, match="byte order"):
         batches.check_source(model, [foreign])
+    inputs = {"image": foreign["image"], "timestep": np.ones(6, ">f4"), "label": foreign["label"]}
+    plain = batches.check_inputs(model.network, inputs)
+    assert all(plain[key].dtype.isnative for key in inputs)
