@@ -7,8 +7,7 @@
 The two models that ship with weights, or a saved one, draw the same images in many ways, each with
 several seeds:
 
-    work       evaluations of the whole network for one image, a guided one being two, and an
-               evaluation of the outer blocks alone their share of the blocks
+    work       evaluations of the network for one image, a guided one being two
     seconds    of drawing, without compiling; `times` is the base's by the row's
     agreement  digits: share that a classifier reads as the class asked for
     distance   digits: Fréchet distance of pixels to the real test scans
@@ -31,11 +30,10 @@ import numpy as np
 from side_by_side import COMMIT, table
 from sklearn.svm import SVC
 
-from keras_uvit import data, presets
+from keras_uvit import data, presets, sampling
 from keras_uvit.data import shapes
 from keras_uvit.evaluation import frechet_distance
 from keras_uvit.process import samplers
-from keras_uvit.training.evaluations import Plan, work
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -60,35 +58,6 @@ WAYS = {
         )
         for n, high in ((20, 0.8), (15, 0.8), (12, 0.8), (10, 0.8), (20, 0.5))
     },
-    **{
-        f"2m, {n}, guidance 1 in {k}": (
-            "guidance kept",
-            dict(sampler=TWO, num_steps=n, guidance_every=k),
-        )
-        for n, k in ((25, 2), (20, 2), (15, 2), (12, 2), (20, 3), (15, 3))
-    },
-    **{
-        f"2m, {n}, middle 1 in {k}": (
-            "middle kept",
-            dict(sampler=TWO, num_steps=n, middle_every=k),
-        )
-        for n, k in ((25, 2), (20, 2), (15, 2), (20, 3))
-    },
-    **{
-        f"2m, {n}, both 1 in 2": (
-            "both kept",
-            dict(sampler=TWO, num_steps=n, guidance_every=2, middle_every=2),
-        )
-        for n in (25, 20, 15)
-    },
-}
-# Of networks with more than two pairs of blocks around a middle.
-DEEP = {
-    f"2m, {n}, middle 1 in {k}, 2 outer": (
-        "middle kept, two outer blocks",
-        dict(sampler=TWO, num_steps=n, middle_every=k, outer_blocks=2),
-    )
-    for n, k in ((25, 2), (20, 2), (15, 2), (20, 3))
 }
 
 
@@ -115,8 +84,7 @@ def main():
 
 
 def compare(task, options):
-    ways = WAYS | (DEEP if task.model.network.config["num_layers"] > 5 else {})
-    ways = {name: way for name, way in ways.items() if name == "base" or not options.only
+    ways = {name: way for name, way in WAYS.items() if name == "base" or not options.only
             or name in options.only}  # fmt: skip
     exact = [task.draw(seed, dict(sampler=TWO, num_steps=200))[0] for seed in range(1)]
     rows = []
@@ -182,17 +150,8 @@ class Task:
         return images, time.perf_counter() - start
 
     def work(self, way):
-        steps = way["sampler"]
-        if isinstance(steps, str):
-            steps = samplers.named(steps, self.model.schedule, way["num_steps"])
-        plan = Plan(
-            self.model.guidance_scale,
-            way.get("guidance_interval", (0.0, 1.0)),
-            way.get("guidance_every", 1),
-            way.get("middle_every", 1),
-            way.get("outer_blocks", 1),
-        )
-        return len(steps) * float(work(plan, steps.t, self.model.network.config["num_layers"]))
+        options = sampling.resolve(self.model, **way)
+        return len(options.steps) + int(options.guided.sum())
 
 
 class Digits(Task):

@@ -40,7 +40,6 @@ COUNTS = {
     "first": lambda n: draws(first=n),
     "batch_size": lambda n: draws(batch_size=n),
     "num_steps": lambda n: draws(num_steps=n),
-    "guidance_every": lambda n: draws(guidance_every=n, guidance_scale=2.0),
     "num_steps of DiffusionModel": lambda n: model(num_steps=n),
     "max_skipped_steps": lambda n: model(max_skipped_steps=n),
     "planned_steps": lambda n: model(planned_steps=n),

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import keras
 
-from keras_uvit import backend
+from keras_uvit import backend, sampling
 from keras_uvit.evaluation.files import captioned_grid, image_grid, pillow, write_png
 from keras_uvit.evaluation.protocol import check, evaluate
-from keras_uvit.training import generation
 
 EVALUATE_ONLY = ("seed", "folder", "path", "verbose")  # arguments that cannot be wrong beforehand
 
@@ -59,13 +58,14 @@ class SampleGridCallback(_Periodic):
         self.folder, self.columns, self.zoom = Path(folder), columns, zoom
         if isinstance(options.get("prompts"), str):
             options["prompts"] = [options["prompts"]]
-        self.options = {**options, "seed": seed, "verbose": 0}
+        self.options = {**options, "seed": seed}
 
     def on_train_begin(self, logs=None):
-        generation.check(self.model, **self.options)  # not after the first epoch
+        sampling.prepare(self.model, **self.options)  # not after the first epoch
 
     def act(self, epoch, logs):
-        images, prompts = self.model.generate(**self.options), self.options.get("prompts")
+        images = self.model.generate(**self.options, verbose=0)
+        prompts = self.options.get("prompts")
         if not backend.is_first():
             return
         if prompts is not None and all(isinstance(prompt, str) for prompt in prompts):

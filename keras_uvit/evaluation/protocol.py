@@ -8,26 +8,19 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_uvit import backend, progress
+from keras_uvit import backend, progress, sampling
 from keras_uvit.evaluation.files import atomic_json, atomic_npz, read_npz
 from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, frechet_distance, gaussian
 from keras_uvit.evaluation.metrics import inception_score, precision_recall
 from keras_uvit.inference import fingerprint
-from keras_uvit.process import samplers
 from keras_uvit.version import __version__
 
 CHUNK = 1024  # images drawn, measured and written at a time
 USUAL_PROMPTS = 30_000  # of the papers' COCO numbers
 NEIGHBOURS = 3  # of precision and recall
-# Arguments of `generate` that the record keeps as they are, with their defaults.
-RECORDED = {
-    "guidance_interval": (0.0, 1.0),
-    "guidance_every": 1,
-    "middle_every": 1,
-    "outer_blocks": 1,
-}
-# All that `evaluate` hands on to `generate`.
-OPTIONS = ["sampler", "num_steps", "guidance_scale", *RECORDED, "batch_size", "use_ema"]
+# What `evaluate` passes on to `generate`: what the images depend on, and how they are drawn.
+OF_SAMPLING = ("sampler", "num_steps", "guidance_scale", "guidance_interval")
+OPTIONS = (*OF_SAMPLING, "batch_size", "use_ema")
 
 
 def fid(images, reference, inception, *, allow_few=False, verbose=1):
@@ -167,8 +160,8 @@ def evaluate(
         path: JSON file for the record.
         allow_few, verbose: see `scores`.
         usual: int, fewer images warn; `None` is 50,000, with prompts 30,000.
-        **options: of `generate`: sampler, num_steps, guidance_scale, guidance_interval,
-            guidance_every, middle_every, outer_blocks, batch_size, use_ema.
+        **options: of `generate`: sampler, num_steps, guidance_scale, guidance_interval, batch_size,
+            use_ema.
 
     Returns:
         dict: the scores, with `clip` also "clip_score", and what they are of.
@@ -249,7 +242,7 @@ def check(
     check_inception(reference, inception)
     unknown = sorted({*options} - {*OPTIONS})
     if unknown:
-        raise TypeError(f"evaluate takes of `generate` {[*OPTIONS]}. Received: {unknown}.")
+        raise TypeError(f"evaluate takes of `generate` {list(OPTIONS)}. Received: {unknown}.")
     if labels not in ("random", "balanced"):
         raise ValueError(f'labels must be "random" or "balanced". Received: {labels!r}.')
     reads_text = model.network.context_shape is not None
@@ -277,15 +270,7 @@ def check(
 def describe(model, num_images, labels, prompts, seed, options):
     """What samples depend on, as the record keeps it."""
     use_ema = options.get("use_ema", True)
-    sampler = options.get("sampler") or model.sampler
-    num_steps = options.get("num_steps") or model.num_steps
-    if isinstance(sampler, samplers.Steps):
-        table = np.ascontiguousarray(sampler.packed())
-        steps, num_steps = sampler, None
-        sampler = f"Steps {hashlib.sha256(table).hexdigest()[:8]}"
-    else:
-        steps = samplers.named(sampler, model.schedule, num_steps)
-    guidance = options.get("guidance_scale")
+    chosen = sampling.resolve(model, **{k: v for k, v in options.items() if k in OF_SAMPLING})
     autoencoder = model.autoencoder
     record = {
         "model": model.name,
@@ -298,11 +283,7 @@ def describe(model, num_images, labels, prompts, seed, options):
         "prompts": prompts and hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
         "text_encoder": model.text_encoder and model.text_encoder.id,
         "context_encoder": model.text_encoder and model.text_encoder.fingerprint,
-        "sampler": sampler,
-        "num_steps": num_steps,
-        "nfe": len(steps.t),
-        "guidance_scale": model.guidance_scale if guidance is None else guidance,
-        **{key: options.get(key, default) for key, default in RECORDED.items()},
+        **chosen.record(),
         "seed": seed,
         "image_size": _image_size(model),
         "autoencoder": autoencoder and autoencoder.id,
@@ -310,7 +291,6 @@ def describe(model, num_images, labels, prompts, seed, options):
         "backend": backend.NAME,
         "keras_uvit": __version__,
     }
-    record["guidance_interval"] = list(record["guidance_interval"])
     # Numbers of NumPy are no JSON.
     return {k: v.item() if isinstance(v, np.generic) else v for k, v in record.items()}
 

@@ -68,22 +68,20 @@ class Steps:
         return np.stack(columns, axis=1).astype("float32")
 
 
-def sample(denoise, x_init, steps, draw_noise=None, memory=()):
+def sample(denoise, x_init, steps, draw_noise=None):
     """Runs a sampler from noise to data.
 
     Inside a compiled function the loop is one program, and `steps` may be a traced `(n, 7)` table
     (`Steps.packed()`), so that another sampler of n rows needs no new program.
 
     Args:
-        denoise: (x, t) -> x0 estimate like x; t is a float32 scalar tensor in (0, 1]. Or, where
-            rows are evaluated in different ways, a list of (repeats, functions) that together
-            cover all rows: each function (x, t, memory) -> (x0 estimate, memory) evaluates one
-            row, all of them in turn, so many times.
+        denoise: (x, t) -> x0 estimate like x; t is a float32 scalar tensor in (0, 1]. Or a list of
+            (count, function), one after the other for so many rows, where rows differ in how they
+            ask the network.
         x_init: `(B, ...)` float32, noise of standard deviation sigma(t) of the first row.
         steps: `Steps`, or its packed table.
         draw_noise: i -> standard normal like x, i the row's number, an int32 scalar tensor; may
             be None for deterministic samplers.
-        memory: nested tensors, what the first row's function gets.
 
     Returns:
         `(B, ...)` float32.
@@ -95,53 +93,20 @@ def sample(denoise, x_init, steps, draw_noise=None, memory=()):
     table, x = ops.convert_to_tensor(steps, "float32"), ops.convert_to_tensor(x_init, "float32")
 
     def step(evaluate, i, carry):
-        x, anchor, d1, d2, memory = carry
+        x, anchor, d1, d2 = carry
         t, keep, b0, b1, b2, noise, commit = ops.unstack(ops.take(table, i, axis=0), 7)
-        d0, memory = evaluate(x, t, memory)
+        d0 = evaluate(x, t)
         x = keep * anchor + b0 * d0 + b1 * d1 + b2 * d2
         if draw_noise is not None:
             x = ops.cond(noise > 0, lambda: x + noise * draw_noise(i), lambda: x)
-        return x, ops.where(commit > 0, x, anchor), d0, d1, memory
+        return x, ops.where(commit > 0, x, anchor), d0, d1
 
-    def turns(functions, first, i, carry):
-        for place, evaluate in enumerate(functions):
-            carry = step(evaluate, first + i * len(functions) + place, carry)
-        return carry
-
-    runs = denoise
-    if callable(denoise):
-        runs = [(table.shape[0], [lambda x, t, memory: (denoise(x, t), memory)])]
-    covered = sum(repeats * len(functions) for repeats, functions in runs)
+    runs = [(table.shape[0], denoise)] if callable(denoise) else denoise
+    covered = sum(count for count, _ in runs)
     if covered != table.shape[0]:
         raise ValueError(f"`denoise` covers {covered} of {table.shape[0]} rows.")
-    carry, first = (x, x, ops.zeros_like(x), ops.zeros_like(x), memory), 0
-    for repeats, functions in runs:
-        body = functools.partial(turns, functions, first)
-        carry = ops.fori_loop(0, repeats, body, carry)
-        first += repeats * len(functions)
+    carry, first = (x, x, ops.zeros_like(x), ops.zeros_like(x)), 0
+    for count, evaluate in runs:
+        carry = ops.fori_loop(first, first + count, functools.partial(step, evaluate), carry)
+        first += count
     return carry[0]
-
-
-def runs_of(kinds):
-    """Writes a list of hashable things as [(repeats, things in turn), ...], as few as it can.
-
-    >>> runs_of("aabcbcbc")
-    [(2, ('a',)), (3, ('b', 'c'))]
-    """
-    kinds, runs = tuple(kinds), []
-    while kinds:
-        counts = {period: _repeats(kinds, period) for period in range(1, len(kinds) // 2 + 1)}
-        counts = {period: n for period, n in counts.items() if n > 1} or {1: 1}
-        # What covers most rows, and of these the shortest.
-        period = max(counts, key=lambda period: (period * counts[period], -period))
-        runs.append((counts[period], kinds[:period]))
-        kinds = kinds[period * counts[period] :]
-    return runs
-
-
-def _repeats(kinds, period):
-    """How often the first `period` things come one after the other."""
-    count = 1
-    while kinds[count * period : (count + 1) * period] == kinds[:period]:
-        count += 1
-    return count

@@ -1,9 +1,11 @@
 """A network, a noise schedule and a loss: a Keras model to `fit` and `generate` with."""
 
+import inspect
+
 import keras
 from keras import ops
 
-from keras_uvit import backend, checks, distribution
+from keras_uvit import backend, checks, distribution, sampling
 from keras_uvit.inference import own_defaults
 from keras_uvit.networks.network import copy_of
 from keras_uvit.process.schedules import VPLinear
@@ -13,7 +15,6 @@ from keras_uvit.training import (
     bookkeeping,
     fitting,
     frozen,
-    generation,
     latent_space,
     left_out,
     objective,
@@ -383,7 +384,79 @@ class DiffusionModel(keras.Model):
 
     # Sampling and files ---------------------------------------------------------------------------
 
-    generate = generation.generate  # a method: its first argument is the model
+    def generate(
+        self,
+        num_images=None,
+        labels=None,
+        prompts=None,
+        *,
+        negative_prompts=None,
+        num_steps=None,
+        sampler=None,
+        guidance_scale=None,
+        guidance_interval=(0.0, 1.0),
+        seed=0,
+        first=0,
+        batch_size=None,
+        use_ema=True,
+        decode=True,
+        verbose=1,
+        **unknown,
+    ):
+        """Draws images.
+
+        Image k depends on `seed` and k alone: not on `batch_size`, and, with a deterministic
+        sampler, not on the backend (up to rounding). The whole loop is one compiled program on JAX
+        and TensorFlow; another seed, guidance scale or sampler of as many evaluations compiles
+        nothing.
+
+        Args:
+            num_images: int, for an unconditional model.
+            labels: ints in [0, num_classes), one per image, for a class-conditional model.
+            prompts: for a text model: one string per image, or contexts `(n, length, width)`, as
+                `model.text_encoder` makes them.
+            negative_prompts: what guidance leads away from, in place of the empty prompt: one
+                string for all images, one per image, or their contexts.
+            num_steps: int, what the sampler makes of it; `None` is the model's default.
+            sampler: a name in `process.samplers.SAMPLERS`, or `Steps`; `None` is the model's
+                default.
+            guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off, `None` the model's default.
+            guidance_interval: (low, high) in [0, 1]: times at which guidance is on.
+            seed: int >= 0.
+            first: int >= 0, index of the first image: several calls can share what one would draw.
+            batch_size: int, images at a time; `None` is what is fast here, at most 64.
+            use_ema: bool. Sample with the moving average of the weights.
+            decode: bool. `False` returns float32 as the network sees it: pixels in [-1, 1], or
+                latents times the scale factor.
+            verbose: 0 or 1. Progress bar.
+
+        Returns:
+            `(n, H, W, C)` uint8 in [0, 255].
+
+        Raises:
+            ValueError, TypeError: if the arguments are unknown or do not fit the model, before
+                anything is compiled.
+        """
+        for name in unknown:
+            known = inspect.signature(self.generate).parameters
+            raise TypeError(f"generate has no argument {name!r}.{checks.nearest(name, known)}")
+        job = sampling.prepare(
+            self,
+            num_images,
+            labels,
+            prompts,
+            negative_prompts=negative_prompts,
+            num_steps=num_steps,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            seed=seed,
+            first=first,
+            batch_size=batch_size,
+            use_ema=use_ema,
+            decode=decode,
+        )
+        return sampling.draw(self, job, verbose)
 
     def save(self, filepath, overwrite=True, **kwargs):
         """As `keras.Model.save`, but written beside and renamed: a killed save loses nothing.

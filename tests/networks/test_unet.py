@@ -253,9 +253,3 @@ def test_it_is_trained_sampled_with_guidance_saved_and_loaded(tmp_path):
     assert loaded.network.get_config() == network.get_config()
     for a, b in zip(loaded.network.get_weights(), network.get_weights()):
         np.testing.assert_array_equal(a, b)
-
-
-def test_its_middle_cannot_be_kept():
-    model = DiffusionModel(UNet(**TINY))
-    with pytest.raises(ValueError, match="middle_every needs a U-ViT with long skips"):
-        model.generate(1, middle_every=2)

@@ -29,7 +29,6 @@ from keras_uvit.process.samplers import (
     time_uniform,
 )
 from keras_uvit.process.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
-from keras_uvit.process.steps import runs_of
 
 
 @pytest.mark.parametrize(
@@ -135,60 +134,18 @@ def test_segments_give_what_one_run_gives(sampler):
     _, draw = recorded(7, x.shape)
     denoise = keras_gaussian(schedule)
 
-    def same(x, t, memory):
-        return denoise(x, t), memory
-
     whole = sample(denoise, x, steps, draw)
-    parts = sample([(2, [same]), (0, [same]), (2, [same, same]), (1, [same])], x, steps, draw)
+    parts = sample([(2, denoise), (0, denoise), (5, denoise)], x, steps, draw)
     np.testing.assert_array_equal(ops.convert_to_numpy(whole), ops.convert_to_numpy(parts))
 
 
 def test_each_segment_uses_its_own_denoiser():
     schedule, x = VPLinear(), np.ones((1, 2), "float32")
     steps = dpm_solver_pp(schedule, time_uniform(4, 1.0, 0.1), order=2)
-    first, second = (lambda x, t, m: (0 * x + 1.0, m)), (lambda x, t, m: (0 * x - 2.0, m))
-    for runs, twos in [
-        ([(3, [first]), (1, [second])], [3]),
-        ([(2, [first, second])], [1, 3]),
-        ([(1, [first]), (1, [second, second, first])], [1, 2]),
-    ]:
-        result = sample(runs, x, steps)
-        expected = run(steps, lambda x, t, at=steps.t[twos]: 0 * x + (-2.0 if t in at else 1.0), x)
-        # 1e-6: float32 rounding.
-        np.testing.assert_allclose(ops.convert_to_numpy(result), expected, atol=1e-6)
-
-
-def test_rows_remember():
-    """The second of each pair answers what the first has remembered."""
-    schedule, x = VPLinear(), np.ones((1, 2), "float32")
-    steps = dpm_solver_pp(schedule, time_uniform(4, 1.0, 0.1), order=2)
-
-    def remembers(x, t, memory):
-        return 0 * x + t, {"t": 0 * x + t}
-
-    def repeats(x, t, memory):
-        return memory["t"], memory
-
-    result = sample([(2, [remembers, repeats])], x, steps, memory={"t": np.zeros_like(x)})
-    previous = dict(zip(steps.t, steps.t[[0, 0, 2, 2]]))
-    expected = run(steps, lambda x, t: 0 * x + previous[t], x)
+    result = sample([(3, lambda x, t: 0 * x + 1.0), (1, lambda x, t: 0 * x - 2.0)], x, steps)
+    expected = run(steps, lambda x, t: 0 * x + (-2.0 if t == steps.t[3] else 1.0), x)
     # 1e-6: float32 rounding.
     np.testing.assert_allclose(ops.convert_to_numpy(result), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("kinds", ["a", "aaaa", "ab", "abababa", "aabcbcbcd", "abcab", ""])
-def test_runs_are_the_kinds_they_were_made_of(kinds):
-    runs = runs_of(kinds)
-    assert "".join("".join(unit) * repeats for repeats, unit in runs) == kinds
-
-
-def test_runs_are_few():
-    assert runs_of("ab" * 500) == [(500, ("a", "b"))]
-    assert runs_of("aaa" + "bccc" * 4 + "a") == [
-        (3, ("a",)),
-        (4, ("b", "c", "c", "c")),
-        (1, ("a",)),
-    ]
 
 
 def test_the_packed_table_is_as_good_as_the_steps():

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.process.schedules import LinearPath
-from keras_uvit.training import generation
+from keras_uvit.sampling.generate import noise_of
 
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)
 
@@ -35,7 +35,7 @@ def by_hand(model, is_heun):
             both.append(ops.convert_to_numpy(model.ema_network(inputs)))
         return both[1] + 1.5 * (both[0] - both[1])
 
-    x, _ = generation._noise(3, np.arange(3), (4, 4, 1))
+    x, _ = noise_of(3, np.arange(3), (4, 4, 1))
     for s, t in ((1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)):
         slope = velocity(x, s)
         if is_heun and t > 0:

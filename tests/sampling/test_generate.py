@@ -8,9 +8,9 @@ import pytest
 from keras import ops
 from words import Words
 
-from keras_uvit import DiffusionModel, UNet, UViT, backend
+from keras_uvit import DiffusionModel, UNet, UViT, backend, sampling
 from keras_uvit.process import samplers, schedules
-from keras_uvit.training import generation
+from keras_uvit.sampling import generate
 
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)
 BACKEND = keras.config.backend()
@@ -89,13 +89,13 @@ def test_images_at_once_stay_below_what_is_mapped_anew():
 def test_large_indices_have_noise_of_their_own():
     # Beyond 2^31 and 2^32, where an index in 32 bits would begin again.
     indices = [5, 2**31 + 5, 2**32 + 5]
-    noise, seeds = generation._noise(0, indices, (2, 2, 1))
+    noise, seeds = generate.noise_of(0, indices, (2, 2, 1))
     assert len({part.tobytes() for part in noise}) == len(set(seeds.tolist())) == 3
     assert (seeds >= 0).all()
 
 
 def test_deterministic_samplers_start_from_the_same_noise_on_every_backend():
-    noise, seeds = generation._noise(0, [0, 7], (2, 2, 1))
+    noise, seeds = generate.noise_of(0, [0, 7], (2, 2, 1))
     # Numbers of NumPy's generator for the entropy (seed, k): part of the package's promise.
     expected = np.random.default_rng([0, 7]).standard_normal((2, 2, 1), "float32")
     np.testing.assert_array_equal(noise[1], expected)
@@ -224,7 +224,7 @@ def test_latents_are_decoded_by_the_autoencoder():
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(model, options, message, monkeypatch):
-    monkeypatch.setattr(generation, "_loop", None)
+    monkeypatch.setattr(generate, "_loop", None)
     with pytest.raises(ValueError, match=message):
         model.generate(**options)
 
@@ -342,17 +342,17 @@ def test_prompts_are_encoded_as_they_are_drawn(text, monkeypatch):
     ],
 )
 def test_bad_prompts_are_refused_before_anything_runs(text, options, message, monkeypatch):
-    monkeypatch.setattr(generation, "_loop", None)
+    monkeypatch.setattr(generate, "_loop", None)
     with pytest.raises((ValueError, TypeError), match=message):
         text.generate(**options)
 
 
-def test_check_says_what_generate_would(text, model):
-    generation.check(text, prompts=["a dog"], num_steps=2, verbose=0)
+def test_prepare_says_what_generate_would(text, model):
+    sampling.prepare(text, prompts=["a dog"], num_steps=2)
     with pytest.raises(ValueError, match="generates from `labels`"):
-        generation.check(model, prompts=["a dog"])
+        sampling.prepare(model, prompts=["a dog"])
     with pytest.raises(TypeError, match="num_stepz"):
-        generation.check(model, labels=[0], num_stepz=2)
+        sampling.prepare(model, labels=[0], num_stepz=2)
 
 
 def test_labels_and_prompts_together():

@@ -1,0 +1,97 @@
+"""How images are drawn: the sampler's table and its guidance, resolved and checked once."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from keras_uvit.process import samplers
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """What `generate` does, and what the record of a FID says of it.
+
+    Attributes:
+        steps: `Steps`, the sampler's table, one row for each network evaluation.
+        sampler: str, the sampler's name; a hash of the table where the caller made it.
+        num_steps: int, or None where the caller made the table.
+        guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off.
+        guidance_interval: (low, high) in [0, 1], the times at which guidance is on.
+    """
+
+    steps: samplers.Steps
+    sampler: str
+    num_steps: int | None
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+
+    @property
+    def guided(self) -> np.ndarray:
+        """`(n,)` bool, the rows of `steps` that are guided."""
+        low, high = self.guidance_interval
+        t = self.steps.t
+        return (t >= low) & (t <= high) & (self.guidance_scale != 1.0)
+
+    def record(self) -> dict:
+        """What JSON keeps of it."""
+        return {
+            "sampler": self.sampler,
+            "num_steps": self.num_steps,
+            "nfe": self.steps.nfe,
+            "guidance_scale": float(self.guidance_scale),
+            "guidance_interval": [float(t) for t in self.guidance_interval],
+        }
+
+
+def resolve(
+    model, sampler=None, num_steps=None, guidance_scale=None, guidance_interval=(0.0, 1.0)
+) -> SamplingOptions:
+    """The options of one call, with the model's own where they are None.
+
+    Raises:
+        ValueError: if one of them does not fit the model.
+    """
+    steps = _steps(model, sampler, num_steps)
+    if isinstance(sampler, samplers.Steps):
+        name, num_steps = f"Steps {hashlib.sha256(steps.packed()).hexdigest()[:8]}", None
+    else:
+        name, num_steps = sampler or model.sampler, int(num_steps or model.num_steps)
+    low, high = guidance_interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(
+            f"guidance_interval is (low, high) in [0, 1]. Received: {guidance_interval}."
+        )
+    scale = _scale(model, guidance_scale)
+    return SamplingOptions(steps, name, num_steps, scale, (low, high))
+
+
+def _steps(model, sampler, num_steps):
+    sampler = model.sampler if sampler is None else sampler
+    if not isinstance(sampler, samplers.Steps):
+        num_steps = model.num_steps if num_steps is None else num_steps
+        return samplers.named(sampler, model.schedule, num_steps)
+    if num_steps is not None:
+        raise ValueError("`Steps` already has its number of steps; leave `num_steps` out.")
+    first, latest = sampler.t.max(), model.schedule.t_start
+    if first > latest:
+        raise ValueError(
+            f"These `Steps` start at t = {first}, but {type(model.schedule).__name__}, the "
+            f"schedule of this model, at {latest} at most. Make them by `model.schedule`."
+        )
+    return sampler
+
+
+def _scale(model, given):
+    """The guidance scale; 1.0, off, where the model's own is meant for another kind of network."""
+    scale, network = model.guidance_scale if given is None else given, model.network
+    if not isinstance(scale, int | float | np.number) or not np.isfinite(scale) or scale < 0:
+        raise ValueError(f"guidance_scale must be finite and >= 0. Received: {scale!r}.")
+    if scale != 1.0 and network.null_label is None and network.context_shape is None:
+        if given is not None:
+            raise ValueError(
+                f"guidance_scale={scale} needs a network that knows 'no label': num_classes with "
+                "null_label=True, trained with condition_dropout > 0. Use guidance_scale=1.0."
+            )
+        return 1.0
+    return scale
