@@ -54,7 +54,7 @@ test-training-%: $(VENV)/installed-test
 		> $(LOGS)/$*-training 2>&1; status=$$?; cat $(LOGS)/$*-training; exit $$status
 
 # The core tests: what each backend does itself, without the packages that results are compared with.
-CORE := tests/networks tests/process tests/training tests/test_distribution.py \
+CORE := tests/networks tests/diffusion tests/training tests/test_distribution.py \
 	tests/test_distribution_layouts.py tests/data/test_latents.py
 
 # PINS="keras==3.12.4 jax==0.7.2" are installed on top, to try a set of versions in between.

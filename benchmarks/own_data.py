@@ -22,10 +22,11 @@ import keras
 import numpy as np
 import scenes
 
-from keras_uvit import DiffusionModel, UViT, data, evaluation, own_data
+from keras_uvit import DiffusionModel, UViT, data, evaluation
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine
 from keras_uvit.evaluation.classifier import Classifier
 from keras_uvit.evaluation.metrics import within_class_spread
-from keras_uvit.process.schedules import LinearPath, VPCosine
+from keras_uvit.presets import own_data
 
 DEBIAN = Path(os.environ.get("FASHION", "/usr/share/datasets/fashion-mnist"))
 

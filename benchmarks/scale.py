@@ -199,13 +199,10 @@ def choose(layout):
 
 def make(row, optimizer, options):
     """The preset's model, with the layout of each weight and slot."""
-    from keras_uvit import DiffusionModel, UViT
-
-    network = dict(row.network, remat=True)
+    network = dict(remat=True)
     if options.num_layers:
         network["num_layers"] = options.num_layers
-    names = ("schedule", "prediction", "time_scale", "condition_dropout", "latent_scale")
-    model = DiffusionModel(UViT(**network), **{name: getattr(row, name) for name in names})
+    model = row.build(network)
     for variable in model.variables:
         variable._initialize_layout()  # else only when made; slots take their weight's
     model.compile(optimizer)

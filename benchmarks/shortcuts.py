@@ -32,8 +32,8 @@ from sklearn.svm import SVC
 
 from keras_uvit import data, presets, sampling
 from keras_uvit.data import shapes
+from keras_uvit.diffusion import samplers
 from keras_uvit.evaluation import frechet_distance
-from keras_uvit.process import samplers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

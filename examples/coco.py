@@ -38,7 +38,7 @@ import shapes as shapes_example
 
 from keras_uvit import data, evaluation, presets
 from keras_uvit.data import captioned, shapes
-from keras_uvit.latent import SpaceToDepth
+from keras_uvit.encoders import SpaceToDepth
 
 PRESETS = ["uvit_small_deep_coco", "uvit_small_coco", "uvit_mid_coco"]
 PROMPTS = 30_000

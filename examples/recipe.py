@@ -21,7 +21,6 @@ import numpy as np  # noqa: E402
 
 import keras_uvit  # noqa: E402
 from keras_uvit import (  # noqa: E402
-    DiffusionModel,
     UViT,
     data,
     distribution,
@@ -29,7 +28,7 @@ from keras_uvit import (  # noqa: E402
     presets,
     training,
 )
-from keras_uvit.latent import SpaceToDepth  # noqa: E402
+from keras_uvit.encoders import SpaceToDepth  # noqa: E402
 from keras_uvit.progress import say  # noqa: E402
 
 
@@ -173,11 +172,9 @@ def reduced(row, image_shape, patch_size, num_classes, quick, context_shape=None
         null_label=row.network.get("null_label", True) if num_classes else True,
         output_conv=row.network.get("output_conv", True),
     )
-    keys = ("schedule", "prediction", "time_scale", "condition_dropout", "sampler")
-    own = {key: getattr(row, key) for key in (*keys, "guidance_scale")}
-    own |= {"ema_decay": 0.999, "num_steps": 10 if quick else 50}
-    own["optimizer"] = {**row.optimizer, "learning_rate": 1e-3, "warmup_steps": 100}
-    return DiffusionModel(network, **own | more)
+    optimizer = dict(learning_rate=1e-3, warmup_steps=100)
+    own = dict(latent_scale=None, ema_decay=0.999, num_steps=10 if quick else 50)
+    return row.build(network, optimizer, **own | more)
 
 
 def digits_cache(folder):

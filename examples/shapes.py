@@ -27,7 +27,7 @@ import recipe
 
 from keras_uvit import data, presets
 from keras_uvit.data import shapes
-from keras_uvit.latent import CLIPText
+from keras_uvit.encoders import CLIPText
 
 PICTURES = 20_000
 

@@ -8,10 +8,10 @@ import keras
 import numpy as np
 import shapes as shapes_example
 
-from keras_uvit import DiffusionModel, UViT, data, evaluation, presets
+from keras_uvit import UViT, data, evaluation, presets
 from keras_uvit.data import shapes
-from keras_uvit.latent import AutoencoderKL
-from keras_uvit.process import schedules
+from keras_uvit.diffusion import schedules
+from keras_uvit.encoders import AutoencoderKL
 
 HELD_OUT = 2048  # images of which a loss is taken, at most
 
@@ -47,20 +47,10 @@ class Task:
 
     def model(self, change, seed):
         """A `DiffusionModel` that differs from the base's by `change`."""
-        row = self.row
-        own = {
-            key: getattr(row, key)
-            for key in ("schedule", "prediction", "latent_scale", "sampler", "num_steps")
-        }
-        own |= {"ema_decay": row.ema_decay, "guidance_scale": row.guidance_scale}
-        own |= change.get("model", {})
-        if isinstance(own["schedule"], str):
+        own = dict(change.get("model", {}))
+        if "schedule" in own:
             own["schedule"] = getattr(schedules, own["schedule"])()
-        network = self._network(change)
-        dropout = row.condition_dropout if network.null_label or network.context_shape else 0.0
-        model = DiffusionModel(
-            network, optimizer=row.optimizer, condition_dropout=dropout, seed=seed, **own
-        )
+        model = self.row.build(self._network(change), seed=seed, **own)
         for name, encoder in self.encoders.items():
             setattr(model, name, encoder)
         return model

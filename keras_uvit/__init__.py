@@ -12,11 +12,11 @@ except (ImportError, ValueError) as error:  # Keras raises ValueError for an unk
 
 from keras_uvit import convert as convert
 from keras_uvit import data as data
+from keras_uvit import diffusion as diffusion
 from keras_uvit import distribution as distribution
+from keras_uvit import encoders as encoders
 from keras_uvit import evaluation as evaluation
-from keras_uvit import latent as latent
 from keras_uvit import presets as presets
-from keras_uvit import process as process
 from keras_uvit.networks import UNet as UNet
 from keras_uvit.networks import UViT as UViT
 from keras_uvit.training import DiffusionModel as DiffusionModel

@@ -86,7 +86,7 @@ def encode(source, cache, autoencoder, scale, text, no_captions, pixels, pickles
     if not (pixels or autoencoder or pickles):
         raise click.UsageError("Pass --autoencoder FILE to store latents, or --pixels.")
 
-    from keras_uvit import data, latent
+    from keras_uvit import data, encoders
     from keras_uvit_cli.inputs import open_source
 
     images = data.published_pickles(source) if pickles else open_source(source, **reading)
@@ -102,7 +102,7 @@ def encode(source, cache, autoencoder, scale, text, no_captions, pixels, pickles
         "shard_size": writing["shard_size"],
     }
     if text is not None:  # last, because it takes longest
-        shared["text_encoder"] = latent.CLIPText.from_preset(text)
+        shared["text_encoder"] = encoders.CLIPText.from_preset(text)
     if pixels:
         made = data.write_images(images, cache, **shared)
     else:
@@ -114,7 +114,7 @@ def encode(source, cache, autoencoder, scale, text, no_captions, pixels, pickles
 
 def _autoencoder(name, scale):
     """The encoder that --autoencoder names; None without a name."""
-    from keras_uvit.latent import AutoencoderKL, SpaceToDepth
+    from keras_uvit.encoders import AutoencoderKL, SpaceToDepth
 
     if name == "space-to-depth":
         return SpaceToDepth()
@@ -150,12 +150,12 @@ def convert_weights(kind, source, target, key):
 
 def _loaded(kind, source, key):
     """The network that KIND names, with the weights of a file."""
-    from keras_uvit import convert, evaluation, latent, presets
+    from keras_uvit import convert, encoders, evaluation, presets
     from keras_uvit.inference import load_keras_weights
 
     if kind == "autoencoder" and source.endswith(".keras"):
-        return latent.AutoencoderKL.from_file(source)
-    makers = {"autoencoder": latent.AutoencoderKL, "inception": evaluation.InceptionFeatures}
+        return encoders.AutoencoderKL.from_file(source)
+    makers = {"autoencoder": encoders.AutoencoderKL, "inception": evaluation.InceptionFeatures}
     network = makers[kind]() if kind in makers else presets.get(kind).new_network()
     if source.endswith(".weights.h5"):
         load_keras_weights(getattr(network, "network", network), source)

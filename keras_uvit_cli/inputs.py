@@ -8,10 +8,10 @@ import keras
 from keras_uvit import data, presets
 from keras_uvit.data import captioned, sources
 from keras_uvit.data.manifest import MANIFEST, read_manifest
+from keras_uvit.encoders import AutoencoderKL, CLIPText
 from keras_uvit.evaluation.files import read_npz
 from keras_uvit.evaluation.protocol import USUAL_PROMPTS
 from keras_uvit.inference import naming_missing_classes
-from keras_uvit.latent import AutoencoderKL, CLIPText
 from keras_uvit.training import DiffusionModel, load_checkpoint
 from keras_uvit.training.checkpoints import steps_in
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import click
 
-from keras_uvit import own_data, presets
+from keras_uvit import presets
 from keras_uvit.data import sources
 from keras_uvit.data.images import ImageDataset
 from keras_uvit.data.manifest import MANIFEST
+from keras_uvit.presets import own_data
 from keras_uvit_cli.inputs import open_dataset
 
 
@@ -127,12 +128,12 @@ def _by_preset(row, samples, plan, parts, seed, network, optimizer):
         seed=seed,
         **network,
     )
-    model.recipe.update(optimizer)
+    model.optimizer_config.update(optimizer)
     return model, _steps(samples, plan) or row.iterations
 
 
 def _by_data(samples, folder, plan, parts, seed, network, optimizer):
-    from keras_uvit.latent import AutoencoderKL, CLIPText
+    from keras_uvit.encoders import AutoencoderKL, CLIPText
 
     if parts["weights"]:
         raise click.UsageError("--weights goes with --preset, the network that they are of.")

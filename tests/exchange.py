@@ -12,8 +12,8 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import DiffusionModel, UViT, data, training
+from keras_uvit.encoders import AutoencoderKL, SpaceToDepth
 from keras_uvit.evaluation import Reference
-from keras_uvit.latent import AutoencoderKL, SpaceToDepth
 
 NAME = keras.config.backend()
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), "uint8")

@@ -12,8 +12,8 @@ from keras import ops
 
 from keras_uvit import DiffusionModel, UViT, backend, data, distribution, training
 from keras_uvit.data.shuffled import ShuffledDataset
+from keras_uvit.encoders import SpaceToDepth
 from keras_uvit.inference import Frozen
-from keras_uvit.latent import SpaceToDepth
 
 RNG = np.random.default_rng(0)
 PICTURES = {

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import DiffusionModel, UViT, convert
-from keras_uvit.process.schedules import VPDiscrete
+from keras_uvit.diffusion.schedules import VPDiscrete
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {

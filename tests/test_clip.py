@@ -15,11 +15,11 @@ import torch
 import transformers
 from keras import ops
 
-from keras_uvit import DiffusionModel, UViT, clip
+from keras_uvit import DiffusionModel, UViT
 from keras_uvit.convert.files import read_tensors, write_tensors
 from keras_uvit.data import shapes
+from keras_uvit.encoders import CLIPText, clip
 from keras_uvit.evaluation import CLIPScore
-from keras_uvit.latent import CLIPText
 
 pytestmark = pytest.mark.once
 
@@ -258,7 +258,7 @@ def test_no_captions_are_no_contexts(text):
 
 
 LEARN = """
-from keras_uvit.tokenizer import Tokenizer
+from keras_uvit.encoders.tokenizer import Tokenizer
 print(Tokenizer.learned({words}, 600, 8).merges)
 """
 

@@ -7,9 +7,10 @@ import keras
 import numpy as np
 import pytest
 
-from keras_uvit import data, own_data, presets
+from keras_uvit import data, presets
 from keras_uvit.data.images import ImageDataset
 from keras_uvit.data.shuffled import ShuffledDataset
+from keras_uvit.presets import own_data
 
 pytestmark = [pytest.mark.once, pytest.mark.eager]
 
@@ -72,7 +73,7 @@ def test_small_patches_learn_by_flow_matching():
 
 
 def test_latents_learn_by_flow_matching_at_the_caches_scale(tmp_path):
-    from keras_uvit.latent import SpaceToDepth
+    from keras_uvit.encoders import SpaceToDepth
 
     data.write_latents(pictures(classes=3), tmp_path, SpaceToDepth(2, scale=1.7), verbose=0)
     cache = data.LatentDataset(tmp_path, 16, verbose=0)

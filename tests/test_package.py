@@ -171,10 +171,10 @@ def test_readme_latent_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_photos(tmp_path / "my_photos")
     # The weights are a download; a random autoencoder's latents have another scale.
-    tiny = keras_uvit.latent.AutoencoderKL(32, (1, 1, 1, 1), 1, scale=1.0)
+    tiny = keras_uvit.encoders.AutoencoderKL(32, (1, 1, 1, 1), 1, scale=1.0)
     moments = tiny.encode(np.zeros((1, 16, 16, 3), "uint8"), verbose=0)
     tiny.scale = float(1 / np.sqrt(np.exp(moments[..., 4:]).mean()))
-    monkeypatch.setattr(keras_uvit.latent.AutoencoderKL, "from_file", lambda path: tiny)
+    monkeypatch.setattr(keras_uvit.encoders.AutoencoderKL, "from_file", lambda path: tiny)
     (block,) = blocks("Train on latents")
     block = smaller(
         block,
@@ -204,16 +204,16 @@ def test_readme_text_lines_run(tmp_path, monkeypatch):
     photos = sorted(path.name for path in (folder / "cats").iterdir())
     lines = [json.dumps({"file_name": f"cats/{name}", "captions": ["a cat"]}) for name in photos]
     (folder / "captions.jsonl").write_text("\n".join(lines))
-    latent = keras_uvit.latent
-    tiny = latent.AutoencoderKL(32, (1, 1, 1, 1), 1, scale=1.0)
+    encoders = keras_uvit.encoders
+    tiny = encoders.AutoencoderKL(32, (1, 1, 1, 1), 1, scale=1.0)
     moments = tiny.encode(np.zeros((1, 16, 16, 3), "uint8"), verbose=0)
     tiny.scale = float(1 / np.sqrt(np.exp(moments[..., 4:]).mean()))
-    words = latent.CLIPText.random(["a cat", "a dog"], length=8, hidden_dim=16)
+    words = encoders.CLIPText.random(["a cat", "a dog"], length=8, hidden_dim=16)
     ship, train = blocks("Text to image")
     exec(compile(ship, "README", "exec"), {})
     assert (tmp_path / "shapes.png").is_file()
-    monkeypatch.setattr(latent.AutoencoderKL, "from_file", lambda path: tiny)
-    monkeypatch.setattr(latent.CLIPText, "from_preset", lambda path: words)
+    monkeypatch.setattr(encoders.AutoencoderKL, "from_file", lambda path: tiny)
+    monkeypatch.setattr(encoders.CLIPText, "from_preset", lambda path: words)
     train = smaller(
         train,
         ("image_size=256", "image_size=32"),

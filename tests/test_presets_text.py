@@ -5,9 +5,10 @@ import pytest
 from keras import ops
 from words import Words
 
-from keras_uvit import clip, presets
+from keras_uvit import presets
 from keras_uvit.data import shapes
-from keras_uvit.latent import CLIPText
+from keras_uvit.encoders import CLIPText, clip
+from keras_uvit.presets import loading
 
 pytestmark = pytest.mark.once
 
@@ -75,7 +76,7 @@ def shipped():
 
 def test_it_ships_in_less_than_4_megabytes():
     row = presets.get("uvit_tiny_shapes")
-    files = [presets.SHIPPED / row.weights, *(presets.SHIPPED / row.text_encoder).iterdir()]
+    files = [loading.SHIPPED / row.weights, *(loading.SHIPPED / row.text_encoder).iterdir()]
     assert sum(file.stat().st_size for file in files) < 4e6
 
 

@@ -31,7 +31,7 @@ def load_torch_weights(network, path, key=None):
             * `UViT` in the published form (the defaults; `output_conv`, `qkv_bias`, `time_mlp` and
               conditions as the checkpoint has them), or a `DiffusionModel`, whose moving average
               is set too;
-            * `latent.AutoencoderKL`, from the published program's file or diffusers' layout;
+            * `encoders.AutoencoderKL`, from the published program's file or diffusers' layout;
             * `evaluation.InceptionFeatures`, from pytorch-fid's or torch-fidelity's file;
             * keras-hub's `CLIPTextEncoder` or `CLIPBackbone`, from Hugging Face's file.
         path: the file.

@@ -62,7 +62,7 @@ class LatentDataset(ShuffledDataset):
         batch_size: int, of all processes together; a multiple of their number.
         labels, captions: "auto" reads them where there are any; None leaves them out.
         scale: float, another scale than the autoencoder had when the cache was written: moments
-            are kept without it. See `latent.fitting_scale`.
+            are kept without it. See `encoders.fitting_scale`.
         seed: int.
         process: (index, count): this process gets the `index`-th of `count` equal parts of each
             batch; `None` is its place in the job.

@@ -45,10 +45,10 @@ def write_latents(
         source: `data.sources.Source`, or uint8 images `(n, H, W, C)`, or a dict of them as "image"
             with ints as "label" or texts as "captions".
         path: folder of the cache, made if need be.
-        autoencoder: `latent.AutoencoderKL`, or what has its `encode`, `moments_shape`, `factor`,
+        autoencoder: `encoders.AutoencoderKL`, or what has its `encode`, `moments_shape`, `factor`,
             `scale`, `id` and `fingerprint`. With a source of moments (`data.published_pickles`) it
             is the one that made them, or `None`: then `fit` cannot check that it is the model's.
-        text_encoder: `latent.CLIPText`, for a source with captions: the contexts of all of them
+        text_encoder: `encoders.CLIPText`, for a source with captions: the contexts of all of them
             are kept, and the empty prompt's.
         flip: bool. Store each image's mirror image right after it, as the paper does on ImageNet.
             (To mirror latents is not the same as to encode a mirrored image. Captions that say
@@ -78,7 +78,7 @@ def write_latents(
         raise ValueError("A source of images needs an autoencoder.")
     if autoencoder is not None and not hasattr(autoencoder, "moments_shape"):
         raise TypeError(
-            "An autoencoder is latent.AutoencoderKL or has its methods; a path is read by "
+            "An autoencoder is encoders.AutoencoderKL or has its methods; a path is read by "
             f"AutoencoderKL.from_file. Received: {autoencoder!r}."
         )
     if source.field == "moments" and flip:
@@ -145,7 +145,7 @@ def _plan(source, field, dtype, shard_size, flip, text_encoder):
         raise ValueError(
             "text_encoder goes with captions, and this source has none."
             if source.captions is None
-            else "The source has captions: pass text_encoder, such as latent.CLIPText, or leave "
+            else "The source has captions: pass text_encoder, such as encoders.CLIPText, or leave "
             "them out: dataclasses.replace(source, captions=None)."
         )
     if flip and source.captions is not None:
@@ -155,7 +155,7 @@ def _plan(source, field, dtype, shard_size, flip, text_encoder):
             stacklevel=3,
         )
     if text_encoder is not None and not hasattr(text_encoder, "fingerprint"):
-        raise TypeError(f"text_encoder is such as latent.CLIPText. Received: {text_encoder!r}.")
+        raise TypeError(f"text_encoder is such as encoders.CLIPText. Received: {text_encoder!r}.")
     if shard_size is None:
         shard_size = 8192 if text_encoder is None else 1024
     if shard_size < 1:

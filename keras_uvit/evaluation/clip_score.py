@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_uvit import clip
+from keras_uvit.encoders import clip
 from keras_uvit.evaluation.files import pillow
 from keras_uvit.inference import Frozen, own_defaults
 
@@ -44,7 +44,7 @@ class CLIPScore:
         Args:
             source: a Hugging Face folder or a keras-hub preset folder of the whole CLIP, or a
                 preset's name, such as "clip_vit_large_patch14", which is downloaded.
-            clean: bool, whether prompts are cleaned first; see `latent.CLIPText.from_preset`.
+            clean: bool, whether prompts are cleaned first; see `encoders.CLIPText.from_preset`.
 
         Raises:
             FileNotFoundError, ImportError, ValueError: see `clip.load`.

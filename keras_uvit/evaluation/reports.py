@@ -9,12 +9,12 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import progress
+from keras_uvit.diffusion import predictions
 from keras_uvit.evaluation.classifier import Classifier
 from keras_uvit.evaluation.files import atomic_json, image_grid
 from keras_uvit.evaluation.frechet import frechet_distance
 from keras_uvit.evaluation.metrics import squared_distances, within_class_spread
 from keras_uvit.pixels import to_unit_range
-from keras_uvit.process import predictions
 
 USED = 1000  # real pictures that are compared with, at most
 COMPARED_SIDE = 16  # pixels to which pictures are shrunk before distances are taken of them

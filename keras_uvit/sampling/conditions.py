@@ -112,7 +112,7 @@ def _contexts(model, prompts, name):
         if model.text_encoder is None:
             raise ValueError(
                 "Prompts as strings need a text encoder: set `model.text_encoder` (such as "
-                f"latent.CLIPText), or pass contexts of shape (n, {shape})."
+                f"encoders.CLIPText), or pass contexts of shape (n, {shape})."
             )
         return _Prompts(model.text_encoder, list(prompts))
     try:

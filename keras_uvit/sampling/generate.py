@@ -10,8 +10,8 @@ from keras import ops, tree
 
 from keras_uvit import backend, progress
 from keras_uvit.checks import as_int
+from keras_uvit.diffusion import samplers
 from keras_uvit.pixels import from_unit_range
-from keras_uvit.process import samplers
 from keras_uvit.sampling.conditions import conditions_of, unconditional_of
 from keras_uvit.sampling.guidance import denoiser
 from keras_uvit.sampling.options import SamplingOptions, resolve

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from keras import ops
 
 from keras_uvit import backend
-from keras_uvit.process import predictions
+from keras_uvit.diffusion import predictions
 
 
 def denoiser(model, network, weights, condition: dict, unconditional: dict, scale) -> Callable:

@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 
-from keras_uvit.process import samplers
+from keras_uvit.diffusion import samplers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ import inspect
 import keras
 
 from keras_uvit.checks import as_int, nearest
+from keras_uvit.diffusion.predictions import PREDICTIONS
+from keras_uvit.diffusion.weighting import LOSS_WEIGHTINGS, TIME_SAMPLINGS
 from keras_uvit.networks.network import ATTRIBUTES, FORMATS
-from keras_uvit.process.predictions import PREDICTIONS
-from keras_uvit.process.weighting import LOSS_WEIGHTINGS, TIME_SAMPLINGS
 
 CHOICES = {
     "prediction": PREDICTIONS,
@@ -84,7 +84,9 @@ def check_parts(network, schedule):
             "diffusion loss does not add. Make the network without them."
         )
     if schedule is not None and not hasattr(schedule, "half_log_snr"):
-        raise TypeError(f"schedule must be such as process.schedules.VPLinear(). Got {schedule!r}.")
+        raise TypeError(
+            f"schedule must be such as diffusion.schedules.VPLinear(). Got {schedule!r}."
+        )
 
 
 def check_model(model, has_null):

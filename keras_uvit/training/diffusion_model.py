@@ -6,9 +6,9 @@ import keras
 from keras import ops
 
 from keras_uvit import backend, checks, distribution, sampling
+from keras_uvit.diffusion.schedules import VPLinear
 from keras_uvit.inference import own_defaults
 from keras_uvit.networks.network import copy_of
-from keras_uvit.process.schedules import VPLinear
 from keras_uvit.training import (
     arguments,
     batches,
@@ -45,13 +45,13 @@ class DiffusionModel(keras.Model):
 
     Args:
         network: `UViT`, `UNet`, or any Keras model inside `networks.OwnNetwork`.
-        schedule: see `process.schedules`; default `VPLinear()`.
+        schedule: see `diffusion.schedules`; default `VPLinear()`.
         prediction: "epsilon", "x0", "v" or "velocity": what the network predicts.
         time_scale: float. The network gets `time_scale * t`; `None` is the published value, 1000
             for `VPDiscrete` and 999 for the others.
         time_sampling: "uniform", "logit_normal" or "cosmap": how often training draws each t.
         loss_weighting: "uniform" or "min_snr": how much an error at t counts in training; for both
-            see `process.weighting`.
+            see `diffusion.weighting`.
         condition_dropout: float in [0, 1]; `None` is 0.1 where the network knows "none", else 0.
         latent_scale: float, what latents are multiplied by (0.18215 for Stable Diffusion);
             `None` for models of pixels.
@@ -123,7 +123,7 @@ class DiffusionModel(keras.Model):
         self.latent_encoder, self.context_encoder = latent_encoder, context_encoder
         self.ema_decay = ema_decay
         self.ema_warmup = ema_warmup
-        self.recipe = dict(optimizer or optimizers.default_arguments(network))
+        self.optimizer_config = dict(optimizer or optimizers.default_arguments(network))
         self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
         self.max_skipped_steps, self.planned_steps = max_skipped_steps, planned_steps
         self.seed = seed
@@ -144,7 +144,7 @@ class DiffusionModel(keras.Model):
         self.random = keras.random.SeedGenerator(0)  # `self.seed` may be larger than Keras takes
         objective.begin_random(self)
         self.norm_tracker = keras.metrics.Mean(name="grad_norm", dtype="float32")
-        # Set by whoever has them: such as latent.AutoencoderKL and latent.CLIPText.
+        # Set by whoever has them: such as encoders.AutoencoderKL and encoders.CLIPText.
         self.autoencoder = self.text_encoder = None
         self._loops = {}
         self.warned_untrained = False
@@ -160,7 +160,7 @@ class DiffusionModel(keras.Model):
         )
         return {
             **parts,
-            "optimizer": dict(self.recipe),
+            "optimizer": dict(self.optimizer_config),
             **{key: getattr(self, key) for key in own.split()},
             "frozen": frozen.frozen(self.network),
         }
@@ -225,10 +225,10 @@ class DiffusionModel(keras.Model):
     # Training -------------------------------------------------------------------------------------
 
     def compile(self, optimizer=None, jit_compile=None, **kwargs):
-        """As `keras.Model.compile`; without arguments the recipe's AdamW, and XLA where there is.
+        """As `keras.Model.compile`; without arguments the preset's AdamW, and XLA where there is.
 
         Args:
-            optimizer: any Keras optimizer; `None` is `training.adamw(**recipe)`.
+            optimizer: any Keras optimizer; `None` is `training.adamw(**model.optimizer_config)`.
             jit_compile: bool. `True` compiles the whole step by XLA on JAX and TensorFlow, and on
                 PyTorch the blocks of a U-ViT, each kind once, by torch.compile. `None` is `True`
                 where there is XLA; a saved model that was left so is what suits the backend that
@@ -241,7 +241,7 @@ class DiffusionModel(keras.Model):
         self._jit_compile_chosen = jit_compile
         jit_compile = backend.HAS_XLA if jit_compile is None else jit_compile
         with own_defaults(self.dtype_policy):  # float32 for the loss and the learning rate
-            optimizer = optimizers.adamw(**self.recipe) if optimizer is None else optimizer
+            optimizer = optimizer or optimizers.adamw(**self.optimizer_config)
             optimizers.check_average(optimizer)
             super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
         self.ema_network.trainable = False  # also where `trainable` was set on the whole model
@@ -418,7 +418,7 @@ class DiffusionModel(keras.Model):
             negative_prompts: what guidance leads away from, in place of the empty prompt: one
                 string for all images, one per image, or their contexts.
             num_steps: int, what the sampler makes of it; `None` is the model's default.
-            sampler: a name in `process.samplers.SAMPLERS`, or `Steps`; `None` is the model's
+            sampler: a name in `diffusion.samplers.SAMPLERS`, or `Steps`; `None` is the model's
                 default.
             guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off, `None` the model's default.
             guidance_interval: (low, high) in [0, 1]: times at which guidance is on.

@@ -14,7 +14,7 @@ def check_autoencoder(autoencoder):
     """Raises TypeError for what is no autoencoder."""
     if not all(hasattr(autoencoder, name) for name in ("scale", "fingerprint", "decode")):
         raise TypeError(
-            "An autoencoder is latent.AutoencoderKL or has its methods; a path is read by "
+            "An autoencoder is encoders.AutoencoderKL or has its methods; a path is read by "
             f"AutoencoderKL.from_file. Received: {autoencoder!r}."
         )
 

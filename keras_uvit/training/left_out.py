@@ -6,8 +6,8 @@ from keras_uvit.training.text_space import ARRAYS
 
 # What is left out, and how it is set.
 ENCODERS = {
-    "autoencoder": "latent.AutoencoderKL.from_file(...)",
-    "text_encoder": "latent.CLIPText.from_preset(...)",
+    "autoencoder": "encoders.AutoencoderKL.from_file(...)",
+    "text_encoder": "encoders.CLIPText.from_preset(...)",
 }
 MESSAGE = "is no part of a model's file"
 

@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend
-from keras_uvit.process import predictions, weighting
+from keras_uvit.diffusion import predictions, weighting
 
 DRAWS = 4  # random tensors of a step: posterior, time, noise, condition drop-out
 STREAM = 2**30  # numbers of a stream, of which each draw takes one

@@ -13,7 +13,7 @@ def check_encoder(encoder):
     needed = ("context_shape", "fingerprint", "tokenize", "encode")
     if not all(hasattr(encoder, name) for name in needed):
         raise TypeError(
-            "A text encoder is latent.CLIPText or has its methods; a folder is read by "
+            "A text encoder is encoders.CLIPText or has its methods; a folder is read by "
             f"CLIPText.from_preset. Received: {encoder!r}."
         )
 
@@ -27,7 +27,7 @@ def agree(model, other, what):
 
     Args:
         model: `DiffusionModel`.
-        other: `latent.CLIPText` or a cache's `contexts`: has `context_shape`, `id`, `fingerprint`
+        other: `encoders.CLIPText` or a cache's `contexts`: has `context_shape`, `id`, `fingerprint`
             and `null_context`.
         what: what to call it in errors.
 

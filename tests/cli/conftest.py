@@ -9,7 +9,7 @@ from PIL import Image
 from shell import SCENES
 
 from keras_uvit import presets
-from keras_uvit.latent import AutoencoderKL, CLIPText
+from keras_uvit.encoders import AutoencoderKL, CLIPText
 
 SMALL = dict(patch_size=4, hidden_dim=16, num_layers=1, num_heads=2)
 FEW = dict(weights=None, sampler="ddim", num_steps=2)
@@ -34,7 +34,8 @@ def _rows():
         for name, (row, network) in ROWS.items()
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(presets, "PRESETS", {**presets.PRESETS, **rows})
+        for name, row in rows.items():
+            patch.setitem(presets.PRESETS, name, row)
         yield
 
 

@@ -15,7 +15,7 @@ from shell import invoke, misused, refused, run, save_pngs
 import keras_uvit
 import keras_uvit_cli
 from keras_uvit import distribution, presets
-from keras_uvit.process.samplers import SAMPLERS
+from keras_uvit.diffusion.samplers import SAMPLERS
 from keras_uvit_cli import main, options
 
 pytestmark = pytest.mark.once

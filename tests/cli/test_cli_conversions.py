@@ -9,8 +9,8 @@ from shell import PICTURES, SCENES, misused, refused, run, save_pngs
 
 from keras_uvit import data
 from keras_uvit.data import captioned
+from keras_uvit.encoders import AutoencoderKL, SpaceToDepth
 from keras_uvit.inference import fingerprint
-from keras_uvit.latent import AutoencoderKL, SpaceToDepth
 
 pytestmark = pytest.mark.once
 

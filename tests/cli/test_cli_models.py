@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from shell import PICTURES, SCENES, misused, refused, run, save_pngs
 
-from keras_uvit import DiffusionModel, UViT, data, evaluation, own_data, presets, training
-from keras_uvit.latent import AutoencoderKL
+from keras_uvit import DiffusionModel, UViT, data, evaluation, presets, training
+from keras_uvit.encoders import AutoencoderKL
+from keras_uvit.presets import own_data
 
 pytestmark = pytest.mark.once
 
@@ -60,7 +61,7 @@ def test_train_takes_the_presets_numbers_unless_others_are_given(tmp_path, asked
     words = ("--batch-size", 7, "--steps", 9, "--seed", 3, "--grid-every", 0)
     words += ("--preset", "uvit_nano_digits", "--learning-rate", 0.5, "--layers", 5)
     run("train", "digits", tmp_path, *words, "--precision", "mixed_bfloat16")
-    assert asked["model"].recipe["learning_rate"] == 0.5
+    assert asked["model"].optimizer_config["learning_rate"] == 0.5
     assert asked["model"].network.get_config()["num_layers"] == 5
     assert (asked["samples"].batch_size, asked["iterations"]) == (7, 9)
     assert (asked["model"].seed, asked["samples"].seed) == (3, 3)

@@ -14,7 +14,7 @@ from keras import ops
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.convert import load_torch_weights, save_torch_weights
 from keras_uvit.convert.files import read_tensors, write_tensors
-from keras_uvit.latent import AutoencoderKL
+from keras_uvit.encoders import AutoencoderKL
 
 pytestmark = pytest.mark.once
 

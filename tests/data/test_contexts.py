@@ -14,7 +14,7 @@ from keras_uvit.data import LatentDataset, image_shards, shapes, sources, writin
 from keras_uvit.data.contexts import Contexts
 from keras_uvit.data.images import in_memory
 from keras_uvit.data.manifest import CacheError, read_manifest
-from keras_uvit.latent import SpaceToDepth
+from keras_uvit.encoders import SpaceToDepth
 
 pytestmark = pytest.mark.once
 
@@ -266,7 +266,7 @@ def test_captions_attached_to_a_source_are_checked(tmp_path):
 
 
 def test_a_name_is_no_text_encoder(tmp_path):
-    with pytest.raises(TypeError, match="such as latent.CLIPText"):
+    with pytest.raises(TypeError, match="such as encoders.CLIPText"):
         cache(tmp_path, words="clip_vit_large_patch14")
 
 

@@ -15,7 +15,7 @@ from keras_uvit import DiffusionModel, UViT, data
 from keras_uvit.data import LatentDataset, image_shards, manifest, sources
 from keras_uvit.data.latents import ShardedArray
 from keras_uvit.data.manifest import CacheError
-from keras_uvit.latent import SpaceToDepth
+from keras_uvit.encoders import SpaceToDepth
 
 pytestmark = pytest.mark.once
 

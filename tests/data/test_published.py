@@ -11,7 +11,7 @@ import pytest
 
 from keras_uvit import data
 from keras_uvit.data import LatentDataset, published, published_pickles
-from keras_uvit.latent import SpaceToDepth
+from keras_uvit.encoders import SpaceToDepth
 
 pytestmark = pytest.mark.once
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from keras_uvit import DiffusionModel, UViT, data
 from keras_uvit.data import LatentDataset, tfds_images, tfds_source
-from keras_uvit.latent import SpaceToDepth
+from keras_uvit.encoders import SpaceToDepth
 
 pytestmark = pytest.mark.once
 

@@ -23,7 +23,7 @@ import keras_uvit
 from keras_uvit import data
 from keras_uvit.data import LatentDataset, manifest, sources, writing
 from keras_uvit.data.manifest import CacheError
-from keras_uvit.latent import SpaceToDepth
+from keras_uvit.encoders import SpaceToDepth
 
 pytestmark = pytest.mark.once
 

@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 from keras_uvit import DiffusionModel, UViT
+from keras_uvit.diffusion.schedules import VPLinear
 from keras_uvit.evaluation import CKA, block_names, cka_of_layers, layer_outputs, linear_cka
-from keras_uvit.process.schedules import VPLinear
 
 pytestmark = pytest.mark.once
 

@@ -9,11 +9,11 @@ import pytest
 from stubs import StubInception, random_images, reference
 
 from keras_uvit import DiffusionModel, UViT
+from keras_uvit.diffusion import samplers
+from keras_uvit.diffusion.schedules import VPLinear
+from keras_uvit.encoders import SpaceToDepth
 from keras_uvit.evaluation import Reference, evaluate, fid, protocol, scores
 from keras_uvit.inference import fingerprint
-from keras_uvit.latent import SpaceToDepth
-from keras_uvit.process import samplers
-from keras_uvit.process.schedules import VPLinear
 
 pytestmark = pytest.mark.once
 

@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 from keras_uvit import DiffusionModel, UNet, UViT, presets
+from keras_uvit.encoders import AutoencoderKL
 from keras_uvit.evaluation.classifier import Classifier
-from keras_uvit.latent import AutoencoderKL
 from keras_uvit.networks import layers as parts
 
 pytestmark = pytest.mark.eager

@@ -9,7 +9,7 @@ from keras import ops
 from words import Words
 
 from keras_uvit import DiffusionModel, UNet, UViT, backend, sampling
-from keras_uvit.process import samplers, schedules
+from keras_uvit.diffusion import samplers, schedules
 from keras_uvit.sampling import generate
 
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)

@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 from keras_uvit import DiffusionModel, UViT
-from keras_uvit.process import schedules
-from keras_uvit.process.predictions import PREDICTIONS
+from keras_uvit.diffusion import schedules
+from keras_uvit.diffusion.predictions import PREDICTIONS
 from keras_uvit.training import adamw, batches
 
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)
@@ -50,7 +50,7 @@ class Perfect(DiffusionModel):
         return t, noise, dropped
 
     def loss_of_perfect(self, batch):
-        from keras_uvit.process.predictions import target
+        from keras_uvit.diffusion.predictions import target
 
         network = self.network
 

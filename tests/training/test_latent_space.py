@@ -11,7 +11,7 @@ from words import Words
 
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.data import LatentDataset, write_latents
-from keras_uvit.latent import AutoencoderKL, SpaceToDepth
+from keras_uvit.encoders import AutoencoderKL, SpaceToDepth
 
 pytestmark = pytest.mark.once
 

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from keras_uvit import DiffusionModel, UViT
-from keras_uvit.process.schedules import LinearPath, VPLinear
+from keras_uvit.diffusion.schedules import LinearPath, VPLinear
 
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)
 RNG = np.random.default_rng(0)

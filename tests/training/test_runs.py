@@ -12,7 +12,7 @@ from keras import ops
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.data import sources
 from keras_uvit.data.images import in_memory
-from keras_uvit.process.schedules import VPCosine
+from keras_uvit.diffusion.schedules import VPCosine
 from keras_uvit.training import runs, train
 
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)

@@ -99,7 +99,7 @@ ABOUT = {"id": "words", "fingerprint": "words-1"}
     "other", [len, "clip", {}, Contexts(np.ones((4, 2, 3)), None, np.ones((2, 3)), ABOUT)]
 )
 def test_what_is_no_text_encoder_is_refused(other):
-    with pytest.raises(TypeError, match="A text encoder is latent.CLIPText"):
+    with pytest.raises(TypeError, match="A text encoder is encoders.CLIPText"):
         make().text_encoder = other
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from keras_uvit.convert import autoencoder as names
 from keras_uvit.convert import load_torch_weights, save_torch_weights
-from keras_uvit.latent import AutoencoderKL, SpaceToDepth
+from keras_uvit.encoders import AutoencoderKL, SpaceToDepth
 
 pytestmark = [pytest.mark.eager, pytest.mark.once]
 

@@ -8,7 +8,7 @@ import math
 
 from keras import ops
 
-from keras_uvit.process.predictions import PREDICTIONS
+from keras_uvit.diffusion.predictions import PREDICTIONS
 
 END = 2.0**-24  # 1 - END is the float32 below 1
 TINY = 1e-12  # its square and the square's inverse are float32 too

@@ -10,8 +10,8 @@ h = lambda_t - lambda_s > 0.
 import numpy as np
 
 from keras_uvit.checks import as_int, nearest
-from keras_uvit.process.steps import Steps as Steps
-from keras_uvit.process.steps import sample as sample
+from keras_uvit.diffusion.loop import Steps as Steps
+from keras_uvit.diffusion.loop import sample as sample
 
 X, D0, D1, D2 = np.eye(4)  # the anchor and the last three denoised images, newest first
 
@@ -88,7 +88,7 @@ def ddim(schedule, times, *, eta=0.0):
         ValueError: if `times` or `eta` is out of range.
 
     Example:
-        >>> from keras_uvit.process.schedules import VPLinear
+        >>> from keras_uvit.diffusion.schedules import VPLinear
         >>> ddim(VPLinear(), time_uniform(50)).nfe
         50
     """

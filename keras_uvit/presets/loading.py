@@ -1,4 +1,4 @@
-"""Models by name: `load`, of the rows of `recipes.py`."""
+"""Models by name: `load`, with fresh or stored weights."""
 
 import difflib
 import warnings
@@ -9,16 +9,12 @@ import keras
 
 from keras_uvit.convert import FAMILIES, load_torch_weights
 from keras_uvit.convert.files import TORCH
+from keras_uvit.encoders import AutoencoderKL, CLIPText
 from keras_uvit.inference import DAMAGE, load_keras_weights, naming_missing_classes
-from keras_uvit.latent import AutoencoderKL, CLIPText
-from keras_uvit.own_data import for_data as for_data
-from keras_uvit.recipes import FAST as FAST
-from keras_uvit.recipes import PRESETS as PRESETS
-from keras_uvit.recipes import Preset as Preset
-from keras_uvit.training import DiffusionModel
+from keras_uvit.presets.table import PRESETS
 from keras_uvit.training.left_out import MESSAGE
 
-SHIPPED = Path(__file__).parent / "weights"
+SHIPPED = Path(__file__).parents[1] / "weights"
 
 
 def names():
@@ -45,10 +41,10 @@ def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **n
             or the path of network weights (`.weights.h5`, the model's `ema_network.save_weights`),
             of a saved model (`.keras`, whose moving average is taken), or, for a U-ViT, of a
             published checkpoint (`.pth`, `.safetensors`).
-        autoencoder: for presets of latents, `latent.AutoencoderKL` or the path of its weights, see
-            `AutoencoderKL.from_file`; the row's `autoencoder` says which file its FID is of.
+        autoencoder: for presets of latents, `encoders.AutoencoderKL` or the path of its weights,
+            see `AutoencoderKL.from_file`; the preset's `autoencoder` says which file its FID is of.
             `generate` needs it to make pixels of latents.
-        text_encoder: for text-to-image presets, `latent.CLIPText`, or a folder or preset of CLIP,
+        text_encoder: for text-to-image presets, `encoders.CLIPText`, or a folder or preset of CLIP,
             see `CLIPText.from_preset`. `generate` needs it for prompts that are strings. With
             "pretrained" weights the one that ships with them is taken.
         seed: int, of training.
@@ -56,10 +52,11 @@ def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **n
             `image_shape=` for your own data.
 
     Returns:
-        `DiffusionModel`, not compiled: `compile()` takes the recipe's optimizer.
+        `DiffusionModel`, not compiled: `compile()` takes the preset's optimizer.
 
     Raises:
-        ValueError: for an unknown name, a row without shipped weights, or weights that do not fit.
+        ValueError: for an unknown name, a preset without shipped weights, or weights that do not
+            fit.
         FileNotFoundError: if the path does not exist.
         ImportError: for a text encoder without `pip install "keras-uvit[text]"`.
 
@@ -72,26 +69,8 @@ def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **n
     path = _weight_file(name, row, weights)
     if isinstance(autoencoder, str | Path) and not Path(autoencoder).exists():
         raise FileNotFoundError(f"No autoencoder weights at {autoencoder}.")
-    net = row.new_network(**network)
-    has_none = net.null_label is not None or net.context_shape is not None
-    model = DiffusionModel(
-        net,
-        schedule=row.schedule,
-        prediction=row.prediction,
-        time_scale=row.time_scale,
-        time_sampling=row.time_sampling,
-        loss_weighting=row.loss_weighting,
-        condition_dropout=row.condition_dropout if has_none else 0.0,
-        latent_scale=row.latent_scale,
-        ema_decay=row.ema_decay,
-        optimizer=row.optimizer,
-        sampler=row.sampler,
-        num_steps=row.num_steps,
-        guidance_scale=row.guidance_scale,
-        context_encoder=row.context_encoder if weights == "pretrained" else None,
-        seed=seed,
-        name=name,
-    )
+    encoder = row.context_encoder if weights == "pretrained" else None
+    model = row.build(network, context_encoder=encoder, seed=seed, name=name)
     if path is not None:
         changes = ", ".join(f"{key}={value!r}" for key, value in network.items())
         _load_weights(model, path, f"preset {name!r}" + (changes and f" with {changes}"))

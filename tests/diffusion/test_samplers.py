@@ -19,7 +19,7 @@ from oracles import (
     spread,
 )
 
-from keras_uvit.process.samplers import (
+from keras_uvit.diffusion.samplers import (
     SAMPLERS,
     ddim,
     ddpm,
@@ -32,7 +32,7 @@ from keras_uvit.process.samplers import (
     named,
     time_uniform,
 )
-from keras_uvit.process.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 
 # Orders of convergence ----------------------------------------------------------------------------
 

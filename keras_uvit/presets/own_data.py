@@ -13,9 +13,9 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend, distribution, progress
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine
 from keras_uvit.evaluation.files import atomic_json
 from keras_uvit.networks import UViT
-from keras_uvit.process.schedules import LinearPath, VPCosine
 from keras_uvit.training import DiffusionModel
 from keras_uvit.training.optimizers import default_arguments
 
@@ -279,7 +279,7 @@ def lines(model, facts):
         "captions": ", with captions",
     }[condition_of(facts)]
     visits = model.planned_steps * facts.batch_size / facts.num_images
-    optimizer = model.recipe
+    optimizer = model.optimizer_config
     choices, objective = OBJECTIVES[objective_of(facts, model.network)]
     if any(getattr(model, key) != value for key, value in choices.items()):
         objective = f"prediction {model.prediction!r}"

@@ -12,8 +12,8 @@ import numpy as np
 
 from keras_uvit import backend
 from keras_uvit.convert import load_torch_weights, save_torch_weights
+from keras_uvit.encoders.tokenizer import END, START, Tokenizer
 from keras_uvit.inference import DAMAGE, own_defaults
-from keras_uvit.tokenizer import END, START, Tokenizer
 
 CLEAN = "clean_text"  # in config.json: the choice of `save`, which is not Hugging Face's
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -1,6 +1,6 @@
-"""The published recipes, one literal table.
+"""The presets, one literal table.
 
-A row holds everything that its number needs: network, noise schedule, prediction, time scale,
+A preset holds everything that its number needs: network, noise schedule, prediction, time scale,
 optimizer, batch size and iterations, sampler, steps, guidance, latent scale. Facts are from the
 paper (arXiv 2209.12152, Tables 2 and 7, Appendix) and the configurations of its program; the
 published guidance `scale` s is `guidance_scale` - 1 here. FIDs are of 50,000 samples (COCO:
@@ -12,18 +12,37 @@ are the nearest to the published parameters and cost.
 
 import dataclasses
 
+import keras
+
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 from keras_uvit.networks import UNet, UViT
-from keras_uvit.process.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
+from keras_uvit.training import DiffusionModel
+
+# Fields of a preset that are arguments of `DiffusionModel` of the same name.
+OF_MODEL = (
+    "schedule",
+    "prediction",
+    "time_sampling",
+    "loss_weighting",
+    "condition_dropout",
+    "latent_scale",
+    "ema_decay",
+    "sampler",
+    "num_steps",
+    "guidance_scale",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """One recipe. `reported_*` is the paper's, `our_*` measured by this project or None."""
+    """A model and how it was trained and sampled.
+
+    `reported_*` is the paper's; `our_*` was measured by this project, or is None.
+    """
 
     paper_name: str
     network: dict  # arguments of `architecture`
     schedule: object
-    time_scale: float
     optimizer: dict  # arguments of training.adamw
     batch_size: int
     iterations: int
@@ -49,8 +68,24 @@ class Preset:
     fast: dict = dataclasses.field(default_factory=lambda: dict(FAST))  # arguments of `generate`
 
     def new_network(self, **changes):
-        """The row's network, with other arguments where there are `changes`."""
+        """The network of the preset, with other arguments where there are `changes`."""
         return self.architecture(**{**self.network, **changes})
+
+    def build(self, network=None, optimizer=None, **changes) -> DiffusionModel:
+        """A `DiffusionModel` of the preset, with fresh weights, not compiled.
+
+        Args:
+            network: dict of arguments of the network to change, or a network to take instead.
+            optimizer: dict of arguments of `training.adamw` to change.
+            **changes: arguments of `DiffusionModel` to change.
+        """
+        if not isinstance(network, keras.Model):
+            network = self.new_network(**network or {})
+        own = {key: getattr(self, key) for key in OF_MODEL}
+        if network.null_label is None and network.context_shape is None:
+            own["condition_dropout"] = 0.0  # there is no "none" to learn
+        optimizer = {**self.optimizer, **(optimizer or {})}
+        return DiffusionModel(network, optimizer=optimizer, **{**own, **changes})
 
 
 def _adamw(learning_rate=2e-4, beta_1=0.99, beta_2=0.99, warmup_steps=5000, **more):
@@ -65,8 +100,8 @@ LARGE = dict(patch_size=2, hidden_dim=1024, num_layers=21, num_heads=16)
 HUGE = dict(patch_size=2, hidden_dim=1152, num_layers=29, num_heads=16, output_conv=False)
 
 # All pixel models and latent L are continuous, latent H and COCO discrete; samplers differ too.
-CONTINUOUS = dict(schedule=VPLinear(), time_scale=999.0)
-DISCRETE = dict(schedule=VPDiscrete(), time_scale=1000.0)
+CONTINUOUS = dict(schedule=VPLinear())
+DISCRETE = dict(schedule=VPDiscrete())
 LATENT_LARGE = dict(
     **CONTINUOUS,
     optimizer=_adamw(),
@@ -93,7 +128,6 @@ LATENT_HUGE = dict(
 # dopri5, whose steps are not fixed: 25 of Heun are 49 evaluations, where other rows have 50.
 LATENT_FLOW = dict(
     schedule=LinearPath(),
-    time_scale=999.0,
     prediction="velocity",
     optimizer=_adamw(1e-4, weight_decay=0.0),
     batch_size=1024,
@@ -124,7 +158,6 @@ FAST = dict(sampler="dpm_solver_pp_2m", num_steps=12, guidance_interval=(0.0, 0.
 TINY = dict(num_layers=5, num_heads=4, position="sinusoidal")
 SHIPPED_RECIPE = dict(
     schedule=VPCosine(),
-    time_scale=999.0,
     batch_size=64,
     sampler="dpm_solver_pp_2m",
     num_steps=25,

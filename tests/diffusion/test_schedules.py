@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_uvit.process.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VP = [VPLinear(), VPLinear(beta_min=0.2, beta_max=10.0), VPCosine(), VPDiscrete()]

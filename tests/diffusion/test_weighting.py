@@ -7,8 +7,8 @@ import pytest
 from keras import ops
 
 from keras_uvit import backend
-from keras_uvit.process import predictions, weighting
-from keras_uvit.process.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
+from keras_uvit.diffusion import predictions, weighting
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 
 SCHEDULES = [VPLinear(), VPCosine(), VPDiscrete(), LinearPath()]
 U = np.linspace(0.002, 0.998, 250)

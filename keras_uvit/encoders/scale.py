@@ -11,7 +11,7 @@ def fitting_scale(autoencoder, images, *, num_images=200, batch_size=8, seed=0, 
     Call it before encoding, and make the autoencoder with what it returns.
 
     Args:
-        autoencoder: `latent.AutoencoderKL`, or any with its `encode`.
+        autoencoder: `encoders.AutoencoderKL`, or any with its `encode`.
         images: `(n, H, W, C)` uint8, or a `data.sources.Source`.
         num_images: int, how many of them are encoded, chosen at random.
         batch_size, verbose: of `encode`.
@@ -24,7 +24,7 @@ def fitting_scale(autoencoder, images, *, num_images=200, batch_size=8, seed=0, 
         ValueError: for latents that do not vary.
 
     Example:
-        >>> from keras_uvit.latent import SpaceToDepth
+        >>> from keras_uvit.encoders import SpaceToDepth
         >>> images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1)).astype("uint8")
         >>> 1.6 < fitting_scale(SpaceToDepth(2, scale=1.0), images, verbose=0) < 1.9
         True

@@ -12,7 +12,7 @@ from oracles import (
     run,
 )
 
-from keras_uvit.process.samplers import (
+from keras_uvit.diffusion.samplers import (
     SAMPLERS,
     Steps,
     ddim,
@@ -28,7 +28,7 @@ from keras_uvit.process.samplers import (
     sample,
     time_uniform,
 )
-from keras_uvit.process.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 
 
 @pytest.mark.parametrize(

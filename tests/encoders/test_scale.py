@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from keras_uvit import DiffusionModel, UViT, data
-from keras_uvit.latent import AutoencoderKL, SpaceToDepth, fitting_scale
+from keras_uvit.encoders import AutoencoderKL, SpaceToDepth, fitting_scale
 
 pytestmark = pytest.mark.once
 

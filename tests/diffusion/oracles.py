@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_uvit.process.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCHEDULES = [VPLinear(), VPCosine(), VPDiscrete(), LinearPath()]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_uvit.process import predictions
-from keras_uvit.process.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
+from keras_uvit.diffusion import predictions
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 
 SCHEDULES = [VPLinear(), VPCosine(), VPDiscrete(), LinearPath()]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_uvit import clip
+from keras_uvit.encoders import clip
+from keras_uvit.encoders.tokenizer import Tokenizer
 from keras_uvit.inference import Frozen, fingerprint
-from keras_uvit.tokenizer import Tokenizer
 
 
 class CLIPText:

@@ -8,7 +8,7 @@ from oracles import (
     run,
 )
 
-from keras_uvit.process.samplers import (
+from keras_uvit.diffusion.samplers import (
     dpm_solver,
     dpm_solver_pp,
     euler,
@@ -16,7 +16,7 @@ from keras_uvit.process.samplers import (
     named,
     time_uniform,
 )
-from keras_uvit.process.schedules import VPDiscrete, VPLinear
+from keras_uvit.diffusion.schedules import VPDiscrete, VPLinear
 
 
 @pytest.fixture(scope="module")
