@@ -91,8 +91,8 @@ def compare(task, options):
     for name, (family, way) in ways.items():
         way = dict(way)
         if way["sampler"] in GRIDS:
-            times = GRIDS[way["sampler"]](task.model.schedule, way.pop("num_steps"))
-            way["sampler"] = samplers.dpm_solver_pp(task.model.schedule, times, order=2)
+            times = GRIDS[way["sampler"]](task.model.objective.schedule, way.pop("num_steps"))
+            way["sampler"] = samplers.dpm_solver_pp(task.model.objective.schedule, times, order=2)
         task.draw(0, way)  # compiles
         drawn = [task.draw(seed, way) for seed in range(options.seeds)]
         scores = [task.score(images) for images, _ in drawn]

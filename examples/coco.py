@@ -114,7 +114,7 @@ def stand_in(options, row):
         latent_scale=autoencoder.scale,
         seed=options.seed,
     )
-    model.autoencoder, model.text_encoder = autoencoder, text
+    model.set_encoders(autoencoder=autoencoder, text_encoder=text)
     prompts = [str(scene) for scene in shapes.scenes(24 if options.quick else 200, "test")]
     iterations = options.iterations or (len(dataset) if options.quick else 1000)
     recipe.run(

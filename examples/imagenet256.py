@@ -68,7 +68,7 @@ def stand_in(options, row):
     model = recipe.reduced(
         row, (4, 4, 4), 1, 10, options.quick, latent_scale=autoencoder.scale, seed=options.seed
     )
-    model.autoencoder = autoencoder
+    model.set_encoders(autoencoder=autoencoder)
     iterations = options.iterations or (len(dataset) if options.quick else 3000)
     recipe.run(options, model, dataset, iterations, recipe.digit_scores(options.quick))
 

@@ -70,7 +70,7 @@ def run(options, model, dataset, iterations, measure=None, show=None, **protocol
         measured = _protocol(options, model, protocol)
     epochs = -(-iterations // len(dataset))
     say(f"Training to step {epochs * len(dataset)}, batches of {dataset.batch_size}, in {out}")
-    can_draw = model.latent_scale is None or model.autoencoder is not None
+    can_draw = model.latent_scale is None or model.encoders.autoencoder is not None
     what = {"prompts": show} if show else conditions(model, 80)
     drawing = evaluation.SampleGridCallback(
         out / "grids", every=max(1, epochs // 10), columns=columns(model), zoom=zoom(model), **what
@@ -143,7 +143,7 @@ def columns(model):
 
 def zoom(model):
     pixels = 64 if model.network.context_shape is None else 128
-    factor = model.autoencoder.factor if model.autoencoder is not None else 1
+    factor = model.encoders.autoencoder.factor if model.encoders.autoencoder is not None else 1
     return max(1, pixels // (model.network.image_shape[0] * factor))
 
 

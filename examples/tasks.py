@@ -51,8 +51,7 @@ class Task:
         if "schedule" in own:
             own["schedule"] = getattr(schedules, own["schedule"])()
         model = self.row.build(self._network(change), seed=seed, **own)
-        for name, encoder in self.encoders.items():
-            setattr(model, name, encoder)
+        model.set_encoders(**self.encoders)
         return model
 
     def _network(self, change):

@@ -173,7 +173,8 @@ def open_model(name, weights, autoencoder, text):
     if not isinstance(model, DiffusionModel):
         raise ValueError(f"Expected a DiffusionModel in {name}. Received: {type(model).__name__}.")
     if autoencoder is not None:
-        model.autoencoder = AutoencoderKL.from_file(autoencoder, scale=model.latent_scale or 1.0)
+        autoencoder = AutoencoderKL.from_file(autoencoder, scale=model.latent_scale or 1.0)
+        model.set_encoders(autoencoder=autoencoder)
     if text is not None:
-        model.text_encoder = CLIPText.from_preset(text)
+        model.set_encoders(text_encoder=CLIPText.from_preset(text))
     return model

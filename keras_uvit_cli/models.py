@@ -145,13 +145,13 @@ def train(dataset, folder, plan, parts, batch_size, seed, grid_every, prompt, ru
     model, samples, validation, steps = planned(
         dataset, folder, plan, parts, batch_size, seed, run["precision"]
     )
-    if prompt and not (model.network.context_shape and model.text_encoder):
+    if prompt and not (model.network.context_shape and model.encoders.text_encoder):
         raise click.UsageError("--prompt needs a text-to-image model, and --text.")
     callbacks = []
     steps_per_epoch = None if plan["preset"] else epoch_of(steps, len(samples))
     if grid_every is None:
         grid_every = max(1, steps // (steps_per_epoch or len(samples)) // 10)
-    if grid_every and (model.latent_scale is None or model.autoencoder is not None):
+    if grid_every and (model.latent_scale is None or model.encoders.autoencoder is not None):
         callbacks = _grids(folder, grid_every, model.network, prompt)
     training.train(
         model,

@@ -147,9 +147,9 @@ def _by_data(samples, folder, plan, parts, seed, network, optimizer):
         optimizer=optimizer,
     )
     if parts["autoencoder"]:
-        model.autoencoder = AutoencoderKL.from_file(
-            parts["autoencoder"], scale=model.latent_scale or 1.0
-        )
+        scale = model.latent_scale or 1.0
+        autoencoder = AutoencoderKL.from_file(parts["autoencoder"], scale=scale)
+        model.set_encoders(autoencoder=autoencoder)
     if parts["text"]:
-        model.text_encoder = CLIPText.from_preset(parts["text"])
+        model.set_encoders(text_encoder=CLIPText.from_preset(parts["text"]))
     return model, model.planned_steps

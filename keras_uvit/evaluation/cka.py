@@ -166,14 +166,15 @@ def layer_outputs(model, data, t, layers=None, *, seed=0, use_ema=True, batch_si
     taps = keras.Model(network.input, [network.get_layer(name).output for name in names])
     x0 = _clean(model, data)
     conditions = {k: ops.convert_to_numpy(v) for k, v in model.condition(data).items()}
-    alpha, sigma = float(model.schedule.alpha(t)), float(model.schedule.sigma(t))
+    schedule = model.objective.schedule
+    alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
 
     def inputs(rows):
         generators = [np.random.default_rng([seed, k]) for k in rows]
         noise = np.stack([g.standard_normal(x0.shape[1:], "float32") for g in generators])
         return {
             "image": alpha * x0[rows] + sigma * noise,
-            "timestep": np.full(len(rows), model.time_scale * t, "float32"),
+            "timestep": np.full(len(rows), model.objective.time_scale * t, "float32"),
             **{key: value[rows] for key, value in conditions.items()},
         }
 

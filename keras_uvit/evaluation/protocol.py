@@ -253,12 +253,16 @@ def check(
             if reads_text
             else "prompts go with a text model; this one reads none."
         )
-    if reads_text and model.text_encoder is None:
-        raise ValueError("Prompts need a text encoder: set `model.text_encoder`.")
+    if reads_text and model.encoders.text_encoder is None:
+        raise ValueError(
+            "Prompts need a text encoder: call `model.set_encoders(text_encoder=...)`."
+        )
     if clip is not None and prompts is None:
         raise ValueError("The CLIP score compares images with prompts; this model has none.")
-    if model.latent_scale is not None and model.autoencoder is None:
-        raise ValueError("FID is of pixels: set `model.autoencoder` to decode the latents.")
+    if model.latent_scale is not None and model.encoders.autoencoder is None:
+        raise ValueError(
+            "FID is of pixels: call `model.set_encoders(autoencoder=...)` to decode the latents."
+        )
     if model.latent_scale is None and model.network.image_shape[-1] != 3:
         raise ValueError(
             "FID is of colour images, 3 channels; this model makes images of "
@@ -271,7 +275,7 @@ def describe(model, num_images, labels, prompts, seed, options):
     """What samples depend on, as the record keeps it."""
     use_ema = options.get("use_ema", True)
     chosen = sampling.resolve(model, **{k: v for k, v in options.items() if k in OF_SAMPLING})
-    autoencoder = model.autoencoder
+    autoencoder, text = model.encoders.autoencoder, model.encoders.text_encoder
     record = {
         "model": model.name,
         "weights": fingerprint(model.ema_network if use_ema else model.network),
@@ -281,8 +285,8 @@ def describe(model, num_images, labels, prompts, seed, options):
         "num_images": num_images,
         "label_protocol": labels if model.network.num_classes is not None else None,
         "prompts": prompts and hashlib.sha256("\0".join(prompts).encode()).hexdigest()[:16],
-        "text_encoder": model.text_encoder and model.text_encoder.id,
-        "context_encoder": model.text_encoder and model.text_encoder.fingerprint,
+        "text_encoder": text and text.id,
+        "context_encoder": text and text.fingerprint,
         **chosen.record(),
         "seed": seed,
         "image_size": _image_size(model),
@@ -296,7 +300,8 @@ def describe(model, num_images, labels, prompts, seed, options):
 
 
 def _image_size(model):
-    factor = model.autoencoder.factor if model.autoencoder is not None else 1
+    autoencoder = model.encoders.autoencoder
+    factor = 1 if autoencoder is None else autoencoder.factor
     return [n * factor for n in model.network.image_shape[:2]]
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import progress
-from keras_uvit.diffusion import predictions
 from keras_uvit.evaluation.classifier import Classifier
 from keras_uvit.evaluation.files import atomic_json, image_grid
 from keras_uvit.evaluation.frechet import frechet_distance
@@ -188,15 +187,15 @@ def _errors(model, images, labels, seed):
     for t in TIMES.astype("float32"):
         noise = random.standard_normal(x0.shape, "float32")
         times = ops.convert_to_tensor(np.full(len(x0), t))
-        x = predictions.add_noise(model.schedule, times, ops.convert_to_tensor(x0), noise)
+        x = model.objective.add_noise(ops.convert_to_tensor(x0), times, noise)
         inputs = {
             "image": ops.convert_to_numpy(x),
-            "timestep": np.full(len(x0), model.time_scale * t, "float32"),
+            "timestep": np.full(len(x0), model.objective.time_scale * t, "float32"),
         }
         if model.network.num_classes is not None:
             inputs["label"] = labels.astype("int32")
         output = model.ema_network.predict(inputs, batch_size=64, verbose=0)
-        found = predictions.denoised(model.prediction, model.schedule, times, x, output)
+        found = model.objective.denoised(x, times, output)
         errors.append(np.square(ops.convert_to_numpy(found) - x0).mean())
     return list(np.array(errors) / np.square(x0 - x0.mean(axis=0)).mean())
 

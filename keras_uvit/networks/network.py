@@ -1,5 +1,7 @@
 """What networks share: their conditions, and how a config makes them again."""
 
+import itertools
+
 import keras
 from keras import initializers, layers
 
@@ -70,6 +72,18 @@ def copy_of(network, name):
     if not same:
         raise TypeError(_not_made_again(network))
     return copy
+
+
+def check_copy(network, copy):
+    """Raises unless each weight of a network still has its place in the copy."""
+    kinds = ([(w.name, tuple(w.shape), w.dtype) for w in net.weights] for net in (network, copy))
+    for k, (weight, other) in enumerate(itertools.zip_longest(*kinds)):
+        if weight != other:
+            raise ValueError(
+                f"Weight {k} of the network is {weight}, and of its moving average {other}: a "
+                "layer was changed after it was made, such as by enable_lora, quantize or "
+                "add_weight. This is not supported: use the network as its config makes it."
+            )
 
 
 def _not_made_again(network):

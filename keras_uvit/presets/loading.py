@@ -10,9 +10,9 @@ import keras
 from keras_uvit.convert import FAMILIES, load_torch_weights
 from keras_uvit.convert.files import TORCH
 from keras_uvit.encoders import AutoencoderKL, CLIPText
+from keras_uvit.encoders.holder import LEFT_OUT
 from keras_uvit.inference import DAMAGE, load_keras_weights, naming_missing_classes
 from keras_uvit.presets.table import PRESETS
-from keras_uvit.training.left_out import MESSAGE
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 
@@ -76,12 +76,11 @@ def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **n
         _load_weights(model, path, f"preset {name!r}" + (changes and f" with {changes}"))
     if isinstance(autoencoder, str | Path):
         autoencoder = AutoencoderKL.from_file(autoencoder, scale=row.latent_scale or 1.0)
-    model.autoencoder = autoencoder
     if text_encoder is None and row.context_encoder and weights == "pretrained":
         text_encoder = SHIPPED / row.text_encoder
     if isinstance(text_encoder, str | Path):
         text_encoder = CLIPText.from_preset(text_encoder)
-    model.text_encoder = text_encoder
+    model.set_encoders(autoencoder=autoencoder, text_encoder=text_encoder)
     return model
 
 
@@ -120,7 +119,7 @@ def _load_weights(model, path, what):
     else:
         try:
             with naming_missing_classes(path), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", f".*{MESSAGE}")  # `load` sets the encoders
+                warnings.filterwarnings("ignore", f".*{LEFT_OUT}")  # `load` sets the encoders
                 saved = keras.saving.load_model(path, compile=False)
             model.network.set_weights(saved.ema_network.get_weights())
             _take_encoders(model, saved)

@@ -115,7 +115,8 @@ def for_data(
     Example:
         >>> from keras_uvit import data, presets
         >>> model = presets.for_data(data.digits(), verbose=0)
-        >>> model.network.get_config()["patch_size"], model.prediction, model.planned_steps
+        >>> patch = model.network.get_config()["patch_size"]
+        >>> patch, model.objective.prediction, model.planned_steps
         (2, 'velocity', 3000)
     """
     facts = facts_of(dataset)
@@ -281,8 +282,8 @@ def lines(model, facts):
     visits = model.planned_steps * facts.batch_size / facts.num_images
     optimizer = model.optimizer_config
     choices, objective = OBJECTIVES[objective_of(facts, model.network)]
-    if any(getattr(model, key) != value for key, value in choices.items()):
-        objective = f"prediction {model.prediction!r}"
+    if any(getattr(model.objective, key) != value for key, value in choices.items()):
+        objective = f"prediction {model.objective.prediction!r}"
     mirrored = ", mirrored at random" if facts.flip else ""
     dropped = (
         f"; the condition is left out {model.condition_dropout:.0%} of the time"

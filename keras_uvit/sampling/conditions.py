@@ -4,7 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit.checks import as_int
-from keras_uvit.training import text_space
+from keras_uvit.encoders import compatibility
 
 
 def conditions_of(model, wants: dict) -> tuple[dict, int]:
@@ -68,10 +68,11 @@ def unconditional_of(model, negative_prompts, total: int, is_guided: bool) -> di
             )
         unconditional["context"] = context if len(context) == total else _Same(context)
     elif reads_text:
-        if not text_space.has_null(model):
+        if not compatibility.has_null(model):
             raise ValueError(
-                "Guidance needs the empty prompt's context, which this model has not met. Set "
-                "`model.text_encoder`, assign `model.null_context`, or pass guidance_scale=1.0."
+                "Guidance needs the empty prompt's context, which this model has not met. Call "
+                "`model.set_encoders(text_encoder=...)`, assign `model.null_context`, or pass "
+                "guidance_scale=1.0."
             )
         unconditional["context"] = _Same(ops.convert_to_numpy(model.null_context)[None])
     return unconditional
@@ -109,12 +110,13 @@ def _contexts(model, prompts, name):
     if not len(prompts):
         raise ValueError(f"{name} is empty: there is nothing to draw.")
     if all(isinstance(prompt, str) for prompt in prompts):
-        if model.text_encoder is None:
+        if model.encoders.text_encoder is None:
             raise ValueError(
-                "Prompts as strings need a text encoder: set `model.text_encoder` (such as "
-                f"encoders.CLIPText), or pass contexts of shape (n, {shape})."
+                "Prompts as strings need a text encoder: call "
+                "`model.set_encoders(text_encoder=encoders.CLIPText.from_preset(...))`, or pass "
+                f"contexts of shape (n, {shape})."
             )
-        return _Prompts(model.text_encoder, list(prompts))
+        return _Prompts(model.encoders.text_encoder, list(prompts))
     try:
         context = np.asarray(ops.convert_to_numpy(prompts), "float32")
     except (TypeError, ValueError) as error:

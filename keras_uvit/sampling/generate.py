@@ -15,7 +15,6 @@ from keras_uvit.pixels import from_unit_range
 from keras_uvit.sampling.conditions import conditions_of, unconditional_of
 from keras_uvit.sampling.guidance import denoiser
 from keras_uvit.sampling.options import SamplingOptions, resolve
-from keras_uvit.training import bookkeeping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +50,13 @@ def prepare(
     decode=True,
 ) -> Job:
     """Checks the arguments of `DiffusionModel.generate`, which describes them; draws nothing."""
-    bookkeeping.check_pairs(model)
+    model.check_weights()
     wants = {"num_images": num_images, "labels": labels, "prompts": prompts}
     conditions, total = conditions_of(model, wants)
-    if decode and model.latent_scale is not None and model.autoencoder is None:
+    if decode and model.latent_scale is not None and model.encoders.autoencoder is None:
         raise ValueError(
-            "This model makes latents and has no autoencoder to decode them. Set "
-            "`model.autoencoder`, or pass decode=False for the latents themselves."
+            "This model makes latents and has no autoencoder to decode them. Call "
+            "`model.set_encoders(autoencoder=...)`, or pass decode=False to get the latents."
         )
     options = resolve(model, sampler, num_steps, guidance_scale, guidance_interval)
     return Job(
@@ -123,7 +122,7 @@ def _warn_if_untrained(model):
 
 def _finish(model, x):
     if model.latent_scale is not None:
-        return model.autoencoder.decode(x)
+        return model.encoders.autoencoder.decode(x)
     return from_unit_range(x)
 
 
@@ -155,7 +154,7 @@ def _loop(model, network, options):
     network = model.network if backend.HAS_XLA else network
     runs = tuple((bool(on), len(list(rows))) for on, rows in itertools.groupby(options.guided))
     key = runs, network.name
-    if key not in model._loops:
+    if key not in model.sampling_loops:
 
         def loop(weights, noise, condition, unconditional, table, scale, seeds):
             given = model, network, weights, condition
@@ -170,5 +169,5 @@ def _loop(model, network, options):
                 lambda i: backend.normal_per_image(seeds, i, noise.shape[1:]),
             )
 
-        model._loops[key] = backend.compiled(loop)
-    return model._loops[key]
+        model.sampling_loops[key] = backend.compiled(loop)
+    return model.sampling_loops[key]

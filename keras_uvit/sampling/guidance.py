@@ -5,7 +5,6 @@ from collections.abc import Callable
 from keras import ops
 
 from keras_uvit import backend
-from keras_uvit.diffusion import predictions
 
 
 def denoiser(model, network, weights, condition: dict, unconditional: dict, scale) -> Callable:
@@ -15,7 +14,7 @@ def denoiser(model, network, weights, condition: dict, unconditional: dict, scal
     batch of double size (Ho and Salimans 2022, arXiv 2207.12598, Eq. 6, of x0).
 
     Args:
-        model: `DiffusionModel`, which gives the prediction, the schedule and the time scale.
+        model: `DiffusionModel`, whose `objective` says what an output means.
         network: the model's `network` or `ema_network`.
         weights: values of the network's variables, which may be traced.
         condition: dict of the network's conditions, one row for each image.
@@ -31,10 +30,10 @@ def denoiser(model, network, weights, condition: dict, unconditional: dict, scal
     def denoise(x, t):
         x = ops.concatenate([x] * len(sides))
         times = ops.repeat(t, x.shape[0])
-        inputs = {"image": x, "timestep": model.time_scale * times, **conditions}
+        inputs = {"image": x, "timestep": model.objective.time_scale * times, **conditions}
         with backend.holding(network, weights):
             output = ops.cast(network(inputs, training=False), "float32")
-        x0 = predictions.denoised(model.prediction, model.schedule, times, x, output)
+        x0 = model.objective.denoised(x, times, output)
         if not unconditional:
             return x0
         with_condition, without = ops.split(x0, 2)

@@ -70,14 +70,15 @@ def _steps(model, sampler, num_steps):
     sampler = model.sampler if sampler is None else sampler
     if not isinstance(sampler, samplers.Steps):
         num_steps = model.num_steps if num_steps is None else num_steps
-        return samplers.named(sampler, model.schedule, num_steps)
+        return samplers.named(sampler, model.objective.schedule, num_steps)
     if num_steps is not None:
         raise ValueError("`Steps` already has its number of steps; leave `num_steps` out.")
-    first, latest = sampler.t.max(), model.schedule.t_start
-    if first > latest:
+    schedule = model.objective.schedule
+    if sampler.t.max() > schedule.t_start:
         raise ValueError(
-            f"These `Steps` start at t = {first}, but {type(model.schedule).__name__}, the "
-            f"schedule of this model, at {latest} at most. Make them by `model.schedule`."
+            f"These `Steps` start at t = {sampler.t.max()}, but {type(schedule).__name__}, the "
+            f"schedule of this model, at {schedule.t_start} at most. Make them by "
+            "`model.objective.schedule`."
         )
     return sampler
 

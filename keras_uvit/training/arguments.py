@@ -5,15 +5,8 @@ import inspect
 import keras
 
 from keras_uvit.checks import as_int, nearest
-from keras_uvit.diffusion.predictions import PREDICTIONS
-from keras_uvit.diffusion.weighting import LOSS_WEIGHTINGS, TIME_SAMPLINGS
 from keras_uvit.networks.network import ATTRIBUTES, FORMATS
 
-CHOICES = {
-    "prediction": PREDICTIONS,
-    "time_sampling": TIME_SAMPLINGS,
-    "loss_weighting": LOSS_WEIGHTINGS,
-}
 # Arguments that are whole numbers: the least that each can be.
 OF_MODEL = {"seed": 0, "num_steps": 1, "max_skipped_steps": 0, "planned_steps": 1}
 OF_METHODS = {
@@ -69,8 +62,8 @@ def checked(method, given):
     }
 
 
-def check_parts(network, schedule):
-    """Raises unless these can be parts of a `DiffusionModel`."""
+def check_network(network):
+    """Raises unless a `DiffusionModel` can train this network."""
     missing = [name for name in ATTRIBUTES if not hasattr(network, name)]
     if missing:
         raise TypeError(
@@ -83,10 +76,6 @@ def check_parts(network, schedule):
             "The network has losses of its own, such as those of a kernel_regularizer, which the "
             "diffusion loss does not add. Make the network without them."
         )
-    if schedule is not None and not hasattr(schedule, "half_log_snr"):
-        raise TypeError(
-            f"schedule must be such as diffusion.schedules.VPLinear(). Got {schedule!r}."
-        )
 
 
 def check_model(model, has_null):
@@ -94,11 +83,6 @@ def check_model(model, has_null):
     for key, least in OF_MODEL.items():
         if key != "planned_steps" or model.planned_steps is not None:
             setattr(model, key, as_int(getattr(model, key), key, least))
-    for key, known in CHOICES.items():
-        if getattr(model, key) not in known:
-            raise ValueError(
-                f"{key} must be one of {list(known)}. Received: {getattr(model, key)!r}."
-            )
     if not 0 <= model.condition_dropout <= 1 or not 0 <= model.ema_decay < 1:
         raise ValueError(
             "condition_dropout is in [0, 1] and ema_decay in [0, 1). Received: "

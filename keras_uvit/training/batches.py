@@ -25,7 +25,8 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend
-from keras_uvit.training import arguments, latent_space, text_space
+from keras_uvit.encoders import compatibility
+from keras_uvit.training import arguments
 
 DATA = ("image", "latent", "moments")
 
@@ -61,7 +62,7 @@ def check_source(model, x, y=None, batch_size=None):
         )
     elif isinstance(x, keras.utils.PyDataset):
         if _is_cache(x):
-            latent_space.check_cache(model, x)
+            compatibility.check_cache(model, x)
         first = x[0]
     else:
         first = next(iter(x), None)
@@ -82,11 +83,67 @@ def check_source(model, x, y=None, batch_size=None):
             f"The data come in batches, whose size batch_size={batch_size} cannot change: the "
             f"first has {length}. Leave batch_size out."
         )
-    if _is_cache(x):  # last: what is refused for another reason must not fix the encoder
-        latent_space.agree(model, x, "The cache")
+    if _is_cache(x):
+        compatibility.check_latents(model, x, "The cache")
     if getattr(x, "contexts", None) is not None:
-        text_space.agree(model, x.contexts, "The cache")
+        compatibility.check_contexts(model, x.contexts, "The cache")
     return x
+
+
+def adopt(model, x):
+    """Notes in a model whose latents and contexts it is going to learn from checked data `x`."""
+    if _is_cache(x):
+        compatibility.adopt_latents(model, x)
+    if getattr(x, "contexts", None) is not None:
+        compatibility.adopt_contexts(model, x.contexts)
+    elif model.network.context_shape is not None and model.context_encoder is None:
+        compatibility.adopt_arrays(model)
+
+
+def clean(batch, latent_scale, normal):
+    """x0 of a batch, float32 `(B, H, W, C)`.
+
+    Images come to [-1, 1]; moments become a sample of the posterior, times `latent_scale`.
+
+    Args:
+        batch: dict, as above.
+        latent_scale: float, or None for a model of pixels.
+        normal: function of a shape to standard normal numbers.
+    """
+    if "image" in batch:
+        image = ops.convert_to_tensor(batch["image"])
+        is_bytes = keras.backend.standardize_dtype(image.dtype) == "uint8"
+        image = ops.cast(image, "float32")
+        return image / 127.5 - 1.0 if is_bytes else image
+    if "latent" in batch:
+        return ops.cast(batch["latent"], "float32")
+    mean, log_variance = ops.split(ops.cast(batch["moments"], "float32"), 2, axis=-1)
+    std = ops.exp(0.5 * ops.clip(log_variance, -30.0, 20.0))
+    return latent_scale * (mean + std * normal(ops.shape(mean)))
+
+
+def condition(batch, network, null_context, dropped=None):
+    """The "label" and "context" inputs of a network, replaced by "none" where `dropped`.
+
+    Args:
+        batch: dict, as above.
+        network: what the model trains.
+        null_context: `(length, width)`, the context of "none"; or None without contexts.
+        dropped: `(B,)` bool, or None to keep all.
+    """
+    inputs = {}
+    if network.num_classes is not None:
+        label = ops.cast(batch["label"], "int32")
+        if dropped is not None and network.null_label is not None:
+            label = ops.where(dropped, network.null_label, label)
+        inputs["label"] = label
+    if network.context_shape is not None:
+        context = ops.cast(batch["context"], "float32")
+        if dropped is not None:
+            null = ops.convert_to_tensor(null_context)
+            context = ops.where(dropped[:, None, None], null, context)
+        inputs["context"] = context
+    return inputs
 
 
 def _check_division(x, length, batch_size):
@@ -234,7 +291,7 @@ def _check_data(model, key, value):
         raise TypeError(f"{key!r} must be {kinds}. Received: dtype {value.dtype}.")
     _check_finite(key, value)
     if key != "image":
-        latent_space.check_std(model, key, value)
+        compatibility.check_std(model, key, value)
         return
     low, high = float(value.min()), float(value.max())
     if low < -1.001 or high > 1.001:

@@ -101,7 +101,10 @@ def test_train_on_latents_draws_pictures_only_with_an_autoencoder(tmp_path, aske
     assert asked["samples"].sample_shape == (4, 4, 8)
     run(*words, "--autoencoder", tmp_path / "a.weights.h5")
     assert len(asked["callbacks"]) == 1
-    assert (asked["model"].autoencoder.id, asked["model"].autoencoder.scale) == ("a", 1.0)
+    assert (asked["model"].encoders.autoencoder.id, asked["model"].encoders.autoencoder.scale) == (
+        "a",
+        1.0,
+    )
 
 
 def test_train_a_model_of_text(tmp_path, asked, clip):
@@ -110,7 +113,7 @@ def test_train_a_model_of_text(tmp_path, asked, clip):
     words = ("train", cache, tmp_path / "run", "--preset", "uvit_nano_shapes", "--batch-size", 8)
     run(*words, "--text", clip, "--prompt", SCENES[0], "--prompt", SCENES[1])
     assert set(asked["samples"][0]) == {"image", "context"}
-    assert asked["model"].text_encoder.id == "words"
+    assert asked["model"].encoders.text_encoder.id == "words"
     assert asked["callbacks"][0].options["prompts"] == SCENES[:2]
     run(*words)
     assert asked["callbacks"] == []  # there is nothing to draw
@@ -280,7 +283,7 @@ def test_prompts_arrive(tmp_path, clip, drawn):
     run(*words)
     assert drawn["prompts"] == [SCENES[0], SCENES[2], SCENES[3]]
     assert drawn["negative_prompts"] == SCENES[1]
-    assert drawn["model"].text_encoder.id == "words"
+    assert drawn["model"].encoders.text_encoder.id == "words"
 
 
 @pytest.mark.parametrize(
@@ -326,6 +329,6 @@ def test_a_file_that_is_no_model_is_named(tmp_path, monkeypatch, words, message)
 def test_encoders_are_given_to_a_saved_model(tmp_path, clip, drawn):
     presets.load("uvit_nano_shapes").save(tmp_path / "m.keras")
     run("generate", tmp_path / "m.keras", tmp_path / "a.png", "--prompt", "a", "--text", clip)
-    assert drawn["model"].text_encoder.id == "words"
+    assert drawn["model"].encoders.text_encoder.id == "words"
     picture = np.asarray(Image.open(tmp_path / "a.png"))
     np.testing.assert_array_equal(picture, evaluation.image_grid(PICTURES))

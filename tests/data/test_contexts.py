@@ -316,7 +316,7 @@ def test_a_model_trains_on_a_captioned_cache(tmp_path):
     np.testing.assert_array_equal(
         ops.convert_to_numpy(model.null_context), Words()("")[0].astype("float16")
     )
-    model.text_encoder, model.autoencoder = Words(), SpaceToDepth(2)
+    model.set_encoders(text_encoder=Words(), autoencoder=SpaceToDepth(2))
     images = model.generate(prompts=["caption 1 0"], guidance_scale=2.0, verbose=0)
     assert images.shape == (1, 4, 6, 3)
     plain = DiffusionModel(

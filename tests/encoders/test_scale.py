@@ -36,7 +36,7 @@ def test_the_advice_of_fit_can_be_followed(tmp_path):
     model = DiffusionModel(network, latent_scale=scale)
     model.compile()
     model.fit(data.LatentDataset(tmp_path, 16, scale=scale, verbose=0), verbose=0)
-    model.autoencoder = SpaceToDepth(2, scale=scale)
+    model.set_encoders(autoencoder=SpaceToDepth(2, scale=scale))
 
 
 def test_a_saved_autoencoder_loads_by_its_path(tmp_path):

@@ -45,7 +45,7 @@ def make(**options):
 @pytest.mark.parametrize("prompts", ["a dog", ["a dog"]])
 def test_prompts_stand_below_the_images_of_a_training(tmp_path, prompts):
     model = make(context_shape=(2, 3))
-    model.text_encoder = Words()
+    model.set_encoders(text_encoder=Words())
     callback = SampleGridCallback(tmp_path, prompts=prompts, zoom=10)
     callback.set_model(model)
     callback.set_params({"epochs": 1})

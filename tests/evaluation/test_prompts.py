@@ -35,7 +35,7 @@ def model():
         (8, 8, 3), patch_size=4, hidden_dim=16, num_layers=1, num_heads=2, context_shape=(2, 3)
     )
     model = DiffusionModel(network, num_steps=2)
-    model.text_encoder = Words()
+    model.set_encoders(text_encoder=Words())
     for weight in model.ema_network.weights:
         weight.assign(4.0 * weight)
     return model
@@ -120,7 +120,7 @@ def test_prompts_need_a_model_and_an_encoder_of_text(model, inception):
     with pytest.raises(ValueError, match="this model has none"):
         evaluate(plain, reference(inception), inception, 20, clip=StubScore(), **FEW)
     mute = DiffusionModel(UViT((8, 8, 3), **network, context_shape=(2, 3)))
-    with pytest.raises(ValueError, match="set `model.text_encoder`"):
+    with pytest.raises(ValueError, match="set `model.encoders.text_encoder`"):
         evaluate(mute, reference(inception), inception, prompts=PROMPTS, **FEW)
 
 

@@ -275,7 +275,7 @@ def test_images_of_a_folder_are_the_adm_suites_with_labels(of_labels, inception,
 
 
 def test_latents_are_decoded_and_the_autoencoder_recorded(of_latents, inception):
-    of_latents.autoencoder = SpaceToDepth(2, scale=0.5)
+    of_latents.set_encoders(autoencoder=SpaceToDepth(2, scale=0.5))
     images, expected = by_hand(of_latents, inception, num_images=8)
     assert images.shape == (8, 8, 8, 3)
     record = evaluate(of_latents, reference(inception), inception, 8, **OPTIONS)
@@ -286,8 +286,8 @@ def test_latents_are_decoded_and_the_autoencoder_recorded(of_latents, inception)
 
 
 def test_latents_without_an_autoencoder_are_refused_before_drawing(of_latents, inception, drawn):
-    of_latents.autoencoder = None
-    with pytest.raises(ValueError, match=r"FID is of pixels: set `model.autoencoder`"):
+    of_latents.set_encoders(autoencoder=None)
+    with pytest.raises(ValueError, match=r"FID is of pixels: set `model.encoders.autoencoder`"):
         evaluate(of_latents, reference(inception), inception, 8, **OPTIONS)
     assert drawn == []
 
@@ -510,7 +510,7 @@ def test_another_image_size_is_refused_before_drawing(of_nothing, inception, dra
 
 
 def test_another_size_of_decoded_latents_is_refused_before_drawing(of_latents, inception, drawn):
-    of_latents.autoencoder = SpaceToDepth(2, scale=0.5)
+    of_latents.set_encoders(autoencoder=SpaceToDepth(2, scale=0.5))
     with pytest.raises(ValueError, match="are of 4 x 4 images, these are 8 x 8"):
         evaluate(of_latents, reference(inception, size=4), inception, 8, **OPTIONS)
     assert drawn == []

@@ -109,10 +109,10 @@ def test_the_loss_is_float32(policy):
             self.inputs = inputs
             return ops.zeros(ops.shape(inputs["image"]), policy.removeprefix("mixed_"))
 
-    drawn = model.draw(ops.convert_to_tensor(IMAGES))
-    model.draw = lambda x0: drawn
+    drawn = model.draw(ops.convert_to_tensor(IMAGES), model.objective)
+    model.draw = lambda x0, objective: drawn
     zero = Zero()
-    loss = model._loss({"image": IMAGES}, zero, training=True)
+    loss = model.mean_loss({"image": IMAGES}, zero, training=True)
     assert {dtype_of(x) for x in (loss, *drawn[:2], *zero.inputs.values())} == {"float32"}
     expected = np.mean(ops.convert_to_numpy(drawn[1]).astype("float64") ** 2)
     assert float(loss) == pytest.approx(expected, rel=1e-6)  # rounding of a float32 mean

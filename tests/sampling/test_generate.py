@@ -119,7 +119,7 @@ def test_per_image_noise_is_standard_normal_and_differs_by_image_and_step():
 
 
 def test_guidance_is_linear_in_the_scale_and_one_is_off(model):
-    one_step = dict(sampler=samplers.ddim(model.schedule, np.array([0.8, 0.0])))
+    one_step = dict(sampler=samplers.ddim(model.objective.schedule, np.array([0.8, 0.0])))
     d1, d2, d3 = (draw(model, guidance_scale=w, **one_step) for w in (1.0, 2.0, 3.0))
     # D_u + w (D_c - D_u): equal differences. Values up to 30 here, rounded in float32.
     np.testing.assert_allclose(d3 - d2, d2 - d1, atol=2e-3)
@@ -156,7 +156,7 @@ def test_average_or_raw_weights(model):
 
 def traces(model):
     """How often the loops of the model were traced and compiled."""
-    loops = model._loops.values()
+    loops = model.sampling_loops.values()
     if BACKEND == "jax":
         return sum(loop._cache_size() for loop in loops)
     return sum(loop.experimental_get_tracing_count() for loop in loops)
@@ -193,7 +193,7 @@ def test_latents_are_decoded_by_the_autoencoder():
     assert model.generate(num_images=3, decode=False, verbose=0).shape == (3, 4, 4, 1)
     with pytest.raises(ValueError, match="no autoencoder.*decode=False"):
         model.generate(num_images=3)
-    model.autoencoder = Half()
+    model.set_encoders(autoencoder=Half())
     assert model.generate(num_images=3, verbose=0).shape == (3, 8, 8, 3)
 
 
@@ -258,7 +258,7 @@ def test_guidance_without_a_null_label_is_refused():
 @pytest.fixture(scope="module")
 def text():
     model = DiffusionModel(UViT(**TINY, context_shape=(2, 3)), num_steps=3, guidance_scale=2.0)
-    model.text_encoder = Words()
+    model.set_encoders(text_encoder=Words())
     return model
 
 
@@ -288,7 +288,7 @@ def test_shuffled_prompts_change_the_images(text):
 
 
 def test_contexts_may_be_passed_instead(text):
-    contexts = text.text_encoder(["a dog", "a cat"])
+    contexts = text.encoders.text_encoder(["a dog", "a cat"])
     np.testing.assert_array_equal(told(text, contexts), told(text, ["a dog", "a cat"]))
     as_tensor = ops.convert_to_tensor(contexts)
     np.testing.assert_array_equal(told(text, as_tensor), told(text, contexts))
@@ -307,7 +307,7 @@ def test_guidance_leads_away_from_the_empty_prompt(text):
 
 @pytest.mark.parametrize("negative", ["a cat", ["a cat", "a cat"], "contexts", "one"])
 def test_negative_prompts(text, negative):
-    encoder = text.text_encoder
+    encoder = text.encoders.text_encoder
     negative = {"contexts": encoder(["a cat"] * 2), "one": encoder(["a cat"])}.get(
         negative if isinstance(negative, str) else None, negative
     )
@@ -358,7 +358,7 @@ def test_prepare_says_what_generate_would(text, model):
 def test_labels_and_prompts_together():
     network = UViT(**TINY, num_classes=3, context_shape=(2, 3))
     model = DiffusionModel(network, num_steps=2, guidance_scale=2.0)
-    model.text_encoder = Words()
+    model.set_encoders(text_encoder=Words())
     for weight in model.ema_network.weights:
         weight.assign(5.0 * weight)
     images = told(model, ["a dog", "a cat"], labels=[0, 2])

@@ -1,5 +1,6 @@
 """The loss by other times and weights, computed by hand; the default's are in the model's tests."""
 
+import dataclasses
 import math
 
 import keras
@@ -9,6 +10,7 @@ from keras import ops
 
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.diffusion.schedules import LinearPath, VPLinear
+from keras_uvit.training import draws
 
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)
 RNG = np.random.default_rng(0)
@@ -22,10 +24,11 @@ def make(**arguments):
     return DiffusionModel(UViT(**TINY, num_classes=3), **arguments)
 
 
-def draws(model, *sampling):
-    model._seed_random(0, model.step)
-    drawn = model.draw(ops.convert_to_tensor(IMAGES), *sampling)
-    return [ops.convert_to_numpy(a) for a in drawn]
+def drawn(model, **changes):
+    """What the first step draws, with another objective where there are `changes`."""
+    objective = dataclasses.replace(model.objective, **changes)
+    draws.go_to(model.random, 0, model.step)
+    return [ops.convert_to_numpy(a) for a in model.draw(ops.convert_to_tensor(IMAGES), objective)]
 
 
 def number(loss):
@@ -46,7 +49,7 @@ zeros.num_classes = 3
 )
 def test_the_loss_is_the_weighted_mean_of_squares(prediction, schedule):
     model = make(prediction=prediction, schedule=schedule, **CHANGED)
-    t, noise, _ = (a.astype("float64") for a in draws(model, "logit_normal"))
+    t, noise, _ = (a.astype("float64") for a in drawn(model))
     column = (64, 1, 1, 1)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     snr = alpha**2 / sigma**2
@@ -58,8 +61,8 @@ def test_the_loss_is_the_weighted_mean_of_squares(prediction, schedule):
         "v": (clipped / (snr + 1), alpha * noise - sigma * IMAGES),
         "velocity": (clipped * t**2, noise - IMAGES),
     }[prediction]
-    model._seed_random(0, model.step)
-    loss = number(model._loss(BATCH, zeros, training=True))
+    draws.go_to(model.random, 0, model.step)
+    loss = number(model.mean_loss(BATCH, zeros, training=True))
     expected = np.mean(weight.reshape(column) * target**2)
     assert loss == pytest.approx(expected, rel=1e-5)  # float32 sums, alpha and sigma
     assert abs(np.mean(target**2) / expected - 1) > 0.005  # the weights count
@@ -67,15 +70,15 @@ def test_the_loss_is_the_weighted_mean_of_squares(prediction, schedule):
 
 def test_only_the_times_are_drawn_otherwise():
     model = make()
-    u, noise, dropped = draws(model)
+    u, noise, dropped = drawn(model)
     for sampling in ("logit_normal", "cosmap"):
-        t, noise_, dropped_ = draws(model, sampling)
+        t, noise_, dropped_ = drawn(model, time_sampling=sampling)
         np.testing.assert_array_equal(noise_, noise)
         np.testing.assert_array_equal(dropped_, dropped)
         assert np.abs(t - u).max() > 0.03
     shares = [
         0.5 * (1 + math.erf(math.log(x / (1 - x)) / math.sqrt(2)))
-        for x in draws(model, "logit_normal")[0]
+        for x in drawn(model, time_sampling="logit_normal")[0]
     ]
     np.testing.assert_allclose(shares, u, atol=1e-5)  # float32 near the ends
 

@@ -33,8 +33,8 @@ def fit(model, images, batch_size=8, **options):
 class Bursting(DiffusionModel):
     """Whose noisy images, on the batches numbered in `bad`, are too large for float16."""
 
-    def draw(self, x0):
-        t, noise, dropped = super().draw(x0)
+    def draw(self, x0, objective):
+        t, noise, dropped = super().draw(x0, objective)
         hit = ops.any(ops.equal(ops.convert_to_tensor(self.bad, "int32"), self.step))
         return t, noise * ops.where(hit, 1e6, 1.0), dropped
 

@@ -23,7 +23,7 @@ def null(model):
 def test_a_text_encoder_is_taken_as_it_is():
     words = Words()
     model = presets.load("uvit_small_coco", text_encoder=words, **TEXT)
-    assert model.text_encoder is words
+    assert model.encoders.text_encoder is words
     assert model.context_encoder == "words-1"
     np.testing.assert_array_equal(null(model), words.null_context)
 
@@ -34,7 +34,7 @@ def test_a_path_of_clip_is_read(tmp_path, kind):
     text.save(tmp_path / "mine")
     small = {**TEXT, "context_shape": (2, 4)}
     model = presets.load("uvit_mid_coco", text_encoder=kind(tmp_path / "mine"), **small)
-    assert (model.text_encoder.id, model.context_encoder) == ("mine", text.fingerprint)
+    assert (model.encoders.text_encoder.id, model.context_encoder) == ("mine", text.fingerprint)
 
 
 def test_clip_of_another_size_is_refused():
@@ -51,11 +51,11 @@ def test_a_saved_model_brings_its_empty_prompt(tmp_path):
     model = presets.load("uvit_small_coco", text_encoder=Words(), **TEXT)
     model.save(tmp_path / "m.keras")
     again = presets.load("uvit_small_coco", tmp_path / "m.keras", **TEXT)
-    assert again.text_encoder is None
+    assert again.encoders.text_encoder is None
     assert again.context_encoder == "words-1"
     np.testing.assert_array_equal(null(again), null(model))
     with pytest.raises(ValueError, match="is of text encoder words-2"):
-        again.text_encoder = Words(fingerprint="words-2")
+        again.set_encoders(text_encoder=Words(fingerprint="words-2"))
 
 
 @pytest.mark.parametrize("name", [name for name in presets.names() if "coco" in name])
@@ -81,13 +81,13 @@ def test_it_ships_in_less_than_4_megabytes():
 
 
 def test_its_text_encoder_ships_too(shipped):
-    assert isinstance(shipped.text_encoder, CLIPText)
-    assert shipped.text_encoder.context_shape == (12, 64)
+    assert isinstance(shipped.encoders.text_encoder, CLIPText)
+    assert shipped.encoders.text_encoder.context_shape == (12, 64)
     # 1e-5 of values up to 4: the null context is that of any backend.
-    np.testing.assert_allclose(null(shipped), shipped.text_encoder("")[0], atol=4e-5)
+    np.testing.assert_allclose(null(shipped), shipped.encoders.text_encoder("")[0], atol=4e-5)
     every = [str(scene) for scene in shapes.scenes(300)]
-    ids = shipped.text_encoder.tokenize(every)  # a cut caption would warn
-    assert (ids[:, -1] == shipped.text_encoder.tokenizer.vocabulary[clip.END]).all()
+    ids = shipped.encoders.text_encoder.tokenize(every)  # a cut caption would warn
+    assert (ids[:, -1] == shipped.encoders.text_encoder.tokenizer.vocabulary[clip.END]).all()
 
 
 def test_its_weights_refuse_another_text_encoder():

@@ -7,8 +7,8 @@ from keras import ops
 
 from keras_uvit import DiffusionModel, UViT
 from keras_uvit.diffusion import schedules
-from keras_uvit.diffusion.predictions import PREDICTIONS
-from keras_uvit.training import adamw, batches
+from keras_uvit.diffusion.predictions import PREDICTIONS, target
+from keras_uvit.training import adamw, batches, draws
 
 TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)
 RNG = np.random.default_rng(0)
@@ -44,14 +44,12 @@ def fit(model, data=DATA, **options):
 class Perfect(DiffusionModel):
     """Adds up what a perfect network would have to answer, and answers it."""
 
-    def draw(self, x0):
-        t, noise, dropped = super().draw(x0)
+    def draw(self, x0, objective):
+        t, noise, dropped = super().draw(x0, objective)
         self.drawn = (x0, t, noise)
         return t, noise, dropped
 
     def loss_of_perfect(self, batch):
-        from keras_uvit.diffusion.predictions import target
-
         network = self.network
 
         class Oracle:
@@ -61,10 +59,10 @@ class Perfect(DiffusionModel):
             def __call__(_, inputs, training=False):
                 x0, t, noise = self.drawn
                 self.inputs = inputs
-                return target(self.prediction, self.schedule, t, x0, noise)
+                return target(self.objective.prediction, self.objective.schedule, t, x0, noise)
 
-        self._seed_random(0, self.step)
-        return self._loss(batch, Oracle(), training=True)
+        draws.go_to(self.random, 0, self.step)
+        return self.mean_loss(batch, Oracle(), training=True)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -80,7 +78,8 @@ def test_the_network_sees_the_noisy_image_the_scaled_time_and_dropped_labels():
     x0, t, noise = (ops.convert_to_numpy(a) for a in model.drawn)
     seen = {key: ops.convert_to_numpy(value) for key, value in model.inputs.items()}
     np.testing.assert_allclose(x0, many["image"] / 127.5 - 1, atol=1e-6)  # float32 rounding
-    alpha, sigma = (f(t.astype("float64")) for f in (model.schedule.alpha, model.schedule.sigma))
+    schedule = model.objective.schedule
+    alpha, sigma = (f(t.astype("float64")) for f in (schedule.alpha, schedule.sigma))
     expected = alpha[:, None, None, None] * x0 + sigma[:, None, None, None] * noise
     np.testing.assert_allclose(seen["image"], expected, atol=1e-5)  # float32 exp and sqrt
     np.testing.assert_allclose(seen["timestep"], 999 * t, rtol=1e-6)
@@ -123,17 +122,17 @@ def test_context_is_dropped_to_the_null_context():
 def test_every_step_draws_anew_and_the_same_step_the_same():
     model = make(compiled=False)
 
-    def draws():
-        model._seed_random(0, model.step)
-        t, noise, _ = model.draw(ops.zeros((4, 4, 4, 1)))
+    def drawn():
+        draws.go_to(model.random, 0, model.step)
+        t, noise, _ = model.draw(ops.zeros((4, 4, 4, 1)), model.objective)
         return np.concatenate([ops.convert_to_numpy(t), ops.convert_to_numpy(noise).ravel()])
 
-    first = draws()
-    np.testing.assert_array_equal(first, draws())
+    first = drawn()
+    np.testing.assert_array_equal(first, drawn())
     model.step.assign(1)
-    second = draws()
-    model._seed_random(1, ops.convert_to_tensor(0, "int32"))
-    t, _, _ = model.draw(ops.zeros((4, 4, 4, 1)))
+    second = drawn()
+    draws.go_to(model.random, 1, ops.convert_to_tensor(0, "int32"))
+    t, _, _ = model.draw(ops.zeros((4, 4, 4, 1)), model.objective)
     assert np.abs(first - second).min() > 0
     assert np.abs(ops.convert_to_numpy(t) - first[:4]).min() > 0  # validation has its own stream
     assert np.abs(first[:1] - draws_of_other_seed()) > 0
@@ -156,8 +155,8 @@ def test_the_seed_is_a_part_of_the_state_that_training_keeps():
 
 def draws_of_other_seed():
     model = make(compiled=False, seed=1)
-    model._seed_random(0, model.step)
-    return ops.convert_to_numpy(model.draw(ops.zeros((4, 4, 4, 1)))[0])[:1]
+    draws.go_to(model.random, 0, model.step)
+    return ops.convert_to_numpy(model.draw(ops.zeros((4, 4, 4, 1)), model.objective)[0])[:1]
 
 
 @pytest.mark.once
@@ -230,8 +229,8 @@ def test_recipe_rates():
 class Poisoned(DiffusionModel):
     """Whose loss is NaN on the batches numbered in `bad`."""
 
-    def _loss(self, batch, network, training):
-        loss = super()._loss(batch, network, training)
+    def mean_loss(self, batch, network, training):
+        loss = super().mean_loss(batch, network, training)
         hit = ops.any(ops.equal(ops.convert_to_tensor(self.bad, "int32"), self.step))
         return ops.where(hit, float("nan"), loss)
 
@@ -352,7 +351,7 @@ def test_config_holds_every_argument():
     config = model.get_config()
     copy = DiffusionModel.from_config(config)
     assert copy.get_config() == config
-    assert copy.schedule == model.schedule
+    assert copy.objective.schedule == model.objective.schedule
     old = {k: v for k, v in config.items() if k not in ("time_sampling", "loss_weighting")}
     assert DiffusionModel.from_config(old).time_sampling == "uniform"
 

@@ -22,7 +22,7 @@ from keras_uvit.training.optimizers import adamw
 
 pytestmark = pytest.mark.once
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"hidden_dim": 16, "num_layers": 3, "num_heads": 2}
 
 # The paper (arXiv 2209.12152, Tables 1, 2, 7 and Appendix) and the configurations of its program.
@@ -318,7 +318,7 @@ def autoencoder():
 
 def test_an_autoencoder_is_taken_as_it_is_and_decodes(autoencoder):
     model = presets.load("uvit_huge_imagenet256", autoencoder=autoencoder, **LATENT)
-    assert model.autoencoder is autoencoder
+    assert model.encoders.autoencoder is autoencoder
     assert model.latent_encoder == autoencoder.fingerprint
     options = dict(labels=[0, 2], num_steps=3, verbose=0)
     images = model.generate(**options)
@@ -341,12 +341,12 @@ def test_a_path_of_an_autoencoder_is_read_at_the_rows_scale(
         AutoencoderKL, "from_file", lambda path, scale: read(path, scale, **autoencoder.config)
     )
     model = presets.load(name, autoencoder=kind(tmp_path / "mine.weights.h5"), **SMALL)
-    assert (model.autoencoder.id, model.autoencoder.scale) == ("mine", scale)
+    assert (model.encoders.autoencoder.id, model.encoders.autoencoder.scale) == ("mine", scale)
     assert model.latent_encoder == autoencoder.fingerprint
     latents = np.random.default_rng(0).standard_normal((1, 4, 4, 4), "float32")
     at_its_scale = latents * autoencoder.scale / scale
     np.testing.assert_allclose(
-        model.autoencoder.decode(latents).astype(int),
+        model.encoders.autoencoder.decode(latents).astype(int),
         autoencoder.decode(at_its_scale).astype(int),
         atol=1,  # a rounding of the scale may tip an integer
     )

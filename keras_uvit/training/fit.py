@@ -12,13 +12,11 @@ from keras_uvit.data.shuffled import ShuffledDataset
 from keras_uvit.training import (
     arguments,
     batches,
-    bookkeeping,
     callback_states,
     checkpoints,
+    draws,
     frozen,
-    objective,
     run_length,
-    text_space,
 )
 from keras_uvit.training.callbacks import Checkpoint, StopOnNonFinite
 from keras_uvit.training.checkpoints import CheckpointError, Place
@@ -39,14 +37,14 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
         options: dict of the other arguments.
     """
     size = options["batch_size"]
-    bookkeeping.check_pairs(model)
+    model.check_weights()
     if model.compiled:
         frozen.check_compiled(model)
     _check_resume(mode, callbacks, options)
     if isinstance(x, types.GeneratorType) or getattr(x, "shuffles_itself", False):
         options.setdefault("shuffle", False)  # Keras cannot shuffle the one, need not the other
     x = batches.check_source(model, x, y, size)
-    text_space.note_arrays(model)
+    batches.adopt(model, x)
     if share := options.pop("validation_split", None):
         x, options["validation_data"] = _split(x, share, options)
     if options["epochs"] is None:
@@ -65,7 +63,7 @@ def fit(model, keras_fit, x, y, callbacks, mode, options):
     if options["verbose"] == "auto" or not backend.is_first():
         options["verbose"] = 0
     model.skipped_in_row.assign(0)
-    objective.begin_random(model)  # weights loaded from another model brought its seed with them
+    draws.begin(model.random, model.seed)  # weights of another model brought its seed with them
     if isinstance(callbacks, keras.callbacks.CallbackList):
         for callback in own:
             callbacks.append(callback)

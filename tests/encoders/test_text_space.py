@@ -26,7 +26,7 @@ def null(model):
 def test_setting_a_text_encoder_brings_the_empty_prompt():
     model, words = make(), Words()
     assert not null(model).any()
-    model.text_encoder = words
+    model.set_encoders(text_encoder=words)
     np.testing.assert_array_equal(null(model), words([""])[0])
     assert model.context_encoder == "words-1"
 
@@ -34,15 +34,15 @@ def test_setting_a_text_encoder_brings_the_empty_prompt():
 @pytest.mark.each_backend
 def test_the_empty_prompt_is_saved_with_the_model(tmp_path):
     model = make()
-    model.text_encoder = Words()
+    model.set_encoders(text_encoder=Words())
     model.save(tmp_path / "m.keras")
     again = keras.saving.load_model(tmp_path / "m.keras")
     np.testing.assert_array_equal(null(again), null(model))
     assert again.context_encoder == "words-1"
-    assert again.text_encoder is None
-    again.text_encoder = Words()
+    assert again.encoders.text_encoder is None
+    again.set_encoders(text_encoder=Words())
     with pytest.raises(ValueError, match="is of text encoder words-2.*learned.*words-1"):
-        again.text_encoder = Words(fingerprint="words-2")
+        again.set_encoders(text_encoder=Words(fingerprint="words-2"))
 
 
 def test_a_model_of_unknown_contexts_keeps_the_null_it_has_learned(tmp_path):
@@ -52,12 +52,12 @@ def test_a_model_of_unknown_contexts_keeps_the_null_it_has_learned(tmp_path):
     assert model.context_encoder == "arrays"
     contexts = np.ones((1, 2, 3))
     guided = model.generate(prompts=contexts, guidance_scale=2.0, verbose=0)
-    model.text_encoder = Words()
-    model.text_encoder = Words(fingerprint="words-2")  # whose they were is not known
+    model.set_encoders(text_encoder=Words())
+    model.set_encoders(text_encoder=Words(fingerprint="words-2"))  # whose they were is not known
     assert not null(model).any()
     model.save(tmp_path / "m.keras")
     again = keras.saving.load_model(tmp_path / "m.keras")
-    again.text_encoder = Words()
+    again.set_encoders(text_encoder=Words())
     assert not null(again).any()
     np.testing.assert_array_equal(
         again.generate(prompts=contexts, guidance_scale=2.0, verbose=0), guided
@@ -67,29 +67,29 @@ def test_a_model_of_unknown_contexts_keeps_the_null_it_has_learned(tmp_path):
 def test_an_assigned_null_stays():
     model = make()
     model.null_context.assign(np.full((2, 3), 7.0))
-    model.text_encoder = Words()
+    model.set_encoders(text_encoder=Words())
     assert (null(model) == 7.0).all()
 
 
 def test_a_model_made_from_a_config_gets_the_null_of_its_encoder():
     words = Words()
     for model in (make(context_encoder="words-1"), make()):
-        model.text_encoder = words
+        model.set_encoders(text_encoder=words)
         fresh = DiffusionModel.from_config(model.get_config())
-        fresh.text_encoder = words
+        fresh.set_encoders(text_encoder=words)
         np.testing.assert_array_equal(null(fresh), words.null_context)
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (3, 3)])
 def test_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"contexts of shape .*network has context_shape=\(2, 3\)"):
-        make().text_encoder = Words(*shape)
+        make().set_encoders(text_encoder=Words(*shape))
 
 
 def test_a_network_without_text_refuses_an_encoder():
     model = DiffusionModel(UViT((4, 4, 1), **TINY))
     with pytest.raises(ValueError, match=r"reads no text.*context_shape=\(2, 3\)"):
-        model.text_encoder = Words()
+        model.set_encoders(text_encoder=Words())
 
 
 ABOUT = {"id": "words", "fingerprint": "words-1"}
@@ -100,7 +100,7 @@ ABOUT = {"id": "words", "fingerprint": "words-1"}
 )
 def test_what_is_no_text_encoder_is_refused(other):
     with pytest.raises(TypeError, match="A text encoder is encoders.CLIPText"):
-        make().text_encoder = other
+        make().set_encoders(text_encoder=other)
 
 
 def test_a_cache_brings_the_empty_prompt_too():
@@ -122,7 +122,7 @@ def test_a_cache_brings_the_empty_prompt_too():
     model.fit(Cache(), verbose=0)
     assert (null(model) == 5.0).all()
     assert model.context_encoder == "words-1"
-    model.text_encoder = Words()  # its own, so the null stays
+    model.set_encoders(text_encoder=Words())  # its own, so the null stays
     assert (null(model) == 5.0).all()
     other = make(context_encoder="other")
     other.compile()

@@ -156,7 +156,7 @@ def test_a_list_is_tokenized_as_its_parts(tokenizer, folder):
     np.testing.assert_array_equal(together, reference_ids(folder, AWKWARD))
 
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CLIPS_OWN = json.loads((GOLDEN / "clip_words.json").read_text(encoding="utf-8"))
 
 
@@ -197,12 +197,12 @@ def test_a_model_remembers_whether_its_prompts_were_cleaned(folder, tmp_path):
         (4, 4, 1), hidden_dim=8, num_layers=1, num_heads=2, context_shape=typed.context_shape
     )
     model = DiffusionModel(network)
-    model.text_encoder = typed
+    model.set_encoders(text_encoder=typed)
     model.save(tmp_path / "m.keras")
     again = keras.saving.load_model(tmp_path / "m.keras")
     with pytest.raises(ValueError, match="read as they are typed.*clean=False"):
-        again.text_encoder = cleaned
-    again.text_encoder = typed
+        again.set_encoders(text_encoder=cleaned)
+    again.set_encoders(text_encoder=typed)
 
 
 def test_a_score_cleans_its_prompts(whole_folder):

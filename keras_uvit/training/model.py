@@ -1,30 +1,38 @@
 """A network, a noise schedule and a loss: a Keras model to `fit` and `generate` with."""
 
+import dataclasses
 import inspect
 
 import keras
 from keras import ops
 
 from keras_uvit import backend, checks, distribution, sampling
+from keras_uvit.diffusion.objective import Objective
 from keras_uvit.diffusion.schedules import VPLinear
+from keras_uvit.encoders import compatibility, holder
 from keras_uvit.inference import own_defaults
-from keras_uvit.networks.network import copy_of
-from keras_uvit.training import (
-    arguments,
-    batches,
-    bookkeeping,
-    fitting,
-    frozen,
-    latent_space,
-    left_out,
-    objective,
-    optimizers,
-    text_space,
-)
+from keras_uvit.networks.network import check_copy, copy_of
+from keras_uvit.training import arguments, batches, draws, fit, frozen, optimizers
 from keras_uvit.training.checkpoints import atomically
 
 TRAIN, TEST = 0, 1  # streams of randomness
-FROZEN = ("autoencoder", "text_encoder")
+# Arguments that the config keeps as they are.
+PLAIN = (
+    "condition_dropout",
+    "latent_scale",
+    "latent_encoder",
+    "context_encoder",
+    "ema_decay",
+    "ema_warmup",
+    "sampler",
+    "num_steps",
+    "guidance_scale",
+    "max_skipped_steps",
+    "planned_steps",
+    "seed",
+    "name",
+)
+OF_OBJECTIVE = ("prediction", "time_scale", "time_sampling", "loss_weighting")
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
@@ -105,24 +113,26 @@ class DiffusionModel(keras.Model):
         seed=0,
         name="diffusion_model",
     ):
-        arguments.check_parts(network, schedule)
+        arguments.check_network(network)
         distribution.check_layouts(network)
         # autocast=False: mixed precision must not round the timestep.
         super().__init__(name=name, dtype=network.dtype_policy, autocast=False)
         self.network = network
         self.ema_network = copy_of(network, f"ema_{network.name}")
+        self.objective = Objective(
+            VPLinear() if schedule is None else schedule,
+            prediction,
+            time_scale,
+            time_sampling,
+            loss_weighting,
+        )
         has_null = network.null_label is not None or network.context_shape is not None
         if condition_dropout is None:
             condition_dropout = 0.1 if has_null else 0.0
-        self.schedule = schedule if schedule is not None else VPLinear()
-        self.prediction = prediction
-        self.time_scale = time_scale if time_scale is not None else self.schedule.time_scale
-        self.time_sampling, self.loss_weighting = time_sampling, loss_weighting
         self.condition_dropout = condition_dropout
         self.latent_scale = latent_scale
         self.latent_encoder, self.context_encoder = latent_encoder, context_encoder
-        self.ema_decay = ema_decay
-        self.ema_warmup = ema_warmup
+        self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
         self.optimizer_config = dict(optimizer or optimizers.default_arguments(network))
         self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
         self.max_skipped_steps, self.planned_steps = max_skipped_steps, planned_steps
@@ -142,26 +152,48 @@ class DiffusionModel(keras.Model):
             null = dict(initializer="zeros", trainable=False, name="null_context")
             self.null_context = self.add_weight(shape=network.context_shape, **null)
         self.random = keras.random.SeedGenerator(0)  # `self.seed` may be larger than Keras takes
-        objective.begin_random(self)
+        draws.begin(self.random, self.seed)
         self.norm_tracker = keras.metrics.Mean(name="grad_norm", dtype="float32")
-        # Set by whoever has them: such as encoders.AutoencoderKL and encoders.CLIPText.
-        self.autoencoder = self.text_encoder = None
-        self._loops = {}
+        self.encoders = holder.Encoders()
+        self.sampling_loops = {}  # compiled, by `sampling.generate`
         self.warned_untrained = False
         self.built = True
 
+    def set_encoders(self, **parts):
+        """Gives the model its frozen parts, which are no part of its file.
+
+        Args:
+            autoencoder: `encoders.AutoencoderKL`, or what has its `scale`, `fingerprint` and
+                `decode`; `generate` makes pixels of latents with it. None takes it away.
+            text_encoder: `encoders.CLIPText`, or what has its methods; `generate` makes contexts
+                of prompts with it. None takes it away.
+
+        Raises:
+            TypeError: for another argument, or what is no such encoder.
+            ValueError: if the model has learned the latents or contexts of another encoder.
+        """
+        new = dataclasses.replace(self.encoders, **parts)
+        autoencoder, text_encoder = parts.get("autoencoder"), parts.get("text_encoder")
+        if autoencoder is not None:
+            compatibility.check_autoencoder(autoencoder)
+            compatibility.check_latents(self, autoencoder, "The autoencoder")
+        if text_encoder is not None:
+            compatibility.check_text_encoder(text_encoder)
+            compatibility.check_contexts(self, text_encoder, "The text encoder")
+        self.encoders = new
+        if autoencoder is not None:
+            compatibility.adopt_latents(self, autoencoder)
+        if text_encoder is not None:
+            compatibility.adopt_contexts(self, text_encoder)
+
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
-        parts = {"network": serialize(self.network), "schedule": serialize(self.schedule)}
-        own = (
-            "prediction time_scale time_sampling loss_weighting condition_dropout latent_scale "
-            "latent_encoder context_encoder ema_decay ema_warmup sampler num_steps guidance_scale "
-            "max_skipped_steps planned_steps seed name"
-        )
         return {
-            **parts,
+            "network": serialize(self.network),
+            "schedule": serialize(self.objective.schedule),
             "optimizer": dict(self.optimizer_config),
-            **{key: getattr(self, key) for key in own.split()},
+            **{key: getattr(self.objective, key) for key in OF_OBJECTIVE},
+            **{key: getattr(self, key) for key in PLAIN},
             "frozen": frozen.frozen(self.network),
         }
 
@@ -176,24 +208,8 @@ class DiffusionModel(keras.Model):
         model = cls(**arguments)
         if paths is not None:
             frozen.freeze(model.network, paths)  # now: the optimizer is built for what is trained
-        left_out.say_loaded(model)
+        holder.warn_of_loading(model)
         return model
-
-    # Frozen parts are not the model's own: Keras would count and train what it sees being set, and
-    # save what dir() shows.
-    def __setattr__(self, name, value):
-        if name not in FROZEN:
-            return super().__setattr__(name, value)
-        if name == "autoencoder" and value is not None:
-            latent_space.check_autoencoder(value)
-            latent_space.agree(self, value, "The autoencoder")
-        if name == "text_encoder" and value is not None:
-            text_space.check_encoder(value)
-            text_space.agree(self, value, "The text encoder")
-        return object.__setattr__(self, name, value)
-
-    def __dir__(self):
-        return [name for name in super().__dir__() if name not in FROZEN]
 
     def build(self, input_shape=None):
         """Nothing to do: the networks are built when they are made."""
@@ -216,9 +232,13 @@ class DiffusionModel(keras.Model):
         keras.Model.trainable.fset(self, value)
         self.ema_network.trainable = False  # Keras would set it for all layers
 
+    def check_weights(self):
+        """Raises unless each weight of the network has its place in the moving average."""
+        check_copy(self.network, self.ema_network)
+
     def copy_weights_to_ema(self):
         """Starts the moving average at the network's weights."""
-        bookkeeping.check_pairs(self)
+        self.check_weights()
         for average, weight in zip(self.ema_network.weights, self.network.weights):
             average.assign(ops.copy(weight.value))  # a copy: JAX must not donate one buffer twice
 
@@ -237,7 +257,7 @@ class DiffusionModel(keras.Model):
                 model's own.
         """
         kwargs = arguments.checked("compile", kwargs)
-        bookkeeping.check_pairs(self)
+        self.check_weights()
         self._jit_compile_chosen = jit_compile
         jit_compile = backend.HAS_XLA if jit_compile is None else jit_compile
         with own_defaults(self.dtype_policy):  # float32 for the loss and the learning rate
@@ -297,14 +317,14 @@ class DiffusionModel(keras.Model):
         """
         options = dict(kwargs, batch_size=batch_size, epochs=epochs, verbose=verbose)
         options = arguments.checked("fit", options)
-        return fitting.fit(self, super().fit, x, y, callbacks, resume, options)
+        return fit.fit(self, super().fit, x, y, callbacks, resume, options)
 
     def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
         """As `keras.Model.evaluate`, with the moving average; the same noise every time."""
         if not kwargs.get("_use_cached_eval_dataset"):  # else `fit` has checked it
             kwargs = arguments.checked("evaluate", {**kwargs, "batch_size": batch_size})
             batch_size = kwargs.pop("batch_size")
-            bookkeeping.check_pairs(self)
+            self.check_weights()
             x = batches.check_source(self, x, y, batch_size)
         self._begin_test()
         if getattr(x, "shuffles_itself", False):
@@ -313,7 +333,7 @@ class DiffusionModel(keras.Model):
 
     def _begin_test(self):
         self.test_step_count.assign(0)
-        objective.begin_random(self)
+        draws.begin(self.random, self.seed)
 
     def predict(self, x, *args, **kwargs):
         """As `keras.Model.predict`: what the network gives for a dict of its inputs.
@@ -332,18 +352,21 @@ class DiffusionModel(keras.Model):
         """One training step, as one of `fit`."""
         given = dict(sample_weight=sample_weight, class_weight=class_weight)
         arguments.checked("train_on_batch", given)
-        bookkeeping.check_pairs(self)
+        self.check_weights()
         x = batches.check_source(self, x, y)
-        objective.begin_random(self)
+        batches.adopt(self, x)
+        draws.begin(self.random, self.seed)
         return super().train_on_batch(x, return_dict=return_dict)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """The loss of a batch by the moving average, as `evaluate` gives it for it alone."""
         arguments.checked("test_on_batch", {"sample_weight": sample_weight})
-        bookkeeping.check_pairs(self)
+        self.check_weights()
         x = batches.check_source(self, x, y)
         self._begin_test()
         return super().test_on_batch(x, return_dict=return_dict)
+
+    # One step: what `backend.train_step` and `test_step` call, see `backend.steps` ---------------
 
     def train_step(self, *args):
         return backend.train_step(self, *args)
@@ -355,32 +378,95 @@ class DiffusionModel(keras.Model):
         return batches.as_dict(data)
 
     def loss_of(self, batch):
-        """Loss of a training batch; randomness from (seed, step)."""
-        self._seed_random(TRAIN, self.step)
-        return self._loss(batch, self.network, training=True)
+        """Loss of a training batch; its random numbers are a function of (seed, step)."""
+        draws.go_to(self.random, TRAIN, self.step)
+        return self.mean_loss(batch, self.network, training=True)
 
     def test_loss_of(self, batch):
         """Loss of a validation batch by the moving average; batch k always draws the same.
 
-        Of uniform times and unweighted, so that models of one prediction and schedule compare.
+        Its times are uniform and its errors unweighted, so that models of one prediction and
+        schedule can be compared.
         """
-        self._seed_random(TEST, self.test_step_count)
+        draws.go_to(self.random, TEST, self.test_step_count)
         self.test_step_count.assign_add(1)
-        return self._loss(batch, self.ema_network, training=False)
+        return self.mean_loss(batch, self.ema_network, training=False)
 
-    # What is differentiated.
-    _seed_random = objective.seed_random
-    _loss = objective.loss
-    clean = objective.clean
-    draw = objective.draw
-    condition = objective.condition
+    def mean_loss(self, batch, network, training):
+        """Mean loss of a batch, a float32 scalar; NaN where a label is out of range."""
+        objective = self.objective if training else self.objective.for_validation()
+        x0 = self.clean(batch)
+        t, noise, dropped = self.draw(x0, objective)
+        inputs = {
+            "image": objective.add_noise(x0, t, noise),
+            "timestep": objective.time_scale * t,
+            **self.condition(batch, dropped if training else None),
+        }
+        output = ops.cast(network(inputs, training=training), "float32")
+        mean = objective.loss(output, x0, t, noise)
+        if "label" not in inputs:
+            return mean
+        # A lookup out of range is silent on some devices, and label K would read as "none";
+        # NaN makes the step skipped and counted.
+        label = ops.cast(batch["label"], "int32")
+        valid = ops.all((label >= 0) & (label < network.num_classes))
+        return ops.where(valid, mean, float("nan"))
 
-    # What `backend.train_step` does around the gradient.
-    gradient_norm = bookkeeping.gradient_norm
-    current_ema_decay = bookkeeping.current_ema_decay
-    after_step = bookkeeping.after_step
-    report = bookkeeping.report
-    test_report = bookkeeping.test_report
+    def clean(self, batch):
+        """x0 `(B, H, W, C)` of a batch, float32; of moments a new posterior sample."""
+        return batches.clean(batch, self.latent_scale, lambda s: draws.normal(self.random, s))
+
+    def condition(self, batch, dropped=None):
+        """The network's conditions, replaced by "none" where `dropped`, `(B,)` bool."""
+        null = None if self.network.context_shape is None else self.null_context
+        return batches.condition(batch, self.network, null, dropped)
+
+    def draw(self, x0, objective):
+        """Random t `(B,)`, noise like x0, and which conditions to drop, `(B,)` bool."""
+        shape, count = ops.shape(x0), ops.shape(x0)[:1]
+        t = objective.times(draws.uniform(self.random, count))
+        noise = draws.normal(self.random, shape)
+        return t, noise, draws.uniform(self.random, count) < self.condition_dropout
+
+    def gradient_norm(self, gradients):
+        """Euclidean norm of all gradients, float32, without the loss scale."""
+        norm = backend.norm([g for g in gradients if g is not None])
+        scale = getattr(self.optimizer, "dynamic_scale", None)
+        return norm if scale is None else norm / ops.convert_to_tensor(scale)
+
+    def after_step(self, ok, before):
+        """Counters, and the average if the optimizer made a step (`before`: its count)."""
+        skipped = ops.cast(ops.logical_not(ok), "int32")
+        self.step.assign_add(1)
+        self.skipped_steps.assign_add(skipped)
+        self.skipped_in_row.assign((self.skipped_in_row + skipped) * skipped)
+        stepped = ops.convert_to_tensor(self.optimizer.iterations) > before
+        decay = ops.where(stepped, self.current_ema_decay(), 1.0)  # 1.0: leave it as it is
+        self.ema_step.assign_add(ops.cast(stepped, "int32"))
+        backend.blend(self.ema_network.weights, self.network.weights, decay)
+
+    def current_ema_decay(self):
+        k = ops.cast(self.ema_step, "float32")
+        ramp = (1.0 + k) / (10.0 + k) if self.ema_warmup else 1.0
+        return ops.minimum(self.ema_decay, ramp)
+
+    def report(self, loss, norm):
+        """Logs of a training step; skipped steps do not enter the means."""
+        ok = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
+        means = {"loss": self._loss_tracker, "grad_norm": self.norm_tracker}
+        for tracker, value in zip(means.values(), (loss, norm)):
+            tracker.update_state(ops.where(ok, value, 0.0), ops.cast(ok, "float32"))
+        return {
+            **{key: ops.where(t.count > 0, t.result(), float("nan")) for key, t in means.items()},
+            "ema_decay": self.current_ema_decay(),
+            # Cast, so that JAX makes new arrays: the counters' own are donated to the next step.
+            "skipped_steps": ops.cast(self.skipped_steps, "float32"),
+            "skipped_in_row": ops.cast(self.skipped_in_row, "float32"),
+        }
+
+    def test_report(self, batch, loss):
+        self._loss_tracker.update_state(loss, ops.shape(next(iter(batch.values())))[0])
+        return {"loss": self._loss_tracker.result()}
 
     # Sampling and files ---------------------------------------------------------------------------
 
@@ -414,7 +500,7 @@ class DiffusionModel(keras.Model):
             num_images: int, for an unconditional model.
             labels: ints in [0, num_classes), one per image, for a class-conditional model.
             prompts: for a text model: one string per image, or contexts `(n, length, width)`, as
-                `model.text_encoder` makes them.
+                the text encoder makes them.
             negative_prompts: what guidance leads away from, in place of the empty prompt: one
                 string for all images, one per image, or their contexts.
             num_steps: int, what the sampler makes of it; `None` is the model's default.
@@ -461,8 +547,8 @@ class DiffusionModel(keras.Model):
     def save(self, filepath, overwrite=True, **kwargs):
         """As `keras.Model.save`, but written beside and renamed: a killed save loses nothing.
 
-        One process of several can save what each of them has. `autoencoder` and `text_encoder` are
-        no part of the file, which a warning says: set them again after loading.
+        One process of several can save what each of them has. The encoders are no
+        part of the file, which a warning says: set them again after loading.
 
         Raises:
             ValueError: if weights are divided among processes, a layer was changed after the
@@ -470,7 +556,7 @@ class DiffusionModel(keras.Model):
         """
         if str(filepath).endswith((".h5", ".hdf5")):
             raise ValueError(f"The name of a saved model ends in .keras. Received: {filepath}.")
-        left_out.say_saved(self)
+        self.encoders.warn_of_saving()
         self._write(super().save, filepath, overwrite, **kwargs)
 
     def save_weights(self, filepath, overwrite=True, **kwargs):
@@ -478,7 +564,7 @@ class DiffusionModel(keras.Model):
         self._write(super().save_weights, filepath, overwrite, **kwargs)
 
     def _write(self, write, filepath, overwrite, **kwargs):
-        bookkeeping.check_pairs(self)
+        self.check_weights()
         if distribution.divides_among_processes():
             raise ValueError(
                 "Each process has a part of the weights: `training.Checkpoint` saves all of them, "

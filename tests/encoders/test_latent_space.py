@@ -309,34 +309,37 @@ def test_a_cache_of_the_wrong_standard_deviation_is_refused(tmp_path):
 def test_an_autoencoder_of_another_scale_is_refused():
     model = make()
     with pytest.raises(ValueError, match="The autoencoder.*has scale 1.0, the model latent_scale"):
-        model.autoencoder = encoder(scale=1.0)
-    assert model.autoencoder is None
+        model.set_encoders(autoencoder=encoder(scale=1.0))
+    assert model.encoders.autoencoder is None
     assert model.latent_encoder is None
-    model.autoencoder = encoder(scale=SCALE * (1 + 1e-7))  # float32 rounding is no other scale
+    model.set_encoders(
+        autoencoder=encoder(scale=SCALE * (1 + 1e-7))
+    )  # float32 rounding is no other scale
 
 
 def test_an_autoencoder_of_another_encoder_is_refused_and_the_old_one_stays():
     model = make()
-    first = model.autoencoder = encoder()
+    first = encoder()
+    model.set_encoders(autoencoder=first)
     assert model.latent_encoder == "the-encoder"
     with pytest.raises(ValueError, match="The autoencoder.*is of encoder another"):
-        model.autoencoder = encoder("another")
-    assert model.autoencoder is first
-    model.autoencoder = None
+        model.set_encoders(autoencoder=encoder("another"))
+    assert model.encoders.autoencoder is first
+    model.set_encoders(autoencoder=None)
     assert model.latent_encoder == "the-encoder"
     model.latent_encoder = None
-    model.autoencoder = encoder("another")
+    model.set_encoders(autoencoder=encoder("another"))
     assert model.latent_encoder == "another"
 
 
 def test_an_autoencoder_for_a_model_of_pixels_is_refused():
     with pytest.raises(ValueError, match="works on pixels.*latent_scale=1.7"):
-        make(latent_scale=None).autoencoder = encoder()
+        make(latent_scale=None).set_encoders(autoencoder=encoder())
 
 
 def test_the_autoencoder_must_be_that_of_the_cache(tmp_path):
     model = make()
-    model.autoencoder = encoder("another")
+    model.set_encoders(autoencoder=encoder("another"))
     text = refusal(model, cache(tmp_path))
     assert "is of encoder the-encoder" in text
     assert "encoder another" in text
@@ -359,12 +362,13 @@ def shift(autoencoder, part):
 
 def test_another_decoder_is_taken_and_another_encoder_refused(kl):
     model = make()
-    model.autoencoder = kl
-    decoder = model.autoencoder = shift(kl, "decoder")
-    assert model.autoencoder is decoder
+    model.set_encoders(autoencoder=kl)
+    decoder = shift(kl, "decoder")
+    model.set_encoders(autoencoder=decoder)
+    assert model.encoders.autoencoder is decoder
     with pytest.raises(ValueError, match="is of encoder"):
-        model.autoencoder = shift(kl, "encoder")
-    assert model.autoencoder is decoder
+        model.set_encoders(autoencoder=shift(kl, "encoder"))
+    assert model.encoders.autoencoder is decoder
 
 
 def facts(model):
@@ -386,7 +390,7 @@ def test_the_autoencoder_is_no_part_of_the_model(tmp_path, kl):
     model = make(num_steps=2)
     model.compile(jit_compile=JIT)
     before = facts(model)
-    model.autoencoder = kl
+    model.set_encoders(autoencoder=kl)
     assert facts(model) == before
     weights = kl.get_weights()
     model.fit(of_std("latent", 1.0), verbose=0)
@@ -397,9 +401,9 @@ def test_the_autoencoder_is_no_part_of_the_model(tmp_path, kl):
     np.testing.assert_array_equal(images, kl.decode(latents))
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.autoencoder is None
+    assert loaded.encoders.autoencoder is None
     assert loaded.latent_encoder == kl.fingerprint
-    loaded.autoencoder = kl
+    loaded.set_encoders(autoencoder=kl)
 
 
 def assert_same(before, after):
@@ -473,7 +477,7 @@ def test_the_autoencoder_is_not_in_the_models_file(tmp_path, kl, name):
     model = make(latent_encoder=kl.fingerprint)
     save = model.save if name.endswith(".keras") else model.save_weights
     for autoencoder in (None, kl):
-        model.autoencoder = autoencoder
+        model.set_encoders(autoencoder=autoencoder)
         save(tmp_path / name)
         sizes.append((tmp_path / name).stat().st_size)
     assert kl.count_params() * 4 > 500_000
@@ -483,10 +487,11 @@ def test_the_autoencoder_is_not_in_the_models_file(tmp_path, kl, name):
 @pytest.mark.each_backend
 def test_loading_weights_leaves_the_autoencoder_alone(tmp_path, kl):
     model = make()
-    model.autoencoder = kl
+    model.set_encoders(autoencoder=kl)
     model.save_weights(tmp_path / "m.weights.h5")
     other = make()
-    other.autoencoder = own = shift(kl, "decoder")
+    own = shift(kl, "decoder")
+    other.set_encoders(autoencoder=own)
     weights = own.get_weights()
     other.load_weights(tmp_path / "m.weights.h5")
     assert_same(weights, own.get_weights())
@@ -496,6 +501,6 @@ def test_weights_saved_without_an_autoencoder_load_with_one(tmp_path, kl):
     model = make()
     model.save_weights(tmp_path / "m.weights.h5")
     other = make()
-    other.autoencoder = kl
+    other.set_encoders(autoencoder=kl)
     other.load_weights(tmp_path / "m.weights.h5")
     assert_same(model.get_weights(), other.get_weights())
