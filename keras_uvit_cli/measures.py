@@ -157,14 +157,13 @@ def evaluate(
 
 def _measured_images(path, reference, features, allow_few, out):
     """The record of images that are there already."""
-    from keras_uvit import evaluation
-    from keras_uvit.evaluation.files import atomic_json
+    from keras_uvit import evaluation, io
 
     images = evaluation.read_images(path)
     record = evaluation.scores([images], len(images), reference, features, allow_few=allow_few)
     record |= {"num_images": len(images), "images": path, "reference": reference.hash}
     if out:
-        atomic_json(out, record)
+        io.write_json(out, record)
     return record
 
 

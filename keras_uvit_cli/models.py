@@ -132,7 +132,6 @@ def train(dataset, folder, plan, parts, batch_size, seed, grid_every, prompt, ru
       keras-uvit train digits runs/tiny --preset uvit_tiny_digits --steps 440
     """
     from keras_uvit import distribution, training
-    from keras_uvit.evaluation.files import pillow
     from keras_uvit.training.run_length import epoch_of
     from keras_uvit_cli.training import planned
 
@@ -140,7 +139,6 @@ def train(dataset, folder, plan, parts, batch_size, seed, grid_every, prompt, ru
     if len(lengths) > 1:
         raise click.UsageError(f"Choose one of {' and '.join(lengths)}.")
     if grid_every != 0:
-        pillow()  # if it is missing, that is said before anything is read or built
     distribution.choose(run["devices"], run["layout"], run["model_devices"])
     model, samples, validation, steps = planned(
         dataset, folder, plan, parts, batch_size, seed, run["precision"]
@@ -234,14 +232,12 @@ def generate(
           --prompt "a small red circle left of a large blue square"
     """
     from keras_uvit import evaluation
-    from keras_uvit.evaluation.files import pillow
     from keras_uvit_cli.inputs import check_preset, is_preset, open_model, read_prompts
 
     prompts = [*prompt, *(read_prompts(prompts) if prompts else [])]
     if is_preset(model):
         check_preset(model, parts["autoencoder"], labels, prompts, num_images)
     if not target.endswith(".npz"):
-        pillow()  # if it is missing, that is said before anything is drawn
     images = open_model(model, **parts).generate(
         num_images=num_images,
         labels=labels,

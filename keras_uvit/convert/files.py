@@ -1,11 +1,13 @@
 """Reads foreign weight files without ever running what is in them, and writes them."""
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
 
 import numpy as np
+
+from keras_uvit import io
+from keras_uvit.optional import optional
 
 TORCH = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -170,39 +172,22 @@ def write_tensors(tensors, path):
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is missing: no folder to write {path.name} into.")
     tensors = {name: np.ascontiguousarray(_standard(a)) for name, a in tensors.items()}
-    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    try:
+    if path.suffix not in (".safetensors", *TORCH):
+        raise ValueError(
+            f"{path.name}: unknown kind of weight file. Expected .safetensors or one of {TORCH}."
+        )
+    with io.replacing(path) as beside:
         if path.suffix == ".safetensors":
             _safetensors(path).save_file(tensors, beside)
-        elif path.suffix in TORCH:
+        else:
             torch = _torch(path)
             torch.save({name: torch.from_numpy(a) for name, a in tensors.items()}, beside)
-        else:
-            raise ValueError(
-                f"{path.name}: unknown kind of weight file. Expected .safetensors or one of "
-                f"{TORCH}."
-            )
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _safetensors(path):
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            f'{path.name} needs safetensors: pip install "keras-uvit[latent]".'
-        ) from error
-    return safetensors.numpy
+    return optional("safetensors.numpy", "latent", f"{path.name} needs safetensors")
 
 
 def _torch(path):
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"{path.name} needs PyTorch, on any Keras backend: "
-            'pip install "keras-uvit[torch]" (or convert the file to .safetensors once).'
-        ) from error
-    return torch
+    purpose = f"{path.name} needs PyTorch on any Keras backend (convert it to .safetensors once)"
+    return optional("torch", "torch", purpose)

@@ -173,7 +173,6 @@ def random_prompts(captions, count, seed=0):
 def _source(name, files, texts, image_size, channels, **options):
     size = sources.checked_size(image_size)
     sources.check_options("auto", channels, options.get("background", "white"))
-    pictures.pillow()
     return sources.Source(
         name,
         len(files),

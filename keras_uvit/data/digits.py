@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_uvit.optional import optional
+
 NUM_TEST = 360
 
 
@@ -25,14 +27,10 @@ def digits(split="train"):
     """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test". Received: {split!r}.')
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError(
-            'The digits come with scikit-learn: pip install "keras-uvit[data]".'
-        ) from error
-    scans = load_digits()
+    datasets = optional("sklearn.datasets", "data", "The digits come with scikit-learn")
+    from sklearn.model_selection import train_test_split
+
+    scans = datasets.load_digits()
     order = np.arange(len(scans.target))
     train, test = train_test_split(order, test_size=NUM_TEST, stratify=scans.target, random_state=0)
     rows = np.sort(train if split == "train" else test)

@@ -124,7 +124,6 @@ def image_folder(
         classes, "label" `(B,)` int32.
 
     Raises:
-        ImportError: without Pillow; `pip install pillow`.
         FileNotFoundError: if there is no such folder or no image in it.
         ValueError: for a damaged file, images both beside and inside sub-folders, fewer images than
             `batch_size`, or more than 4 GiB of decoded images.

@@ -12,12 +12,12 @@
 Each file is written beside its name, synchronized, and renamed: none is ever half there.
 """
 
-import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
+
+from keras_uvit import io
 
 FORMAT = "keras_uvit cache"
 VERSION = 1
@@ -53,27 +53,8 @@ def shard_name(index):
 
 def write_file(path, write):
     """Calls `write(file)` on a file beside `path`, synchronizes it, renames it."""
-    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        _replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _replace(beside, path):
-    try:
-        os.replace(beside, path)
-    except PermissionError as error:
-        raise PermissionError(
-            error.errno,
-            f"{path} cannot be replaced ({error.strerror}). On Windows a file cannot be replaced "
-            "while a data set reads it: close the programs that use this cache, then run the same "
-            "command again.",
-        ) from error
+    with io.replacing(path, synchronized=True) as beside, open(beside, "wb") as file:
+        write(file)
 
 
 def write_json(path, content):
@@ -81,20 +62,8 @@ def write_json(path, content):
 
 
 def read_json(path):
-    """The dict in a JSON file of a cache.
-
-    Raises:
-        CacheError: if the file is damaged.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CacheError(f"{path} is damaged: {error}. Delete it and run the same again.") from None
-    if not isinstance(content, dict):
-        raise CacheError(
-            f"{path} is damaged: expected an object. Delete it and run the same again."
-        )
-    return content
+    """The dict in a JSON file of a cache; raises a CacheError if the file is damaged."""
+    return io.read_json(path, CacheError, "Delete it and run the same again.")
 
 
 def write_array(file, array):
@@ -105,15 +74,10 @@ def write_array(file, array):
     file.write(array.view("uint8").reshape(-1).data if array.size else b"")
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def digest(plan):
     """16 hexadecimal digits that tell plans apart, whatever version made them."""
     content = {key: value for key, value in plan.items() if key != "keras_uvit"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return io.digest(content)[:16]
 
 
 def write_shard(folder, index, arrays, **more):
@@ -122,7 +86,7 @@ def write_shard(folder, index, arrays, **more):
     for field, array in arrays.items():
         path = folder / f"{shard_name(index)}-{field}.npy"
         write_file(path, lambda file, a=array: write_array(file, a))
-        files[field] = {"file": path.name, "sha256": sha256(path), "count": len(array)}
+        files[field] = {"file": path.name, "sha256": io.sha256(path), "count": len(array)}
     record = {"count": len(next(iter(arrays.values()))), "files": files, **more}
     write_json(folder / f"{shard_name(index)}.json", record)
     return record
@@ -134,7 +98,7 @@ def damage(folder, record):
         path = folder / entry["file"]
         if not path.is_file():
             return f"{path.name} is missing"
-        if sha256(path) != entry["sha256"]:
+        if io.sha256(path) != entry["sha256"]:
             return f"{path.name} is damaged: its checksum is not the recorded one"
     return None
 

@@ -3,19 +3,12 @@
 import math
 
 import numpy as np
+from PIL import Image, ImageOps
 
 BACKGROUNDS = ("white", "black")
 # Formats of at most 16 bits, for which Pillow takes the mode of 32 bits, on the scale of 16.
 SIXTEEN_BITS = ("PNG", "PPM")
 MODES = {"I": "integers of 32 bits", "F": "floats"}
-
-
-def pillow():
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError("Reading images needs Pillow: pip install pillow.") from error
-    return Image, ImageOps
 
 
 def read_file(file, size=None, channels=3, crop=None, method="adm", background="white"):
@@ -24,7 +17,6 @@ def read_file(file, size=None, channels=3, crop=None, method="adm", background="
     Raises:
         ValueError: if the file cannot be read; it is named.
     """
-    Image, ImageOps = pillow()
     try:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image)
@@ -51,7 +43,6 @@ def opaque(image, background="white", kind=None):
     Raises:
         ValueError: for floats and integers of 32 bits, whose white could be any number.
     """
-    Image, _ = pillow()
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in SIXTEEN_BITS):
         return Image.fromarray((np.asarray(image) >> 8).astype("uint8"))
     if image.mode in ("I", "F"):
@@ -79,7 +70,6 @@ def fitted(image, size, channels=3, crop=None, method="adm"):
     Raises:
         ValueError: if the crop is not in the image.
     """
-    Image, _ = pillow()
     image = image.convert("RGB" if channels == 3 else "L")
     if crop is not None:
         top, left, height, width = crop

@@ -11,6 +11,7 @@ import itertools
 import numpy as np
 
 from keras_uvit.data.sources import Source
+from keras_uvit.optional import optional
 
 SIDE = 32  # pixels
 SIZES = {"small": 7, "large": 11}  # pixels across
@@ -187,7 +188,8 @@ def read_back(image):
         )
     palette = np.array([BACKGROUND, *COLOURS.values()], "float32")
     nearest = ((image[:, :, None] - palette) ** 2).sum(axis=-1).argmin(axis=-1)  # 0: background
-    parts, number = _label()(nearest > 0)
+    ndimage = optional("scipy.ndimage", "data", "Reading shapes back needs SciPy")
+    parts, number = ndimage.label(nearest > 0)
     masks = [parts == k for k in range(1, number + 1)]
     masks = [mask for mask in masks if mask.sum() >= MIN_PIXELS]
     if len(masks) != 2:
@@ -200,16 +202,6 @@ def read_back(image):
     if first is None or second is None:
         return None
     return Scene(first, "left of" if sideways else "above", second)
-
-
-def _label():
-    try:
-        from scipy.ndimage import label
-    except ImportError as error:
-        raise ImportError(
-            'Reading shapes back needs SciPy: pip install "keras-uvit[data]".'
-        ) from error
-    return label
 
 
 def _centre(mask):

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from keras_uvit.checks import as_int
-from keras_uvit.data.pictures import BACKGROUNDS, pillow, read_file
+from keras_uvit.data.pictures import BACKGROUNDS, read_file
 
 ORIENTATION = 274  # the EXIF tag; from 5 on height and width change places
 # Formats that Pillow knows by name, but are no pictures, or need another program to be read.
@@ -170,13 +171,11 @@ def folder(path, image_size, *, channels=3, labels="auto", crop=None, background
         background: "white" or "black", what is seen through transparent pixels.
 
     Raises:
-        ImportError: without Pillow; `pip install pillow`.
         FileNotFoundError: if there is no such folder or no image in it.
         ValueError: for images both beside and inside sub-folders, or bad arguments.
     """
     size = checked_size(image_size)
     check_options(labels, channels, background)
-    pillow()
     path = Path(path)
     files, classes = _files(path, labels)
     names = classes and sorted(set(classes))
@@ -248,10 +247,8 @@ def survey(path):
     """The `Survey` of a folder of images: at most 500 files are opened, no pixel is read.
 
     Raises:
-        ImportError: without Pillow; `pip install pillow`.
         FileNotFoundError: if there is no such folder or no image in it.
     """
-    Image, _ = pillow()
     files, _ = _files(Path(path), None, warn=False)  # whoever reads the pictures warns
     chosen = files[:: max(1, len(files) // SURVEYED)][:SURVEYED]
     sizes, grey = [], 0
@@ -309,7 +306,6 @@ def _files(path, labels, warn=True):
 
 def extensions():
     """Those of all formats that Pillow reads, such as ".jpg"; with its plugins."""
-    Image, _ = pillow()
     known = Image.registered_extensions()  # which reads the plugins
     return {end for end, name in known.items() if name in Image.OPEN and name not in NO_PICTURES}
 

@@ -1,10 +1,12 @@
 """Images of TensorFlow Datasets: CIFAR-10, CelebA, ImageNet and whatever else has images."""
 
 import numpy as np
+from PIL import Image
 
 from keras_uvit import backend
 from keras_uvit.data import pictures, sources
 from keras_uvit.data.images import in_memory
+from keras_uvit.optional import optional
 
 
 def tfds_source(
@@ -64,7 +66,6 @@ def tfds_source(
     has_labels = labels is not None and "label" in features
     classes = getattr(features["label"], "num_classes", None) if has_labels else None
     method = "adm" if texts is None else "lanczos"
-    Image, _ = pictures.pillow()
 
     def read(i):
         record = data[i]
@@ -107,12 +108,7 @@ def _texts(captions):
 
 
 def _builder(name, data_dir):
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            'TensorFlow Datasets are an extra: pip install "keras-uvit[tfds]".'
-        ) from error
+    tfds = optional("tensorflow_datasets", "tfds", "TensorFlow Datasets are an extra")
     backend.keep_tensorflow_off_accelerators()
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")

@@ -10,10 +10,11 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_uvit import backend
+from keras_uvit import backend, io
 from keras_uvit.convert import load_torch_weights, save_torch_weights
 from keras_uvit.encoders.tokenizer import END, START, Tokenizer
 from keras_uvit.inference import DAMAGE, own_defaults
+from keras_uvit.optional import optional
 
 CLEAN = "clean_text"  # in config.json: the choice of `save`, which is not Hugging Face's
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -39,13 +40,7 @@ MOST = 1_000_000  # of any size in a file's configuration
 def keras_hub():
     """The package, or ImportError that says how to install it."""
     backend.keep_tensorflow_off_accelerators()  # keras-hub imports it on every backend
-    try:
-        import keras_hub
-    except ImportError as error:
-        raise ImportError(
-            f'CLIP comes with keras-hub: pip install "keras-uvit[text]". ({error})'
-        ) from error
-    return keras_hub
+    return optional("keras_hub", "text", "CLIP comes with keras-hub")
 
 
 def text_tower(**config):
@@ -82,12 +77,12 @@ def load(source, whole=False, clean=None):
         ValueError: if a file is damaged or of something else.
     """
     folder = _folder(source)
-    config = _read_json(folder / "config.json")
+    config = _config(folder / "config.json")
     is_preset = "registered_name" in config
     model = _preset(folder, whole) if is_preset else _hugging_face(folder, config, whole)
     text = model.text_encoder if whole else model
     assets = folder / "assets" / "tokenizer" if is_preset else folder
-    vocabulary = _read_json(assets / ("vocabulary.json" if is_preset else "vocab.json"))
+    vocabulary = _config(assets / ("vocabulary.json" if is_preset else "vocab.json"))
     try:
         tokenizer = Tokenizer(
             vocabulary,
@@ -205,16 +200,10 @@ def _check_sizes(sizes):
         raise ValueError(f"sizes must be positive ints, at most {MOST}. Received: {bad}.")
 
 
-def _read_json(path):
+def _config(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected an object.")
-    return content
+    return io.read_json(path)
 
 
 def _read_merges(path):

@@ -7,6 +7,8 @@ import warnings
 
 import numpy as np
 
+from keras_uvit.optional import optional
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 # How CLIP cuts a lower-case text into words: contractions, letters, single digits, other signs.
@@ -199,24 +201,13 @@ def _pipeline(model):
 
 
 def tokenizers():
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            'Prompts need the tokenizers library: pip install "keras-uvit[text]".'
-        ) from error
-    return tokenizers
+    return optional("tokenizers", "text", "Prompts need the tokenizers library")
 
 
 def ftfy():
-    try:
-        import ftfy
-    except ImportError as error:
-        raise ImportError(
-            'CLIP\'s prompts are cleaned by ftfy: pip install "keras-uvit[text]", or choose '
-            "clean=False, which reads them as they are typed."
-        ) from error
-    return ftfy
+    """What cleans prompts as CLIP's own program does."""
+    purpose = "CLIP's prompts are cleaned by ftfy (clean=False reads them as they are typed)"
+    return optional("ftfy", "text", purpose)
 
 
 def _check_vocabulary(vocabulary, merges):

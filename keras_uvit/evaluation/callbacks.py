@@ -6,8 +6,9 @@ from pathlib import Path
 import keras
 
 from keras_uvit import backend, sampling
-from keras_uvit.evaluation.files import captioned_grid, image_grid, pillow, write_png
+from keras_uvit.evaluation.files import captioned_grid, image_grid, write_png
 from keras_uvit.evaluation.protocol import check, evaluate
+from keras_uvit.optional import optional
 
 EVALUATE_ONLY = ("seed", "folder", "path", "verbose")  # arguments that cannot be wrong beforehand
 
@@ -53,7 +54,6 @@ class SampleGridCallback(_Periodic):
     """
 
     def __init__(self, folder, *, every=1, columns=None, zoom=1, log_dir=None, seed=0, **options):
-        pillow()  # a missing library is named before training, not after the first epochs
         super().__init__(every, log_dir)
         self.folder, self.columns, self.zoom = Path(folder), columns, zoom
         if isinstance(options.get("prompts"), str):
@@ -133,10 +133,5 @@ class FIDCallback(_Periodic):
 def _writer(log_dir):
     if log_dir is None:
         return None
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            'Logs for TensorBoard need tensorboardX: pip install "keras-uvit[eval]".'
-        ) from error
-    return SummaryWriter(str(log_dir))
+    module = optional("tensorboardX", "eval", "Logs for TensorBoard need tensorboardX")
+    return module.SummaryWriter(str(log_dir))

@@ -2,9 +2,9 @@
 
 import keras
 import numpy as np
+from PIL import Image
 
 from keras_uvit.encoders import clip
-from keras_uvit.evaluation.files import pillow
 from keras_uvit.inference import Frozen, own_defaults
 
 # Of the images that CLIP was trained on, per channel, in [0, 1] (Radford et al. 2021).
@@ -27,7 +27,6 @@ class CLIPScore:
     """
 
     def __init__(self, model, tokenizer, id="random"):
-        pillow()  # a missing library is found before images are drawn
         self.model, self.tokenizer, self.id = model, tokenizer, id
         self.image_size = model.vision_encoder.image_shape[0]
         with own_defaults("float32"):
@@ -73,7 +72,7 @@ class CLIPScore:
             raise ValueError(
                 f"Images are (n, H, W, 3) uint8. Received: {images.shape} {images.dtype}."
             )
-        Image, side = pillow(), self.image_size
+        side = self.image_size
         scale = side / min(images.shape[1:3])
         height, width = (max(side, int(n * scale)) for n in images.shape[1:3])
         top, left = (height - side) // 2, (width - side) // 2

@@ -1,27 +1,21 @@
 """Samples on disk: the ADM suite's `.npz`, pictures, grids to look at."""
 
-import json
-import os
 import warnings
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from keras_uvit import io
 from keras_uvit.data import pictures, sources
 
 LOSSY = {".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif"}
 
 
-def atomic_npz(path, content):
+def save_arrays(path, content):
     """Writes arrays as an `.npz`, whole or not at all."""
-    _atomically(path, lambda beside: np.savez(beside, **content), ".npz")
-
-
-def atomic_json(path, content):
-    """Writes JSON, whole or not at all; nothing where the file says so already."""
-    text = json.dumps(content, indent=2) + "\n"
-    if not (Path(path).is_file() and Path(path).read_text(encoding="utf-8") == text):
-        _atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"), ".json")
+    with _ending(path, ".npz") as beside:
+        np.savez(beside, **content)
 
 
 def read_npz(path, what, skip=()):
@@ -47,17 +41,13 @@ def read_npz(path, what, skip=()):
     return {name: a for name, a in content.items() if isinstance(a, np.ndarray)}
 
 
-def _atomically(path, write, suffix):
+def _ending(path, suffix):
+    """`io.replacing`, for a file that must end so; its folder is made if need be."""
     path = Path(path)
     if path.suffix != suffix:
         raise ValueError(f"{path.name} must end in {suffix}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    return io.replacing(path)
 
 
 def write_npz(path, images, labels=None):
@@ -69,7 +59,7 @@ def write_npz(path, images, labels=None):
         labels: `(n,)` ints, or None.
     """
     content = {"arr_0": images} | ({} if labels is None else {"arr_1": np.asarray(labels)})
-    atomic_npz(path, content)
+    save_arrays(path, content)
 
 
 def write_pngs(folder, images, first=0):
@@ -80,16 +70,9 @@ def write_pngs(folder, images, first=0):
 
 def write_png(path, image):
     """One uint8 image `(H, W, 1 or 3)` as PNG."""
-    picture = pillow().fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    _atomically(path, lambda beside: picture.save(beside, format="PNG"), ".png")
-
-
-def pillow():
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("Pictures need Pillow: pip install pillow.") from error
-    return Image
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    with _ending(path, ".png") as beside:
+        picture.save(beside, format="PNG")
 
 
 def read_images(path):
@@ -179,7 +162,6 @@ def captioned_grid(images, captions, columns=None, zoom=1):
     """
     if isinstance(captions, str) or len(images) != len(captions) or not len(images):
         raise ValueError(f"Expected a list of {len(images)} captions. Received: {captions!r}.")
-    Image = pillow()
     from PIL import ImageDraw, ImageFont
 
     if images.shape[-1] == 1:

@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 
 from keras_uvit import progress
-from keras_uvit.evaluation.files import atomic_npz, read_npz
+from keras_uvit.evaluation.files import read_npz, save_arrays
 
 MIN_IMAGES = 2049  # of 2048 features: fewer make every covariance singular
 USUAL = 50_000  # what published FIDs are of
@@ -96,7 +96,7 @@ class Reference:
         for key in ("features", "count", "image_size", "resize", "inception"):
             if getattr(self, key) is not None:
                 content[key] = np.asarray(getattr(self, key))
-        atomic_npz(path, content)
+        save_arrays(path, content)
 
     @classmethod
     def load(cls, path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_uvit import backend, progress, sampling
-from keras_uvit.evaluation.files import atomic_json, atomic_npz, read_npz
+from keras_uvit import backend, io, progress, sampling
+from keras_uvit.evaluation.files import read_npz, save_arrays
 from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, frechet_distance, gaussian
 from keras_uvit.evaluation.metrics import inception_score, precision_recall
 from keras_uvit.inference import fingerprint
@@ -200,7 +200,7 @@ def evaluate(
         "inception": inception.fingerprint,
     }
     if path is not None and backend.is_first():
-        atomic_json(path, record)
+        io.write_json(path, record)
     return record
 
 
@@ -335,8 +335,8 @@ def _drawn(model, num_images, condition, record, folder, options):
         images = model.generate(**{name: what}, first=first, verbose=0, **options)
         if folder:
             labels = {"arr_1": values[first:last]} if name == "labels" else {}
-            atomic_json(about, record)
-            atomic_npz(file, {"arr_0": images, **labels})
+            io.write_json(about, record)
+            save_arrays(file, {"arr_0": images, **labels})
         yield images
 
 

@@ -1,6 +1,7 @@
 """How good is a model of one's own pictures? One picture and one record, without a download."""
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_uvit import progress
+from keras_uvit import io, progress
 from keras_uvit.evaluation.classifier import Classifier
-from keras_uvit.evaluation.files import atomic_json, image_grid
+from keras_uvit.evaluation.files import image_grid
 from keras_uvit.evaluation.frechet import frechet_distance
 from keras_uvit.evaluation.metrics import squared_distances, within_class_spread
+from keras_uvit.optional import optional
 from keras_uvit.pixels import to_unit_range
 
 USED = 1000  # real pictures that are compared with, at most
@@ -105,7 +107,7 @@ def report(model, data, folder, *, num_images=500, seed=0, verbose=1, **options)
     held = images[second[: min(len(second), 256)]], labels is not None and labels[second[:256]]
     found["error"] = _errors(model, *held, seed)
     found = {key: _rounded(value) for key, value in found.items()}
-    atomic_json(folder / "report.json", found)
+    io.write_json(folder / "report.json", found)
     _draw(plot, folder / "report.png", model, found, images, labels, samples, asked, nearest)
     say(json.dumps(found, indent=2))
     say(f"Look at {folder / 'report.png'}")
@@ -207,16 +209,8 @@ def _rounded(value):
 
 
 def _matplotlib():
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plot
-    except ImportError as error:
-        raise ImportError(
-            'A report is drawn with Matplotlib: pip install "keras-uvit[demo]".'
-        ) from error
-    return plot
+    optional("matplotlib", "demo", "A report is drawn with Matplotlib").use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
 
 
 def _draw(plot, path, model, found, images, labels, samples, asked, nearest):
@@ -253,7 +247,6 @@ def _draw(plot, path, model, found, images, labels, samples, asked, nearest):
     numbers = ("agreement", "distance", "distance_floor", "spread", "distance_pixels", "copies")
     text = "   ".join(f"{key} {found[key]:.3g}" for key in numbers if key in found)
     figure.suptitle(f"{model.name}: {text}")
-    beside = path.with_name(f"tmp-{path.name}")
-    figure.savefig(beside, dpi=80)
+    with io.replacing(path) as beside:
+        figure.savefig(beside, dpi=80)
     plot.close(figure)
-    beside.replace(path)

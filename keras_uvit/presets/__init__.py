@@ -4,6 +4,6 @@ from keras_uvit.presets.loading import get as get
 from keras_uvit.presets.loading import load as load
 from keras_uvit.presets.loading import names as names
 from keras_uvit.presets.own_data import for_data as for_data
-from keras_uvit.presets.table import FAST as FAST
+from keras_uvit.presets.preset import FAST as FAST
+from keras_uvit.presets.preset import Preset as Preset
 from keras_uvit.presets.table import PRESETS as PRESETS
-from keras_uvit.presets.table import Preset as Preset

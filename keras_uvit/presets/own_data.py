@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from keras import ops
 
-from keras_uvit import backend, distribution, progress
+from keras_uvit import backend, distribution, io, progress
 from keras_uvit.diffusion.schedules import LinearPath, VPCosine
-from keras_uvit.evaluation.files import atomic_json
 from keras_uvit.networks import UViT
 from keras_uvit.training import DiffusionModel
 from keras_uvit.training.optimizers import default_arguments
@@ -164,7 +163,7 @@ def for_data(
     elif minutes is not None:
         steps = max(1, int(60 * minutes / seconds_per_step(make(usual_steps), facts)))
         if kept:
-            atomic_json(kept, {"minutes": minutes, "steps": steps})
+            io.write_json(kept, {"minutes": minutes, "steps": steps})
     model = make(steps or usual_steps)
     if verbose:
         progress.say("\n".join([*lines(model, facts), *warnings_of(model, facts)]))

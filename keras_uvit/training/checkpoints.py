@@ -14,7 +14,6 @@ reads them back.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_uvit import backend
+from keras_uvit import backend, io
 from keras_uvit.inference import naming_missing_classes
 from keras_uvit.training.optimizers import settings
 
@@ -68,12 +67,8 @@ def atomically(write, filepath, overwrite, **kwargs):
         return
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it.")
-    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    try:
+    with io.replacing(path) as beside:
         write(beside, overwrite=True)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -103,8 +98,8 @@ def write(model, directory, step, place, **more):
     try:
         pieces = beside / f"pieces-{index:04d}.h5"
         _write_pieces(pieces, _variables(model))
-        about = {"bytes": pieces.stat().st_size, "sha256": _sha256(pieces)}
-        _write_json(pieces.with_suffix(".json"), about)
+        about = {"bytes": pieces.stat().st_size, "sha256": io.sha256(pieces)}
+        io.write_json(pieces.with_suffix(".json"), about, synchronized=True)
         backend.barrier(f"pieces of {path.name}")
         if index == 0:
             _write_record(beside, model, {"step": step, **place._asdict(), **more})
@@ -126,7 +121,7 @@ def _replace(beside, path):
     if path.exists():
         os.replace(path, before)
     os.replace(beside, path)
-    _synchronize(path.parent)
+    io.synchronize(path.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 
@@ -163,7 +158,7 @@ def _write_pieces(path, variables):
                 if array.dtype.name == "bfloat16":  # HDF5 has none; float32 holds it exactly
                     array = array.astype("float32")
                 file.create_dataset(f"{i}/{k}", data=array).attrs["start"] = start
-    _synchronize(path)
+    io.synchronize(path)
 
 
 def _write_record(folder, model, where):
@@ -178,32 +173,16 @@ def _write_record(folder, model, where):
         "variables": _list(model),
         "files": files,
     }
-    record["sha256"] = _digest(record)
-    _write_json(folder / RECORD, record)
+    record["sha256"] = io.digest(record)
+    io.write_json(folder / RECORD, record, synchronized=True)
     for file in files:
         (folder / file).with_suffix(".json").unlink()
-    _synchronize(folder)
+    io.synchronize(folder)
 
 
 def _list(model):
     # The last part of a path: Keras numbers optimizers and models made one after the other.
     return [[v.path.split("/")[-1], list(v.shape), v.dtype] for v in _variables(model)]
-
-
-def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    _synchronize(path)
-
-
-def _synchronize(path):
-    """Waits until a file is on the disk, or what a folder says of its files."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders, and does this by itself
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -248,7 +227,7 @@ def _damage(path):
     for file, about in record["files"].items():
         if not (path / file).is_file():
             return f"{file} is missing"
-        if (path / file).stat().st_size != about["bytes"] or _sha256(path / file) != about[
+        if (path / file).stat().st_size != about["bytes"] or io.sha256(path / file) != about[
             "sha256"
         ]:
             return f"{file} does not have the recorded checksum"
@@ -262,7 +241,7 @@ def read_record(path):
         CheckpointError: if it is missing, damaged or of a later version.
     """
     record = _read_json(Path(path) / RECORD)
-    if record.pop("sha256", None) != _digest(record):
+    if record.pop("sha256", None) != io.digest(record):
         raise CheckpointError(f"{RECORD} does not have its own checksum")
     if record["version"] > VERSION:
         raise CheckpointError(f"version {record['version']}, this one reads up to {VERSION}")
@@ -381,12 +360,3 @@ def _read_json(path):
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} is no record")
     return content
-
-
-def _digest(record):
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

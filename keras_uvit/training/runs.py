@@ -1,12 +1,11 @@
 """A training run in a folder: gone on with when it is started again."""
 
 import math
-import os
 from pathlib import Path
 
 import keras
 
-from keras_uvit import backend, distribution
+from keras_uvit import backend, distribution, io
 from keras_uvit.training import checkpoints
 from keras_uvit.training.callbacks import Checkpoint
 from keras_uvit.training.checkpoints import atomically
@@ -115,6 +114,5 @@ class _Log(keras.callbacks.CSVLogger):
         header, *rows = path.read_bytes().decode().splitlines(keepends=True) or [""]
         column = header.strip().split(",").index("epoch") if header else 0
         kept = [row for row in rows if int(row.split(",")[column]) < epoch]
-        beside = path.with_name(f"tmp-{path.name}")
-        beside.write_bytes("".join([header, *kept]).encode() if kept else b"")
-        os.replace(beside, path)
+        with io.replacing(path) as beside:
+            beside.write_bytes("".join([header, *kept]).encode() if kept else b"")

@@ -1,7 +1,6 @@
 """`train` and `generate`: that options arrive at the library, and what is left on disk."""
 
 import json
-import sys
 
 import keras
 import numpy as np
@@ -201,18 +200,6 @@ def test_report_of_shipped_weights(tmp_path, monkeypatch):
     text = run(*words, "--num-images", 20, "--num-steps", 4)
     assert f"Look at {tmp_path / 'report.png'}" in text
     assert json.loads((tmp_path / "report.json").read_text())["images"] == 20
-
-
-# Pillow -------------------------------------------------------------------------------------------
-
-
-def test_a_missing_pillow_is_told_before_training_and_before_drawing(tmp_path, monkeypatch, asked):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.setattr(presets, "load", None)  # not reached
-    words = ("train", "digits", tmp_path / "run", "--preset", "uvit_nano_digits")
-    assert "Pillow" in refused(*words)
-    words = ("generate", "uvit_nano_digits", tmp_path / "a.png", "--labels", 1)
-    assert "Pillow" in refused(*words)
 
 
 # generate -----------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_pickles_are_refused(tmp_path):
 
 
 def test_nothing_is_left_beside_what_is_written(tmp_path):
-    files.atomic_npz(tmp_path / "a.npz", {"x": np.arange(3)})
+    files.save_arrays(tmp_path / "a.npz", {"x": np.arange(3)})
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
 

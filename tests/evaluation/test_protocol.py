@@ -287,7 +287,7 @@ def test_latents_are_decoded_and_the_autoencoder_recorded(of_latents, inception)
 
 def test_latents_without_an_autoencoder_are_refused_before_drawing(of_latents, inception, drawn):
     of_latents.set_encoders(autoencoder=None)
-    with pytest.raises(ValueError, match=r"FID is of pixels: set `model.encoders.autoencoder`"):
+    with pytest.raises(ValueError, match=r"FID is of pixels.*set_encoders\(autoencoder="):
         evaluate(of_latents, reference(inception), inception, 8, **OPTIONS)
     assert drawn == []
 

@@ -17,7 +17,7 @@ from keras_uvit.data import digits
 from keras_uvit.diffusion import samplers
 from keras_uvit.diffusion.schedules import LinearPath, VPDiscrete, VPLinear
 from keras_uvit.encoders import AutoencoderKL
-from keras_uvit.presets.table import OF_MODEL
+from keras_uvit.presets.preset import OF_MODEL
 from keras_uvit.training.optimizers import adamw
 
 pytestmark = pytest.mark.once

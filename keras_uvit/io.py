@@ -1,0 +1,91 @@
+"""Files that are whole or not there: written beside and renamed, with checksums, JSON."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, synchronized: bool = False) -> Iterator[Path]:
+    """Yields the path of a file beside `path`, which takes its place when the block ends well.
+
+    Args:
+        path: the file to write.
+        synchronized: bool. Wait until the content is on the disk before the file is renamed.
+
+    Raises:
+        PermissionError: if `path` cannot be replaced, as on Windows while a program reads it.
+    """
+    path = Path(path)
+    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    try:
+        yield beside
+        if synchronized:
+            synchronize(beside)
+        _rename(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _rename(beside, path):
+    try:
+        os.replace(beside, path)
+    except PermissionError as error:
+        raise PermissionError(
+            error.errno,
+            f"{path} cannot be replaced ({error.strerror}). On Windows a file cannot be replaced "
+            "while a program reads it, such as one that trains on this cache: close it, then run "
+            "the same command again.",
+        ) from error
+
+
+def synchronize(path: Path):
+    """Waits until a file is on the disk, or what a folder says of its files."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and does this by itself
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: str | Path, content: dict, synchronized: bool = False):
+    """Writes JSON, whole or not at all; nothing where the file says so already."""
+    path, text = Path(path), json.dumps(content, indent=1) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, synchronized) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path, error: type[ValueError] = ValueError, advice: str = "") -> dict:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        error: what is raised for a damaged file.
+        advice: a sentence for its message that says what to do.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is damaged: {cause}. {advice}".strip()) from cause
+    if not isinstance(content, dict):
+        raise error(f"{path} is damaged: expected an object. {advice}".strip())
+    return content
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(content) -> str:
+    """The SHA-256 of JSON, whatever the order of its keys, in 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
