@@ -138,7 +138,6 @@ def train(dataset, folder, plan, parts, batch_size, seed, grid_every, prompt, ru
     lengths = [f"--{key}" for key in ("steps", "epochs", "hours") if plan[key]]
     if len(lengths) > 1:
         raise click.UsageError(f"Choose one of {' and '.join(lengths)}.")
-    if grid_every != 0:
     distribution.choose(run["devices"], run["layout"], run["model_devices"])
     model, samples, validation, steps = planned(
         dataset, folder, plan, parts, batch_size, seed, run["precision"]
@@ -237,7 +236,6 @@ def generate(
     prompts = [*prompt, *(read_prompts(prompts) if prompts else [])]
     if is_preset(model):
         check_preset(model, parts["autoencoder"], labels, prompts, num_images)
-    if not target.endswith(".npz"):
     images = open_model(model, **parts).generate(
         num_images=num_images,
         labels=labels,
