@@ -193,7 +193,7 @@ def test_readme_study_lines_run():
     (block,) = blocks("Study")
     made = {}
     exec(compile(smaller(block, ("base_dim=64", "base_dim=32")), "README", "exec"), made)
-    assert made["flow"].prediction == "velocity"
+    assert made["flow"].objective.prediction == "velocity"
     assert made["rival"].network.output_shape == (None, 32, 32, 4)
 
 
