@@ -3,6 +3,7 @@
 import difflib
 import warnings
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import keras
@@ -12,17 +13,20 @@ from keras_uvit.convert.files import TORCH
 from keras_uvit.encoders import AutoencoderKL, CLIPText
 from keras_uvit.encoders.holder import LEFT_OUT
 from keras_uvit.inference import DAMAGE, load_keras_weights, naming_missing_classes
+from keras_uvit.presets.preset import Preset
 from keras_uvit.presets.table import PRESETS
+from keras_uvit.training import DiffusionModel
+from keras_uvit.types import PathLike
 
 SHIPPED = Path(__file__).parents[1] / "weights"
 
 
-def names():
+def names() -> list[str]:
     """All preset names."""
     return list(PRESETS)
 
 
-def get(name):
+def get(name: str) -> Preset:
     """The `Preset` of this name; raises ValueError with the nearest names for an unknown one."""
     if name not in PRESETS:
         near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.3)
@@ -32,7 +36,15 @@ def get(name):
     return PRESETS[name]
 
 
-def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **network):
+def load(
+    name: str,
+    weights: PathLike | None = None,
+    *,
+    autoencoder: Any = None,
+    text_encoder: Any = None,
+    seed: int = 0,
+    **network: Any,
+) -> DiffusionModel:
     """A `DiffusionModel` of a preset.
 
     Args:
@@ -76,7 +88,7 @@ def load(name, weights=None, *, autoencoder=None, text_encoder=None, seed=0, **n
         _load_weights(model, path, f"preset {name!r}" + (changes and f" with {changes}"))
     if isinstance(autoencoder, str | Path):
         autoencoder = AutoencoderKL.from_file(autoencoder, scale=row.latent_scale or 1.0)
-    if text_encoder is None and row.context_encoder and weights == "pretrained":
+    if text_encoder is None and row.text_encoder and weights == "pretrained":
         text_encoder = SHIPPED / row.text_encoder
     if isinstance(text_encoder, str | Path):
         text_encoder = CLIPText.from_preset(text_encoder)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -17,6 +18,7 @@ from keras_uvit.diffusion.schedules import LinearPath, VPCosine
 from keras_uvit.networks import UViT
 from keras_uvit.training import DiffusionModel
 from keras_uvit.training.optimizers import default_arguments
+from keras_uvit.types import PathLike
 
 FEWEST = 10  # pictures
 FEW = 1000  # pictures of which a network of this kind learns many by heart
@@ -63,28 +65,28 @@ class Facts:
         flip: whether the pictures are mirrored left to right at random.
     """
 
-    image_shape: tuple
+    image_shape: tuple[int, int, int]
     num_images: int
     batch_size: int = 64
     num_classes: int | None = None
-    context_shape: tuple | None = None
+    context_shape: tuple[int, int] | None = None
     latent_scale: float | None = None
     counts: tuple | None = None
     flip: bool = False
 
 
 def for_data(
-    dataset,
+    dataset: Any,
     *,
-    steps=None,
-    minutes=None,
-    folder=None,
-    size=None,
-    network=None,
-    seed=0,
-    verbose=1,
-    **options,
-):
+    steps: int | None = None,
+    minutes: float | None = None,
+    folder: PathLike | None = None,
+    size: str | None = None,
+    network: dict[str, Any] | None = None,
+    seed: int = 0,
+    verbose: int = 1,
+    **options: Any,
+) -> DiffusionModel:
     """A compiled `DiffusionModel` that suits a data set, with a run of the right length.
 
     The choice is printed in five lines, and each part of it can be overridden; `model.fit(dataset)`
@@ -157,7 +159,7 @@ def for_data(
         model.compile()
         return model
 
-    kept = folder and Path(folder) / PLAN
+    kept = Path(folder) / PLAN if folder else None
     if minutes is not None and kept and kept.is_file():
         steps = json.loads(kept.read_text(encoding="utf-8"))["steps"]
     elif minutes is not None:
@@ -170,33 +172,33 @@ def for_data(
     return model
 
 
-def machine():
+def machine() -> str:
     """The key of `SIZES` for this machine."""
     return "accelerator" if backend.has_accelerator() else "cpu"
 
 
-def ema_decay(steps):
+def ema_decay(steps: int) -> float:
     """The average looks back on about a tenth of the run, at most on 10,000 steps."""
     return float(np.clip(1 - 10 / steps, 0.9, 0.9999))
 
 
-def objective_of(facts, network):
+def objective_of(facts: Facts, network: Any) -> str:
     """The key of `OBJECTIVES`."""
     numbers = network.get_config()["patch_size"] ** 2 * facts.image_shape[-1]
     return "flow" if facts.latent_scale is not None or numbers < SMALL_PATCH else "x0"
 
 
-def has_condition(facts):
+def has_condition(facts: Facts) -> bool:
     return condition_of(facts) != "nothing"
 
 
-def condition_of(facts):
+def condition_of(facts: Facts) -> str:
     if facts.context_shape is not None:
         return "captions"
     return "nothing" if facts.num_classes is None else "classes"
 
 
-def patch_size(image_shape, most_patches):
+def patch_size(image_shape: tuple[int, int, int], most_patches: int) -> int:
     """The smallest patch, of 2 pixels or more, that cuts an image into at most so many.
 
     Raises:
@@ -217,10 +219,10 @@ def patch_size(image_shape, most_patches):
     )
 
 
-def facts_of(dataset):
+def facts_of(dataset: Any) -> Facts:
     """The `Facts` of a data set."""
-    arrays = dataset if isinstance(dataset, dict) else getattr(dataset, "arrays", None)
-    key = next((k for k in ("image", "moments", "latent") if arrays and k in arrays), None)
+    arrays: Any = dataset if isinstance(dataset, dict) else getattr(dataset, "arrays", None)
+    key = next((k for k in ("image", "moments", "latent") if k in (arrays or {})), None)
     if key is None:
         raise TypeError(
             "Expected a data set of known size: data.image_folder(...), data.LatentDataset(...) or "
@@ -252,7 +254,7 @@ def facts_of(dataset):
         num_classes=classes if labels is not None else None,
         context_shape=context_shape and tuple(context_shape),
         latent_scale=scale,
-        counts=None if labels is None else tuple(np.bincount(labels, minlength=classes)),
+        counts=None if labels is None else tuple(np.bincount(labels, minlength=classes or 0)),
         flip=getattr(dataset, "flip", False),
     )
 
@@ -266,7 +268,7 @@ def _check_variety(pictures):
         )
 
 
-def lines(model, facts):
+def lines(model: DiffusionModel, facts: Facts) -> list[str]:
     """What was chosen, in five lines."""
     config = model.network.get_config()
     height, width, channels = facts.image_shape
@@ -278,7 +280,8 @@ def lines(model, facts):
         "classes": f", {facts.num_classes} classes",
         "captions": ", with captions",
     }[condition_of(facts)]
-    visits = model.planned_steps * facts.batch_size / facts.num_images
+    steps = model.planned_steps or 0
+    visits = steps * facts.batch_size / facts.num_images
     optimizer = model.optimizer_config
     choices, objective = OBJECTIVES[objective_of(facts, model.network)]
     if any(getattr(model.objective, key) != value for key, value in choices.items()):
@@ -296,36 +299,37 @@ def lines(model, facts):
         f"patches of {patch}x{patch}, {config['num_layers']} layers, {config['hidden_dim']} wide, "
         f"{config['position']} positions",
         f"Learning: {objective}; AdamW, learning rate {optimizer['learning_rate']:.2g}{dropped}",
-        f"Run:      {model.planned_steps:,} steps of {facts.batch_size}, {visits:,.3g} visits to "
+        f"Run:      {steps:,} steps of {facts.batch_size}, {visits:,.3g} visits to "
         f"each of the {what}; average over about the last {1 / (1 - model.ema_decay):,.0f} steps",
         f"Sampling: {model.num_steps} steps of {model.sampler}, guidance "
         f"{model.guidance_scale:.2g}",
     ]
 
 
-def warnings_of(model, facts):
+def warnings_of(model: DiffusionModel, facts: Facts) -> list[str]:
     """What the choice cannot mend, in a line each."""
     said = []
-    visits = model.planned_steps * facts.batch_size / facts.num_images
+    visits = (model.planned_steps or 0) * facts.batch_size / facts.num_images
     if facts.num_images < FEW and visits > 100:
         said.append(
             f"Note:     {facts.num_images} pictures are few: after {visits:,.0f} visits to each, "
             "samples may be copies of them. `evaluation.report` shows the nearest ones."
         )
-    rare = [k for k, count in enumerate(facts.counts or ()) if count < FEWEST]
+    counts = facts.counts or ()
+    rare = [k for k, count in enumerate(counts) if count < FEWEST]
     if rare:
         said.append(
             f"Note:     {len(rare)} of {facts.num_classes} classes have fewer than {FEWEST} "
-            f"pictures, such as class {rare[0]} with {facts.counts[rare[0]]}: expect copies, or "
+            f"pictures, such as class {rare[0]} with {counts[rare[0]]}: expect copies, or "
             "merge classes."
         )
     return said
 
 
-def seconds_per_step(model, facts):
+def seconds_per_step(model: DiffusionModel, facts: Facts) -> float:
     """Seconds of a training step here, without its compilation."""
     images = np.zeros((facts.batch_size, *facts.image_shape), "float32")
-    batch = {"image" if facts.latent_scale is None else "latent": images}
+    batch: dict[str, np.ndarray] = {"image" if facts.latent_scale is None else "latent": images}
     if facts.num_classes is not None:
         batch["label"] = np.zeros(facts.batch_size, "int32")
     if facts.context_shape is not None:

@@ -1,6 +1,7 @@
 """What a preset is: a network, how it was trained, how it is sampled."""
 
 import dataclasses
+from typing import Any
 
 import keras
 
@@ -58,11 +59,16 @@ class Preset:
     context_encoder: str | None = None  # fingerprint of the text encoder that they have learned
     fast: dict = dataclasses.field(default_factory=lambda: dict(FAST))  # arguments of `generate`
 
-    def new_network(self, **changes):
+    def new_network(self, **changes: Any) -> Any:
         """The network of the preset, with other arguments where there are `changes`."""
         return self.architecture(**{**self.network, **changes})
 
-    def build(self, network=None, optimizer=None, **changes) -> DiffusionModel:
+    def build(
+        self,
+        network: dict[str, Any] | keras.Model | None = None,
+        optimizer: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> DiffusionModel:
         """A `DiffusionModel` of the preset, with fresh weights, not compiled.
 
         Args:
@@ -70,10 +76,10 @@ class Preset:
             optimizer: dict of arguments of `training.adamw` to change.
             **changes: arguments of `DiffusionModel` to change.
         """
-        if not isinstance(network, keras.Model):
-            network = self.new_network(**network or {})
+        is_made = isinstance(network, keras.Model)
+        net: Any = network if is_made else self.new_network(**network or {})
         own = {key: getattr(self, key) for key in OF_MODEL}
-        if network.null_label is None and network.context_shape is None:
+        if net.null_label is None and net.context_shape is None:
             own["condition_dropout"] = 0.0  # there is no "none" to learn
         optimizer = {**self.optimizer, **(optimizer or {})}
-        return DiffusionModel(network, optimizer=optimizer, **{**own, **changes})
+        return DiffusionModel(net, optimizer=optimizer, **{**own, **changes})

@@ -1,5 +1,7 @@
 """What is drawn: labels and prompts as the network's inputs, one row for each image."""
 
+from typing import Any
+
 import numpy as np
 from keras import ops
 
@@ -7,7 +9,7 @@ from keras_uvit.checks import as_int
 from keras_uvit.encoders import compatibility
 
 
-def conditions_of(model, wants: dict) -> tuple[dict, int]:
+def conditions_of(model: Any, wants: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """The network's conditions, one row for each image, and how many images there are.
 
     Args:
@@ -44,7 +46,9 @@ def _labels(network, labels):
     return labels.astype("int32")
 
 
-def unconditional_of(model, negative_prompts, total: int, is_guided: bool) -> dict:
+def unconditional_of(
+    model: Any, negative_prompts: Any, total: int, is_guided: bool
+) -> dict[str, Any]:
     """What guidance leads away from, one row for each image; empty without guidance."""
     network = model.network
     reads_text = network.context_shape is not None
@@ -56,7 +60,7 @@ def unconditional_of(model, negative_prompts, total: int, is_guided: bool) -> di
         )
     if not is_guided:
         return {}
-    unconditional = {}
+    unconditional: dict[str, Any] = {}
     if network.num_classes is not None:
         unconditional["label"] = np.full(total, network.null_label or 0, "int32")
     if negative_prompts is not None:

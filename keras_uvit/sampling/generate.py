@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import math
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from keras import ops, tree
@@ -15,6 +17,7 @@ from keras_uvit.pixels import from_unit_range
 from keras_uvit.sampling.conditions import conditions_of, unconditional_of
 from keras_uvit.sampling.guidance import denoiser
 from keras_uvit.sampling.options import SamplingOptions, resolve
+from keras_uvit.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +36,21 @@ class Job:
 
 
 def prepare(
-    model,
-    num_images=None,
-    labels=None,
-    prompts=None,
+    model: Any,
+    num_images: int | None = None,
+    labels: Array | None = None,
+    prompts: str | Sequence[str] | Array | None = None,
     *,
-    negative_prompts=None,
-    num_steps=None,
-    sampler=None,
-    guidance_scale=None,
-    guidance_interval=(0.0, 1.0),
-    seed=0,
-    first=0,
-    batch_size=None,
-    use_ema=True,
-    decode=True,
+    negative_prompts: str | Sequence[str] | Array | None = None,
+    num_steps: int | None = None,
+    sampler: str | samplers.Steps | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    seed: int = 0,
+    first: int = 0,
+    batch_size: int | None = None,
+    use_ema: bool = True,
+    decode: bool = True,
 ) -> Job:
     """Checks the arguments of `DiffusionModel.generate`, which describes them; draws nothing."""
     model.check_weights()
@@ -61,7 +64,7 @@ def prepare(
     options = resolve(model, sampler, num_steps, guidance_scale, guidance_interval)
     return Job(
         conditions,
-        unconditional_of(model, negative_prompts, total, options.guided.any()),
+        unconditional_of(model, negative_prompts, total, bool(options.guided.any())),
         total,
         options,
         as_int(seed, "seed", 0),
@@ -72,7 +75,7 @@ def prepare(
     )
 
 
-def draw(model, job: Job, verbose=1) -> np.ndarray:
+def draw(model: Any, job: Job, verbose: int = 1) -> np.ndarray:
     """The images of a job: uint8 pixels, or what the network sees without `decode`."""
     _warn_if_untrained(model)
     network = model.ema_network if job.use_ema else model.network
@@ -139,7 +142,7 @@ def _widest(network):
     return 2 * 4 * max(4 * math.prod(tensor.shape[1:]) for tensor in outputs)
 
 
-def noise_of(seed, indices, shape):
+def noise_of(seed: int, indices: Array, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Starting noise `(B, H, W, C)` and a 31-bit seed `(B,)` for later noise, per image."""
     generators = [np.random.default_rng([seed, int(k)]) for k in indices]
     noise = np.stack([g.standard_normal(shape, "float32") for g in generators])

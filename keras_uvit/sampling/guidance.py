@@ -1,13 +1,23 @@
 """Classifier-free guidance: how the loop of a sampler asks the network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import keras
 from keras import ops
 
 from keras_uvit import backend
+from keras_uvit.types import Tensor
 
 
-def denoiser(model, network, weights, condition: dict, unconditional: dict, scale) -> Callable:
+def denoiser(
+    model: Any,
+    network: keras.Model,
+    weights: Sequence[Tensor],
+    condition: dict[str, Tensor],
+    unconditional: dict[str, Tensor],
+    scale: Tensor,
+) -> Callable[[Tensor, Tensor], Tensor]:
     """The function `(x, t) -> x0` of guided sampling: D_u + w (D_c - D_u).
 
     D_c is the network's estimate of x0 with the condition and D_u the one without, both from one

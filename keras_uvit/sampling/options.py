@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class SamplingOptions:
         t = self.steps.t
         return (t >= low) & (t <= high) & (self.guidance_scale != 1.0)
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """What JSON keeps of it."""
         return {
             "sampler": self.sampler,
@@ -45,7 +46,11 @@ class SamplingOptions:
 
 
 def resolve(
-    model, sampler=None, num_steps=None, guidance_scale=None, guidance_interval=(0.0, 1.0)
+    model: Any,
+    sampler: str | samplers.Steps | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> SamplingOptions:
     """The options of one call, with the model's own where they are None.
 

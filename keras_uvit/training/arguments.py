@@ -1,6 +1,7 @@
 """What `DiffusionModel` takes of Keras' arguments and methods, and why it refuses the others."""
 
 import inspect
+from typing import Any
 
 import keras
 
@@ -41,7 +42,7 @@ METHODS = {
 }
 
 
-def checked(method, given):
+def checked(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments `given` to a method that continues Keras' own, with whole numbers as ints.
 
     Raises:
@@ -62,7 +63,7 @@ def checked(method, given):
     }
 
 
-def check_network(network):
+def check_network(network: Any) -> None:
     """Raises unless a `DiffusionModel` can train this network."""
     missing = [name for name in ATTRIBUTES if not hasattr(network, name)]
     if missing:
@@ -78,7 +79,7 @@ def check_network(network):
         )
 
 
-def check_model(model, has_null):
+def check_model(model: Any, has_null: bool) -> None:
     """Raises unless the model's own arguments can be; makes ints of its whole numbers."""
     for key, least in OF_MODEL.items():
         if key != "planned_steps" or model.planned_steps is not None:

@@ -19,6 +19,8 @@ import itertools
 import math
 import types
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,11 +29,13 @@ from keras import ops
 from keras_uvit import backend
 from keras_uvit.encoders import compatibility
 from keras_uvit.training import arguments
+from keras_uvit.types import Tensor
 
+Batch = dict[str, Any]
 DATA = ("image", "latent", "moments")
 
 
-def as_dict(data):
+def as_dict(data: Any) -> Batch:
     """A batch as a dict, from what Keras hands to `train_step` or a user to `fit`."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
     arguments.checked("fit", {"sample_weight": weight})
@@ -42,7 +46,7 @@ def as_dict(data):
     return x
 
 
-def check_source(model, x, y=None, batch_size=None):
+def check_source(model: Any, x: Any, y: Any = None, batch_size: int | None = None) -> Any:
     """Checks training or validation data, and returns it in a form that Keras takes.
 
     Arrays are checked whole, and are one dict then, with `y` among them; of anything else (tf.data,
@@ -90,7 +94,7 @@ def check_source(model, x, y=None, batch_size=None):
     return x
 
 
-def adopt(model, x):
+def adopt(model: Any, x: Any) -> None:
     """Notes in a model whose latents and contexts it is going to learn from checked data `x`."""
     if _is_cache(x):
         compatibility.adopt_latents(model, x)
@@ -100,7 +104,7 @@ def adopt(model, x):
         compatibility.adopt_arrays(model)
 
 
-def clean(batch, latent_scale, normal):
+def clean(batch: Batch, latent_scale: float | None, normal: Callable[[Any], Tensor]) -> Tensor:
     """x0 of a batch, float32 `(B, H, W, C)`.
 
     Images come to [-1, 1]; moments become a sample of the posterior, times `latent_scale`.
@@ -122,7 +126,9 @@ def clean(batch, latent_scale, normal):
     return latent_scale * (mean + std * normal(ops.shape(mean)))
 
 
-def condition(batch, network, null_context, dropped=None):
+def condition(
+    batch: Batch, network: Any, null_context: Tensor | None, dropped: Tensor | None = None
+) -> dict[str, Tensor]:
     """The "label" and "context" inputs of a network, replaced by "none" where `dropped`.
 
     Args:
@@ -168,11 +174,11 @@ def _is_cache(x):
     return hasattr(x, "sample_shape")  # tf.data has a `fingerprint` too
 
 
-def as_tuple(batch):
+def as_tuple(batch: Any) -> tuple:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def is_arrays(x):
+def is_arrays(x: Any) -> bool:
     """Whether it is all of the data, and not something that yields batches."""
     return isinstance(x, dict | np.ndarray) or ops.is_tensor(x)
 
@@ -190,7 +196,7 @@ def _plain(batch):
     return plain
 
 
-def split(arrays, share):
+def split(arrays: Batch, share: float) -> tuple[Batch, Batch]:
     """The arrays without their last part, and this part, as Keras' `validation_split` takes it."""
     length = len(next(iter(arrays.values())))
     first = math.floor(length * (1 - share))
@@ -199,11 +205,11 @@ def split(arrays, share):
             f"validation_split={share} leaves one part of {length} images without any. It is a "
             "share between 0 and 1."
         )
-    parts = slice(first), slice(first, None)
-    return tuple({key: value[part] for key, value in arrays.items()} for part in parts)
+    before = {key: value[:first] for key, value in arrays.items()}
+    return before, {key: value[first:] for key, value in arrays.items()}
 
 
-def check_inputs(network, x):
+def check_inputs(network: keras.Model, x: Any) -> Any:
     """Checks what `predict` is given, as Keras loses the weights on JAX where arrays do not fit.
 
     Returns it in a form that Keras takes.
@@ -221,7 +227,7 @@ def check_inputs(network, x):
     return _plain(x)
 
 
-def check_batch(model, batch):
+def check_batch(model: Any, batch: Batch) -> None:
     """Raises unless `batch` is what `model` can be trained on: keys, shapes, dtypes, ranges."""
     _check_batched(batch, model.network.image_shape[-1])
     wanted = [key for key in ("label", "context") if key in _inputs(model)]

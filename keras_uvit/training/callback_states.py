@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,7 +23,11 @@ SHOWING = (
 NOT_STATE = ("params", "_model", "min_delta")
 
 
-def check(model, callbacks, checkpoint=None):
+def check(
+    model: Any,
+    callbacks: Sequence[keras.callbacks.Callback],
+    checkpoint: keras.callbacks.Callback | None = None,
+) -> None:
     """Raises for callbacks that could not do what they are for, before anything is trained.
 
     Args:
@@ -61,21 +67,22 @@ class CallbackStates:
         callbacks: list, when a run begins and each has done its `on_train_begin`.
     """
 
-    def __init__(self, callbacks):
-        self.callbacks = {}
+    def __init__(self, callbacks: Sequence[keras.callbacks.Callback]):
+        self.callbacks: dict[str, keras.callbacks.Callback] = {}
         for callback in callbacks:
             if not isinstance(callback, SHOWING):
                 kind = type(callback).__name__
                 number = sum(type(c).__name__ == kind for c in self.callbacks.values()) + 1
                 self.callbacks[kind if number == 1 else f"{kind} {number}"] = callback
-        self.chosen = []  # what is restored: (callback, name of the attribute, value)
+        # What is restored: (callback, name of the attribute, value).
+        self.chosen: list[tuple[keras.callbacks.Callback, str, Any]] = []
         # As texts, because lists and arrays change in place.
         self.begun = {
             name: {key: repr(value) for key, value in _attributes(callback).items()}
             for name, callback in self.callbacks.items()
         }
 
-    def collect(self):
+    def collect(self) -> dict[str, Any]:
         """The state of each callback, as JSON keeps it."""
         return {name: self._state(name, callback) for name, callback in self.callbacks.items()}
 
@@ -90,7 +97,7 @@ class CallbackStates:
                 lost += [] if callable(value) else [key]
         return {"state": state, "lost": lost, "begun": {key: begun.get(key) for key in state}}
 
-    def restore(self, saved):
+    def restore(self, saved: dict[str, Any]) -> None:
         """Gives the callbacks what `collect` has returned; those that it does not know, nothing.
 
         What the user has set otherwise since then stays as it is now.
@@ -116,7 +123,7 @@ class CallbackStates:
             else:
                 progress.say(f"{name}: {key} is {now}, as it was set now; it was {value}.")
 
-    def restore_again(self):
+    def restore_again(self) -> None:
         """Takes back what the callbacks have changed since `restore`."""
         for callback, key, value in self.chosen:
             setattr(callback, key, copy.deepcopy(value))

@@ -5,7 +5,9 @@ import errno
 import shutil
 import signal
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 from keras import ops
@@ -16,6 +18,7 @@ from keras_uvit.training import checkpoints
 from keras_uvit.training.callback_states import CallbackStates
 from keras_uvit.training.checkpoints import Place
 from keras_uvit.training.optimizers import settings
+from keras_uvit.types import Array, PathLike, Tensor
 
 
 class StopOnNonFinite(keras.callbacks.Callback):
@@ -31,12 +34,12 @@ class StopOnNonFinite(keras.callbacks.Callback):
 
     async_safe = True  # reads the logs only, so JAX need not wait for each step
 
-    def __init__(self, watched):
+    def __init__(self, watched: Any):
         super().__init__()
         self.watched = watched
-        self.error = None
+        self.error: str | None = None
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         limit = self.watched.max_skipped_steps
         if self.error is None and logs and logs["skipped_in_row"] >= limit:
             self.error = (
@@ -77,7 +80,9 @@ class Checkpoint(keras.callbacks.Callback):
         >>> # model.fit(dataset, epochs=100, callbacks=[checkpoint]); started again, it goes on
     """
 
-    def __init__(self, directory, every_steps=1000, keep=3, best=None):
+    def __init__(
+        self, directory: PathLike, every_steps: int = 1000, keep: int = 3, best: str | None = None
+    ):
         super().__init__()
         self.directory = Path(directory)
         self.every_steps, self.keep = as_int(every_steps, "every_steps", 1), as_int(keep, "keep", 1)
@@ -85,7 +90,13 @@ class Checkpoint(keras.callbacks.Callback):
         self._asked_to_stop = self._interrupted = False
         self.begin(Place(0, 0, None, 0))
 
-    def begin(self, place, callbacks=(), record=None, changed=()):
+    def begin(
+        self,
+        place: Place,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        record: dict | None = None,
+        changed: Sequence[tuple[Tensor, Array]] = (),
+    ) -> None:
         """Called by `fit`: where in the data the run begins, and with what.
 
         Args:
@@ -97,7 +108,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._place, self._skipped = place, place.batch
         self._callbacks, self._record, self._changed = callbacks, record or {}, changed
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         # From here on counted by itself: callbacks may turn back the model's own count.
         self._step = self._record.get("step", int(ops.convert_to_numpy(self.model.step)))
         self._saved, self._mark = self._step, self._mark_of_state()
@@ -109,7 +120,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._check_space()
 
     @contextlib.contextmanager
-    def watching(self):
+    def watching(self) -> Iterator[None]:
         """Inside, SIGTERM and Ctrl-C are wishes that are granted after the present step."""
         self._asked_to_stop = self._interrupted = False
         is_main = threading.current_thread() is threading.main_thread()  # others may not ask
@@ -143,7 +154,7 @@ class Checkpoint(keras.callbacks.Callback):
                 "keep.",
             )
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._place = self._place._replace(epoch=epoch, batch=self._skipped)
         if self._skipped:  # the others have begun this epoch before, and have just done it again
             self._states.restore_again()
@@ -152,7 +163,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._first, self._skipped = self._skipped, 0
         self._begun = self._first
 
-    def before_batch(self, batch):
+    def before_batch(self, batch: int) -> None:
         """Called by `fit` before the other callbacks see the batch.
 
         Before a batch, not after one: Keras calls this in the main thread and without waiting for
@@ -162,7 +173,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._begun = self._place.batch + self._at_once
         self._save_if_due()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if self._begun < self._place.steps_per_epoch:  # a callback has stopped it
             self._move(self._begun)
         else:
@@ -217,6 +228,6 @@ class Checkpoint(keras.callbacks.Callback):
         numbers = backend.norm(weights), ops.convert_to_tensor(self.model.step)
         return [float(ops.convert_to_numpy(backend.alone(number))) for number in numbers]
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict | None = None) -> None:
         if self._step > self._saved or self._mark_of_state() != self._mark:
             self._save()

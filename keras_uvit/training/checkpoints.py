@@ -18,8 +18,9 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import keras
@@ -29,6 +30,7 @@ from keras import ops
 from keras_uvit import backend, io
 from keras_uvit.inference import naming_missing_classes
 from keras_uvit.training.optimizers import settings
+from keras_uvit.types import PathLike, Tensor
 
 FORMAT, VERSION = "keras_uvit checkpoint", 1
 RECORD = "checkpoint.json"
@@ -40,20 +42,22 @@ class Place(NamedTuple):
 
     epoch: int
     batch: int
-    steps_per_epoch: int | None
+    steps_per_epoch: int
     batch_size: int  # of all processes; 0 where it is not known
 
     @property
-    def batches(self):
+    def batches(self) -> int:
         """How many are done in all."""
-        return self.epoch * (self.steps_per_epoch or 0) + self.batch
+        return self.epoch * self.steps_per_epoch + self.batch
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, or of another run."""
 
 
-def atomically(write, filepath, overwrite, **kwargs):
+def atomically(
+    write: Callable[..., None], filepath: PathLike, overwrite: bool, **kwargs: Any
+) -> None:
     """Calls Keras' `write` on a file beside `filepath`, then renames it.
 
     Only single files can be renamed at once: folders, shards and remote paths are Keras' business.
@@ -74,7 +78,7 @@ def atomically(write, filepath, overwrite, **kwargs):
 # Writing ------------------------------------------------------------------------------------------
 
 
-def write(model, directory, step, place, **more):
+def write(model: Any, directory: PathLike, step: int, place: Place, **more: Any) -> None:
     """Writes a checkpoint of the model as it is. All processes call it together.
 
     Args:
@@ -125,21 +129,21 @@ def _replace(beside, path):
     shutil.rmtree(before, ignore_errors=True)
 
 
-def name(step):
+def name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def size(model):
+def size(model: Any) -> int:
     """Bytes of a checkpoint of the model."""
     return sum(int(np.prod(v.shape)) * 4 for v in _variables(model))
 
 
-def prune(directory, keep):
+def prune(directory: PathLike, keep: int) -> None:
     """Leaves the newest `keep` checkpoints, and the one with the lowest value."""
-    steps = steps_in(directory)
-    values = {step: read_record(directory / name(step)).get("value") for step in steps}
-    values = {step: value for step, value in values.items() if value is not None}
-    best = min(values, key=values.get) if values else None
+    directory, steps = Path(directory), steps_in(directory)
+    found = {step: read_record(directory / name(step)).get("value") for step in steps}
+    values = {step: value for step, value in found.items() if value is not None}
+    best = min(values, key=lambda step: values[step]) if values else None
     for step in steps[keep:]:
         if step != best:
             gone = directory / f"tmp-{name(step)}"  # what is half deleted is no checkpoint
@@ -188,13 +192,13 @@ def _list(model):
 # Reading ------------------------------------------------------------------------------------------
 
 
-def steps_in(directory):
+def steps_in(directory: PathLike) -> list[int]:
     """Steps of the checkpoints in a folder, the newest first; none of them opened."""
     found = Path(directory).glob("step-" + "[0-9]" * 8)
     return sorted((int(path.name.removeprefix("step-")) for path in found), reverse=True)
 
 
-def newest(directory):
+def newest(directory: PathLike) -> Path | None:
     """Path of the newest whole checkpoint, or None. Damaged ones are renamed and named.
 
     All processes call it together, and get the same.
@@ -234,7 +238,7 @@ def _damage(path):
     return None
 
 
-def read_record(path):
+def read_record(path: PathLike) -> dict[str, Any]:
     """The dict in a checkpoint's record.
 
     Raises:
@@ -248,7 +252,7 @@ def read_record(path):
     return record
 
 
-def restore(model, path):
+def restore(model: Any, path: PathLike) -> tuple[dict[str, Any], list[tuple[Tensor, np.ndarray]]]:
     """Puts a checkpoint's state into a model that is made and compiled as it was then.
 
     Args:
@@ -277,7 +281,7 @@ def restore(model, path):
     return record, [(v, np.array(ops.convert_to_numpy(v))) for v in changed]
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: PathLike) -> Any:
     """The model of a checkpoint, compiled as it was: to sample, evaluate, or train anew.
 
     Args:

@@ -3,6 +3,8 @@
 import itertools
 import math
 import types
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
@@ -26,7 +28,15 @@ from keras_uvit.training.progress_line import ProgressLine
 RESUME = ("auto", True, False)
 
 
-def fit(model, keras_fit, x, y, callbacks, mode, options):
+def fit(
+    model: Any,
+    keras_fit: Callable[..., keras.callbacks.History],
+    x: Any,
+    y: Any,
+    callbacks: Any,
+    mode: str | bool,
+    options: dict[str, Any],
+) -> keras.callbacks.History:
     """Checks the data, guards the steps, and calls Keras' `fit` for what is left of the run.
 
     Args:

@@ -1,14 +1,18 @@
 """Frozen layers, of which a network's config says nothing: files of a model keep their names."""
 
+from collections.abc import Collection
+
+import keras
+
 from keras_uvit.training.optimizers import unscaled
 
 
-def frozen(network):
+def frozen(network: keras.Model) -> list[str]:
     """Paths of the layers and weights that are not trained."""
     return [part.path for part in _parts(network) if not part.trainable]
 
 
-def freeze(network, paths):
+def freeze(network: keras.Model, paths: Collection[str]) -> None:
     """Makes all layers and weights trainable but those of `frozen`."""
     for part in _parts(network):
         part.trainable = part.path not in paths
@@ -20,7 +24,7 @@ def _parts(network):
     return [part for part in parts if part.path]  # such as inputs have none
 
 
-def check_compiled(model):
+def check_compiled(model: keras.Model) -> None:
     """Raises unless the optimizer was built for the weights that are trained now."""
     built = unscaled(model.optimizer)._trainable_variables
     if [v.path for v in built] != [v.path for v in model.trainable_variables]:

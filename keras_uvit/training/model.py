@@ -2,18 +2,24 @@
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_uvit import backend, checks, distribution, sampling
+from keras_uvit.diffusion.loop import Steps
 from keras_uvit.diffusion.objective import Objective
 from keras_uvit.diffusion.schedules import VPLinear
 from keras_uvit.encoders import compatibility, holder
 from keras_uvit.inference import own_defaults
 from keras_uvit.networks.network import check_copy, copy_of
 from keras_uvit.training import arguments, batches, draws, fit, frozen, optimizers
+from keras_uvit.training.batches import Batch
 from keras_uvit.training.checkpoints import atomically
+from keras_uvit.types import Array, Config, PathLike, Tensor
 
 TRAIN, TEST = 0, 1  # streams of randomness
 # Arguments that the config keeps as they are.
@@ -92,26 +98,26 @@ class DiffusionModel(keras.Model):
 
     def __init__(
         self,
-        network,
-        schedule=None,
-        prediction="epsilon",
-        time_scale=None,
-        time_sampling="uniform",
-        loss_weighting="uniform",
-        condition_dropout=None,
-        latent_scale=None,
-        latent_encoder=None,
-        context_encoder=None,
-        ema_decay=0.9999,
-        ema_warmup=True,
-        optimizer=None,
-        sampler="dpm_solver_pp_2m",
-        num_steps=25,
-        guidance_scale=1.0,
-        max_skipped_steps=20,
-        planned_steps=None,
-        seed=0,
-        name="diffusion_model",
+        network: Any,
+        schedule: Any = None,
+        prediction: str = "epsilon",
+        time_scale: float | None = None,
+        time_sampling: str = "uniform",
+        loss_weighting: str = "uniform",
+        condition_dropout: float | None = None,
+        latent_scale: float | None = None,
+        latent_encoder: str | None = None,
+        context_encoder: str | None = None,
+        ema_decay: float = 0.9999,
+        ema_warmup: bool = True,
+        optimizer: dict[str, Any] | None = None,
+        sampler: str = "dpm_solver_pp_2m",
+        num_steps: int = 25,
+        guidance_scale: float = 1.0,
+        max_skipped_steps: int = 20,
+        planned_steps: int | None = None,
+        seed: int = 0,
+        name: str = "diffusion_model",
     ):
         arguments.check_network(network)
         distribution.check_layouts(network)
@@ -155,11 +161,11 @@ class DiffusionModel(keras.Model):
         draws.begin(self.random, self.seed)
         self.norm_tracker = keras.metrics.Mean(name="grad_norm", dtype="float32")
         self.encoders = holder.Encoders()
-        self.sampling_loops = {}  # compiled, by `sampling.generate`
+        self.sampling_loops: dict[tuple, Any] = {}  # compiled, by `sampling.generate`
         self.warned_untrained = False
         self.built = True
 
-    def set_encoders(self, **parts):
+    def set_encoders(self, **parts: Any) -> None:
         """Gives the model its frozen parts, which are no part of its file.
 
         Args:
@@ -186,7 +192,7 @@ class DiffusionModel(keras.Model):
         if text_encoder is not None:
             compatibility.adopt_contexts(self, text_encoder)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         serialize = keras.saving.serialize_keras_object
         return {
             "network": serialize(self.network),
@@ -198,7 +204,7 @@ class DiffusionModel(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Config, custom_objects: dict | None = None) -> "DiffusionModel":
         parts = {
             key: keras.saving.deserialize_keras_object(config[key], custom_objects)
             for key in ("network", "schedule")
@@ -211,32 +217,32 @@ class DiffusionModel(keras.Model):
         holder.warn_of_loading(model)
         return model
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Any = None) -> None:
         """Nothing to do: the networks are built when they are made."""
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         """Nothing to do either; Keras on TensorFlow would begin an epoch of the data for it."""
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: dict[str, Tensor], training: bool = False) -> Tensor:
         return self.network(inputs, training=training)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple:
         return self.network.compute_output_shape(input_shape)
 
     @property
-    def trainable(self):
+    def trainable(self) -> bool:
         return super().trainable
 
     @trainable.setter
-    def trainable(self, value):
+    def trainable(self, value: bool) -> None:
         keras.Model.trainable.fset(self, value)
         self.ema_network.trainable = False  # Keras would set it for all layers
 
-    def check_weights(self):
+    def check_weights(self) -> None:
         """Raises unless each weight of the network has its place in the moving average."""
         check_copy(self.network, self.ema_network)
 
-    def copy_weights_to_ema(self):
+    def copy_weights_to_ema(self) -> None:
         """Starts the moving average at the network's weights."""
         self.check_weights()
         for average, weight in zip(self.ema_network.weights, self.network.weights):
@@ -244,7 +250,9 @@ class DiffusionModel(keras.Model):
 
     # Training -------------------------------------------------------------------------------------
 
-    def compile(self, optimizer=None, jit_compile=None, **kwargs):
+    def compile(
+        self, optimizer: Any = None, jit_compile: bool | None = None, **kwargs: Any
+    ) -> None:
         """As `keras.Model.compile`; without arguments the preset's AdamW, and XLA where there is.
 
         Args:
@@ -273,29 +281,29 @@ class DiffusionModel(keras.Model):
         """Keras would compile the whole step, a minute for a small network, beside the blocks."""
         return False
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> Config:
         config = super().get_compile_config()
         if not config:
             return config
         undecayed = optimizers.without_decay(self)
         return {**config, "jit_compile": self._jit_compile_chosen, "without_decay": undecayed}
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: Config) -> None:
         arguments = keras.saving.deserialize_keras_object(config)
         optimizers.exclude(self, arguments["optimizer"], arguments.pop("without_decay", ()))
         self.compile(**arguments)
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        epochs=None,
-        verbose="auto",
-        callbacks=None,
-        resume="auto",
-        **kwargs,
-    ):
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int | None = None,
+        verbose: str | int = "auto",
+        callbacks: Any = None,
+        resume: str | bool = "auto",
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
         """As `keras.Model.fit`, on dicts of arrays or any source of them; see `training.batches`.
 
         With a `training.Checkpoint` among the callbacks the run goes on from its newest checkpoint,
@@ -319,7 +327,9 @@ class DiffusionModel(keras.Model):
         options = arguments.checked("fit", options)
         return fit.fit(self, super().fit, x, y, callbacks, resume, options)
 
-    def evaluate(self, x=None, y=None, batch_size=None, **kwargs):
+    def evaluate(
+        self, x: Any = None, y: Any = None, batch_size: int | None = None, **kwargs: Any
+    ) -> Any:
         """As `keras.Model.evaluate`, with the moving average; the same noise every time."""
         if not kwargs.get("_use_cached_eval_dataset"):  # else `fit` has checked it
             kwargs = arguments.checked("evaluate", {**kwargs, "batch_size": batch_size})
@@ -335,7 +345,7 @@ class DiffusionModel(keras.Model):
         self.test_step_count.assign(0)
         draws.begin(self.random, self.seed)
 
-    def predict(self, x, *args, **kwargs):
+    def predict(self, x: dict[str, Array], *args: Any, **kwargs: Any) -> np.ndarray:
         """As `keras.Model.predict`: what the network gives for a dict of its inputs.
 
         Images are drawn by `generate`.
@@ -343,12 +353,19 @@ class DiffusionModel(keras.Model):
         x = batches.check_inputs(self.network, x)
         return super().predict(x, *args, **kwargs)
 
-    def predict_on_batch(self, x):
+    def predict_on_batch(self, x: dict[str, Array]) -> np.ndarray:
         """As `keras.Model.predict_on_batch`; see `predict`."""
         x = batches.check_inputs(self.network, x)
         return super().predict_on_batch(x)
 
-    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+    def train_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: Any = None,
+        return_dict: bool = False,
+    ) -> Any:
         """One training step, as one of `fit`."""
         given = dict(sample_weight=sample_weight, class_weight=class_weight)
         arguments.checked("train_on_batch", given)
@@ -358,7 +375,9 @@ class DiffusionModel(keras.Model):
         draws.begin(self.random, self.seed)
         return super().train_on_batch(x, return_dict=return_dict)
 
-    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+    def test_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, return_dict: bool = False
+    ) -> Any:
         """The loss of a batch by the moving average, as `evaluate` gives it for it alone."""
         arguments.checked("test_on_batch", {"sample_weight": sample_weight})
         self.check_weights()
@@ -368,21 +387,21 @@ class DiffusionModel(keras.Model):
 
     # One step: what `backend.train_step` and `test_step` call, see `backend.steps` ---------------
 
-    def train_step(self, *args):
+    def train_step(self, *args: Any) -> Any:
         return backend.train_step(self, *args)
 
-    def test_step(self, *args):
+    def test_step(self, *args: Any) -> Any:
         return backend.test_step(self, *args)
 
-    def unpack(self, data):
+    def unpack(self, data: Any) -> Batch:
         return batches.as_dict(data)
 
-    def loss_of(self, batch):
+    def loss_of(self, batch: Batch) -> Tensor:
         """Loss of a training batch; its random numbers are a function of (seed, step)."""
         draws.go_to(self.random, TRAIN, self.step)
         return self.mean_loss(batch, self.network, training=True)
 
-    def test_loss_of(self, batch):
+    def test_loss_of(self, batch: Batch) -> Tensor:
         """Loss of a validation batch by the moving average; batch k always draws the same.
 
         Its times are uniform and its errors unweighted, so that models of one prediction and
@@ -392,7 +411,7 @@ class DiffusionModel(keras.Model):
         self.test_step_count.assign_add(1)
         return self.mean_loss(batch, self.ema_network, training=False)
 
-    def mean_loss(self, batch, network, training):
+    def mean_loss(self, batch: Batch, network: Any, training: bool) -> Tensor:
         """Mean loss of a batch, a float32 scalar; NaN where a label is out of range."""
         objective = self.objective if training else self.objective.for_validation()
         x0 = self.clean(batch)
@@ -412,29 +431,29 @@ class DiffusionModel(keras.Model):
         valid = ops.all((label >= 0) & (label < network.num_classes))
         return ops.where(valid, mean, float("nan"))
 
-    def clean(self, batch):
+    def clean(self, batch: Batch) -> Tensor:
         """x0 `(B, H, W, C)` of a batch, float32; of moments a new posterior sample."""
         return batches.clean(batch, self.latent_scale, lambda s: draws.normal(self.random, s))
 
-    def condition(self, batch, dropped=None):
+    def condition(self, batch: Batch, dropped: Tensor | None = None) -> dict[str, Tensor]:
         """The network's conditions, replaced by "none" where `dropped`, `(B,)` bool."""
         null = None if self.network.context_shape is None else self.null_context
         return batches.condition(batch, self.network, null, dropped)
 
-    def draw(self, x0, objective):
+    def draw(self, x0: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
         """Random t `(B,)`, noise like x0, and which conditions to drop, `(B,)` bool."""
         shape, count = ops.shape(x0), ops.shape(x0)[:1]
         t = objective.times(draws.uniform(self.random, count))
         noise = draws.normal(self.random, shape)
         return t, noise, draws.uniform(self.random, count) < self.condition_dropout
 
-    def gradient_norm(self, gradients):
+    def gradient_norm(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Euclidean norm of all gradients, float32, without the loss scale."""
         norm = backend.norm([g for g in gradients if g is not None])
         scale = getattr(self.optimizer, "dynamic_scale", None)
         return norm if scale is None else norm / ops.convert_to_tensor(scale)
 
-    def after_step(self, ok, before):
+    def after_step(self, ok: Tensor, before: Tensor) -> None:
         """Counters, and the average if the optimizer made a step (`before`: its count)."""
         skipped = ops.cast(ops.logical_not(ok), "int32")
         self.step.assign_add(1)
@@ -445,12 +464,12 @@ class DiffusionModel(keras.Model):
         self.ema_step.assign_add(ops.cast(stepped, "int32"))
         backend.blend(self.ema_network.weights, self.network.weights, decay)
 
-    def current_ema_decay(self):
+    def current_ema_decay(self) -> Tensor:
         k = ops.cast(self.ema_step, "float32")
         ramp = (1.0 + k) / (10.0 + k) if self.ema_warmup else 1.0
         return ops.minimum(self.ema_decay, ramp)
 
-    def report(self, loss, norm):
+    def report(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
         """Logs of a training step; skipped steps do not enter the means."""
         ok = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
         means = {"loss": self._loss_tracker, "grad_norm": self.norm_tracker}
@@ -464,7 +483,7 @@ class DiffusionModel(keras.Model):
             "skipped_in_row": ops.cast(self.skipped_in_row, "float32"),
         }
 
-    def test_report(self, batch, loss):
+    def test_report(self, batch: Batch, loss: Tensor) -> dict[str, Tensor]:
         self._loss_tracker.update_state(loss, ops.shape(next(iter(batch.values())))[0])
         return {"loss": self._loss_tracker.result()}
 
@@ -472,23 +491,23 @@ class DiffusionModel(keras.Model):
 
     def generate(
         self,
-        num_images=None,
-        labels=None,
-        prompts=None,
+        num_images: int | None = None,
+        labels: Array | None = None,
+        prompts: str | Sequence[str] | Array | None = None,
         *,
-        negative_prompts=None,
-        num_steps=None,
-        sampler=None,
-        guidance_scale=None,
-        guidance_interval=(0.0, 1.0),
-        seed=0,
-        first=0,
-        batch_size=None,
-        use_ema=True,
-        decode=True,
-        verbose=1,
-        **unknown,
-    ):
+        negative_prompts: str | Sequence[str] | Array | None = None,
+        num_steps: int | None = None,
+        sampler: str | Steps | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        seed: int = 0,
+        first: int = 0,
+        batch_size: int | None = None,
+        use_ema: bool = True,
+        decode: bool = True,
+        verbose: int = 1,
+        **unknown: Any,
+    ) -> np.ndarray:
         """Draws images.
 
         Image k depends on `seed` and k alone: not on `batch_size`, and, with a deterministic
@@ -544,7 +563,7 @@ class DiffusionModel(keras.Model):
         )
         return sampling.draw(self, job, verbose)
 
-    def save(self, filepath, overwrite=True, **kwargs):
+    def save(self, filepath: PathLike, overwrite: bool = True, **kwargs: Any) -> None:
         """As `keras.Model.save`, but written beside and renamed: a killed save loses nothing.
 
         One process of several can save what each of them has. The encoders are no
@@ -559,7 +578,7 @@ class DiffusionModel(keras.Model):
         self.encoders.warn_of_saving()
         self._write(super().save, filepath, overwrite, **kwargs)
 
-    def save_weights(self, filepath, overwrite=True, **kwargs):
+    def save_weights(self, filepath: PathLike, overwrite: bool = True, **kwargs: Any) -> None:
         """As `keras.Model.save_weights`, but written beside and renamed."""
         self._write(super().save_weights, filepath, overwrite, **kwargs)
 

@@ -1,12 +1,15 @@
 """The recipe's optimizer."""
 
 import json
+from collections.abc import Collection
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_uvit import backend
+from keras_uvit.types import Config, Tensor
 
 MAX_RATE = 2e-3
 RATE_TIMES_WIDTH = 0.25  # 2e-3 at width 128, 2e-4 at the published 1152: see docs/own_data.md
@@ -34,13 +37,20 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
             share of 1,000 steps, and no decay to the end of the run.
     """
 
-    def __init__(self, learning_rate, warmup_steps=0, decay_steps=None, batches=1, run_steps=None):
+    def __init__(
+        self,
+        learning_rate: float,
+        warmup_steps: float = 0,
+        decay_steps: int | str | None = None,
+        batches: int = 1,
+        run_steps: int | None = None,
+    ):
         super().__init__()
         if isinstance(decay_steps, str) and decay_steps != "run":
             raise ValueError(
                 f'decay_steps must be an int, "run" or None. Received: {decay_steps!r}.'
             )
-        self.config = dict(
+        self.config: Config = dict(
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
             decay_steps=decay_steps,
@@ -48,14 +58,14 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
             run_steps=run_steps,
         )
 
-    def learn_run(self, run_steps):
+    def learn_run(self, run_steps: int) -> bool:
         """Notes the run's length in optimizer steps; returns whether that changes the rates."""
         before = self.warmup, self.decay
         self.config["run_steps"] = run_steps
         return (self.warmup, self.decay) != before
 
     @property
-    def warmup(self):
+    def warmup(self) -> int:
         """Optimizer steps of the warm-up."""
         steps = self.config["warmup_steps"]
         if not isinstance(steps, float) or steps >= 1:
@@ -63,12 +73,12 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         return max(1, round(steps * (self.config["run_steps"] or UNKNOWN_RUN)))
 
     @property
-    def decay(self):
+    def decay(self) -> int | None:
         """Optimizer steps from there to a rate of 0, or None."""
         steps, run = self.config["decay_steps"], self.config["run_steps"]
         return steps if steps != "run" else run and max(1, run - self.warmup)
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor) -> Tensor:
         rate, batches = self.config["learning_rate"], self.config["batches"]
         warmup_steps, decay_steps = self.warmup, self.decay
         k = ops.cast(ops.convert_to_tensor(step) // batches, "float32")
@@ -79,7 +89,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
             rate = rate * 0.5 * (1.0 + ops.cos(np.pi * done))
         return rate
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return dict(self.config)
 
 
@@ -91,21 +101,21 @@ class AdamW(backend.AdamW):
         schedule: `WarmUp`, to which `fit` tells the length of the run; None with another rate.
     """
 
-    def __init__(self, learning_rate=1e-3, **options):
+    def __init__(self, learning_rate: Any = 1e-3, **options: Any):
         super().__init__(learning_rate, **options)
         self.schedule = learning_rate if isinstance(learning_rate, WarmUp) else None
 
 
 def adamw(
-    learning_rate=2e-4,
-    beta_1=0.99,
-    beta_2=0.999,
-    weight_decay=0.03,
-    warmup_steps=2500,
-    decay_steps=None,
-    gradient_accumulation_steps=None,
-    clipnorm=None,
-):
+    learning_rate: float = 2e-4,
+    beta_1: float = 0.99,
+    beta_2: float = 0.999,
+    weight_decay: float = 0.03,
+    warmup_steps: float = 2500,
+    decay_steps: int | str | None = None,
+    gradient_accumulation_steps: int | None = None,
+    clipnorm: float | None = None,
+) -> "AdamW":
     """AdamW as in the published recipes: decay on every weight, linear warm-up from 0.
 
     Keras adds epsilon to sqrt(v), PyTorch (there the update is its own, fused) to the
@@ -143,12 +153,12 @@ def adamw(
     )
 
 
-def unscaled(optimizer):
+def unscaled(optimizer: Any) -> Any:
     """The optimizer itself, where float16 has wrapped it in a loss scale."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
-def check_average(optimizer):
+def check_average(optimizer: Any) -> None:
     """Raises for an optimizer that would replace the weights by an average at the end of `fit`.
 
     Args:
@@ -162,7 +172,7 @@ def check_average(optimizer):
         )
 
 
-def without_decay(model):
+def without_decay(model: keras.Model) -> list[str]:
     """Paths of the weights that `exclude_from_weight_decay` has named to the model's optimizer."""
     optimizer = unscaled(model.optimizer)
     if not getattr(optimizer, "weight_decay", None):
@@ -170,14 +180,14 @@ def without_decay(model):
     return [v.path for v in model.trainable_variables if not optimizer._use_weight_decay(v)]
 
 
-def exclude(model, optimizer, paths):
+def exclude(model: keras.Model, optimizer: Any, paths: Collection[str]) -> None:
     """Names those weights to an optimizer that is not built yet."""
     weights = [weight for weight in model.trainable_variables if weight.path in paths]
     if weights:
         unscaled(optimizer).exclude_from_weight_decay(weights)
 
 
-def settings(model):
+def settings(model: keras.Model) -> Config:
     """What the model's optimizer is, as JSON keeps it; without what Keras numbers.
 
     A learning rate that is a number is a variable, so it is the present one.
@@ -195,7 +205,7 @@ def settings(model):
     return json.loads(json.dumps(config | ({"without_decay": paths} if paths else {})))
 
 
-def recommended_rate(network):
+def recommended_rate(network: keras.Model) -> float | None:
     """The learning rate for a network of this width, or None for one of unknown width."""
     config = network.get_config()
     width = config.get("hidden_dim")
@@ -204,7 +214,7 @@ def recommended_rate(network):
     return width and min(MAX_RATE, float(f"{RATE_TIMES_WIDTH / width:.1g}"))
 
 
-def default_arguments(network):
+def default_arguments(network: keras.Model) -> dict[str, Any]:
     """Arguments of `adamw` for a run of any length with this network."""
     return dict(
         learning_rate=recommended_rate(network) or 2e-4,

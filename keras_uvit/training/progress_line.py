@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any, TextIO
 
 import keras
 from keras import ops
@@ -31,13 +32,13 @@ class ProgressLine(keras.callbacks.Callback):
 
     async_safe = True  # reads the logs only, so JAX need not wait for each step
 
-    def __init__(self, watched, stream=None):
+    def __init__(self, watched: Any, stream: TextIO | None = None):
         super().__init__()
         self.watched, self.stream = watched, stream
         self.moves = progress.is_watched() if stream is None else False
         self._width = 0
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         optimizer = unscaled(self.watched.optimizer)
         self._schedule = getattr(optimizer, "schedule", None)
         self._rate = float(ops.convert_to_numpy(optimizer.learning_rate))
@@ -45,14 +46,16 @@ class ProgressLine(keras.callbacks.Callback):
             optimizer.gradient_accumulation_steps or 1
         )
         self._size = int(ops.convert_to_numpy(self.watched.global_batch))
-        self._done, self._started = 0, None
+        self._done = 0
+        self._started: float | None = None
         self._timed, self._seconds = 0, 0.0  # steps of which the time is known, and that time
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch, self._batch = epoch, 0
-        self._drawn, self._before = 0.0, None
+        self._drawn = 0.0
+        self._before: float | None = None
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         now = time.perf_counter()
         self._batch = batch + 1
         if self._before is not None:
@@ -72,7 +75,7 @@ class ProgressLine(keras.callbacks.Callback):
                 f"steps per second, about {duration(self._seconds_left())} to go\n"
             )
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         self._write(("\r" if self.moves else "") + self._line(logs or {}) + "\n")
         self._width = 0
 
@@ -121,7 +124,7 @@ class ProgressLine(keras.callbacks.Callback):
         stream.flush()
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Seconds in words: "40 s", "12 min", "3 h 20 min"."""
     minutes = round(seconds / 60)
     if seconds < 99.5:

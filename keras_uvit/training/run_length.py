@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 from keras import ops
 
@@ -15,7 +16,7 @@ ADVICE = (
 )
 
 
-def epoch_of(batches, length):
+def epoch_of(batches: int, length: int) -> int | None:
     """`steps_per_epoch` of a run of so many batches: None, all of the data, where it is long.
 
     A run that goes through the data a few times, or not once, is divided into equal parts instead:
@@ -28,7 +29,7 @@ def epoch_of(batches, length):
     return None if batches >= EPOCHS * length else math.ceil(batches / EPOCHS)
 
 
-def tell(model, batches):
+def tell(model: Any, batches: int | None) -> None:
     """Tells the optimizer's schedule that `batches` are still to come.
 
     Rates that are parts of the run are right then. Warns of a run that ends inside its warm-up, and

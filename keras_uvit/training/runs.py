@@ -1,7 +1,9 @@
 """A training run in a folder: gone on with when it is started again."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -9,24 +11,25 @@ from keras_uvit import backend, distribution, io
 from keras_uvit.training import checkpoints
 from keras_uvit.training.callbacks import Checkpoint
 from keras_uvit.training.checkpoints import atomically
+from keras_uvit.types import PathLike
 
 MODEL, AVERAGE, LOG, CHECKPOINTS = "model.keras", "ema.weights.h5", "log.csv", "checkpoints"
 
 
 def train(
-    model,
-    dataset,
-    folder,
-    iterations,
+    model: Any,
+    dataset: Any,
+    folder: PathLike,
+    iterations: int,
     *,
-    steps_per_epoch=None,
-    every_steps=1000,
-    keep=2,
-    resume="auto",
-    callbacks=(),
-    validation_data=None,
-    verbose="auto",
-):
+    steps_per_epoch: int | None = None,
+    every_steps: int = 1000,
+    keep: int = 2,
+    resume: str | bool = "auto",
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    validation_data: Any = None,
+    verbose: str | int = "auto",
+) -> Any:
     """Trains for at least `iterations` batches, in whole epochs.
 
     `folder` gets `checkpoints/` while the run lasts, `log.csv` after each epoch, and at the end
