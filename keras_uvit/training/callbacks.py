@@ -88,7 +88,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.every_steps, self.keep = as_int(every_steps, "every_steps", 1), as_int(keep, "keep", 1)
         self.best = best
         self._asked_to_stop = self._interrupted = False
-        self.begin(Place(0, 0, None, 0))
+        self.begin(Place(0, 0, 0, 0))
 
     def begin(
         self,
