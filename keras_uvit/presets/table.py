@@ -10,11 +10,10 @@ The last rows are of what U-ViT is compared with. Layouts of the U-Nets were not
 are the nearest to the published parameters and cost.
 """
 
-from typing import Any
-
 from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 from keras_uvit.networks import UNet
 from keras_uvit.presets.preset import Preset
+from keras_uvit.types import Config
 
 
 def _adamw(learning_rate=2e-4, beta_1=0.99, beta_2=0.99, warmup_steps=5000, **more):
@@ -22,18 +21,16 @@ def _adamw(learning_rate=2e-4, beta_1=0.99, beta_2=0.99, warmup_steps=5000, **mo
     return {**names, "weight_decay": 0.03, "warmup_steps": warmup_steps, **more}
 
 
-SMALL: dict[str, Any] = dict(patch_size=2, hidden_dim=512, num_layers=13, num_heads=8)
-SMALL_DEEP: dict[str, Any] = dict(patch_size=2, hidden_dim=512, num_layers=17, num_heads=8)
-MID: dict[str, Any] = dict(patch_size=2, hidden_dim=768, num_layers=17, num_heads=12)
-LARGE: dict[str, Any] = dict(patch_size=2, hidden_dim=1024, num_layers=21, num_heads=16)
-HUGE: dict[str, Any] = dict(
-    patch_size=2, hidden_dim=1152, num_layers=29, num_heads=16, output_conv=False
-)
+SMALL: Config = dict(patch_size=2, hidden_dim=512, num_layers=13, num_heads=8)
+SMALL_DEEP: Config = dict(patch_size=2, hidden_dim=512, num_layers=17, num_heads=8)
+MID: Config = dict(patch_size=2, hidden_dim=768, num_layers=17, num_heads=12)
+LARGE: Config = dict(patch_size=2, hidden_dim=1024, num_layers=21, num_heads=16)
+HUGE: Config = dict(patch_size=2, hidden_dim=1152, num_layers=29, num_heads=16, output_conv=False)
 
 # All pixel models and latent L are continuous, latent H and COCO discrete; samplers differ too.
-CONTINUOUS: dict[str, Any] = dict(schedule=VPLinear())
-DISCRETE: dict[str, Any] = dict(schedule=VPDiscrete())
-LATENT_LARGE: dict[str, Any] = dict(
+CONTINUOUS: Config = dict(schedule=VPLinear())
+DISCRETE: Config = dict(schedule=VPDiscrete())
+LATENT_LARGE: Config = dict(
     **CONTINUOUS,
     optimizer=_adamw(),
     batch_size=1024,
@@ -43,7 +40,7 @@ LATENT_LARGE: dict[str, Any] = dict(
     latent_scale=0.18215,
     autoencoder="autoencoder_kl.pth",
 )
-LATENT_HUGE: dict[str, Any] = dict(
+LATENT_HUGE: Config = dict(
     **DISCRETE,
     optimizer=_adamw(),
     batch_size=1024,
@@ -57,7 +54,7 @@ LATENT_HUGE: dict[str, Any] = dict(
 # 3.80, guided from 2.53 to 1.89, at scale 1.2. Its program hands the network t itself, which hardly
 # moves a sinusoid made for 1 to 1000: here 999 t, as in U-ViT's continuous recipes. It samples by
 # dopri5, whose steps are not fixed: 25 of Heun are 49 evaluations, where other rows have 50.
-LATENT_FLOW: dict[str, Any] = dict(
+LATENT_FLOW: Config = dict(
     schedule=LinearPath(),
     prediction="velocity",
     optimizer=_adamw(1e-4, weight_decay=0.0),
@@ -70,7 +67,7 @@ LATENT_FLOW: dict[str, Any] = dict(
     latent_scale=0.18215,
     autoencoder="autoencoder_kl_ema.pth",
 )
-COCO: dict[str, Any] = dict(
+COCO: Config = dict(
     **DISCRETE,
     optimizer=_adamw(beta_1=0.9, beta_2=0.9),
     batch_size=256,
@@ -84,8 +81,8 @@ COCO: dict[str, Any] = dict(
     text_encoder="clip_vit_large_patch14",
 )
 # For short runs: 2,000 steps on digits, width 96: learned positions end 2.5 floors away, these 1.9.
-TINY: dict[str, Any] = dict(num_layers=5, num_heads=4, position="sinusoidal")
-SHIPPED_RECIPE: dict[str, Any] = dict(
+TINY: Config = dict(num_layers=5, num_heads=4, position="sinusoidal")
+SHIPPED_RECIPE: Config = dict(
     schedule=VPCosine(),
     batch_size=64,
     sampler="dpm_solver_pp_2m",
@@ -93,7 +90,7 @@ SHIPPED_RECIPE: dict[str, Any] = dict(
     condition_dropout=0.1,
     ema_decay=0.999,
 )
-DIGITS: dict[str, Any] = dict(
+DIGITS: Config = dict(
     **SHIPPED_RECIPE,
     # With "epsilon" and learned positions only 7 digits in 10 are of the class asked for.
     prediction="v",
@@ -101,7 +98,7 @@ DIGITS: dict[str, Any] = dict(
     iterations=3000,
     guidance_scale=1.2,
 )
-SHAPES: dict[str, Any] = dict(
+SHAPES: Config = dict(
     **SHIPPED_RECIPE,
     # Flat colours: after 500 steps 3 pictures in 4 show two things, with "v" 2 in 100.
     prediction="x0",
@@ -110,7 +107,7 @@ SHAPES: dict[str, Any] = dict(
     guidance_scale=2.0,
     text_encoder="uvit_tiny_shapes_text",
 )
-CIFAR10: dict[str, Any] = dict(
+CIFAR10: Config = dict(
     **CONTINUOUS,
     optimizer=_adamw(beta_2=0.999, warmup_steps=2500),
     batch_size=128,
@@ -118,7 +115,7 @@ CIFAR10: dict[str, Any] = dict(
     sampler="euler_maruyama",
     num_steps=1000,
 )
-COCO_SHAPES: dict[str, Any] = dict(image_shape=(32, 32, 4), context_shape=(77, 768))
+COCO_SHAPES: Config = dict(image_shape=(32, 32, 4), context_shape=(77, 768))
 
 PRESETS: dict[str, Preset] = {
     "uvit_tiny_digits": Preset(
