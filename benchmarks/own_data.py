@@ -5,7 +5,7 @@
     python benchmarks/own_data.py --table
 
 Each candidate changes one thing of the base, x0-prediction with batches of 16. A run that is done
-is kept, so the same command goes on where it was. Writes --out/DATA/CANDIDATE-SEED.json, and .png
+is kept, so the same command resumes where it was. Writes --out/DATA/CANDIDATE-SEED.json, and .png
 with 40 images at each guidance scale. Fashion-MNIST is read from the files of Debian's package
 `dataset-fashion-mnist`, or from the folder that the variable FASHION names.
 """

@@ -20,7 +20,7 @@ Every variant differs from "base" in what its name says. Base is the paper's net
 the data's preset (concatenated skips, time token, learned positions, 3x3 convolution), trained by
 that preset's recipe: on digits v-prediction, for noise prediction draws poor ones in 3,000 steps.
 
-Runs that are done are kept, so the same command goes on where it was, and another one only adds
+Runs that are done are kept, so the same command resumes where it was, and another one only adds
 what is missing. Writes into --out: runs/VARIANT-SEED.json, table.md, ablations.png and, of several
 --num-steps, steps.png.
 """

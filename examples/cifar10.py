@@ -9,7 +9,7 @@ Commands     keras-uvit statistics tfds:cifar10 cifar10.npz \\
                  --inception pt_inception-2015-12-05-6726825d.pth
              python examples/cifar10.py --quick          (a minute, the same path on digits)
 
-TensorFlow Datasets downloads CIFAR-10 (162 MB) at the first run. Started again, a run goes on where
+TensorFlow Datasets downloads CIFAR-10 (162 MB) at the first run. Started again, a run resumes where
 it was. Writes into --out: model.keras, ema.weights.h5, log.csv, loss.png, samples.png, grids/,
 metrics.json.
 """

@@ -27,7 +27,7 @@ cache, training, checkpoint, prompts, decoding, attributes read back. Its 1,014 
 show that the path works, not what it can draw: 0.14 of the pictures show two things. The run that
 learns is examples/shapes.py.
 
-Started again, a run goes on where it was. Writes into --out: model.keras, ema.weights.h5, log.csv,
+Started again, a run resumes where it was. Writes into --out: model.keras, ema.weights.h5, log.csv,
 loss.png, samples.png (with prompts), grids/, metrics.json.
 """
 

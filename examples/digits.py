@@ -9,7 +9,7 @@ Commands     python examples/digits.py                 (KERAS_BACKEND=jax, tenso
              python examples/digits.py --quick         (half a minute, poor digits, same path)
 
 Writes into --out: samples.png (left of the line real scans, right generated ones, a row a class),
-loss.png, metrics.json, model.keras (everything, to go on training) and ema.weights.h5 (to sample).
+loss.png, metrics.json, model.keras (to continue training) and ema.weights.h5 (to sample).
 """
 
 import argparse
@@ -110,7 +110,7 @@ def parse():
     parser.add_argument("--out", default="runs/digits", help="folder to write into (%(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps (the preset's)")
     parser.add_argument("--num-layers", type=int, help="transformer blocks, odd (the preset's)")
-    # One process, because `shuffled` gives whole batches; and a demo begins anew each time.
+    # One process, because `shuffled` gives whole batches; and a demo starts from scratch each time.
     flags.add_to(parser, devices=("one", "all"), resume=OFF, off=[OFF])
     parser.add_argument("--quick", action="store_true", help="44 steps, 100 images: try the path")
     parser.add_argument("--quiet", action="store_true", help="one line an epoch, no bars")
@@ -120,7 +120,7 @@ def parse():
 
 
 def shuffled(data, batch_size, seed):
-    """Whole batches for ever, each epoch in a new order that is a function of (seed, epoch)."""
+    """Endless whole batches, each epoch in a new order that is a function of (seed, epoch)."""
     epoch = 0
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(len(data["label"]))

@@ -41,7 +41,7 @@ def add_to(parser, devices=distribution.DEVICES, resume="auto", off=()):
         "--resume",
         default=resume,
         choices=[*RESUME, *off],
-        help="go on where a run in --out was: if there is one, always, never (%(default)s)",
+        help="resume the run in --out: if there is one, always, or never (%(default)s)",
     )
     add("--save-every", type=int, default=1000, help="steps between checkpoints (%(default)s)")
 

@@ -20,7 +20,7 @@ imagenet2012 must be downloaded by hand: put ILSVRC2012_img_train.tar into
 suite's statistics of the training images; `--reference` takes that file as well.
 
 Without latents the same recipe runs at reduced size on the bundled digits: cache, training,
-checkpoint, samples of the moving average, decoding, metrics. Started again, a run goes on where it
+checkpoint, samples of the moving average, decoding, metrics. Started again, a run resumes where it
 was. Writes into --out: model.keras, ema.weights.h5, log.csv, loss.png, samples.png, grids/,
 metrics.json.
 """

@@ -6,7 +6,7 @@ from keras_uvit import progress
 
 
 class RunBar(keras.callbacks.Callback):
-    """Counts optimizer steps, from where the run goes on."""
+    """Counts optimizer steps, from where the run resumes."""
 
     def on_train_begin(self, logs=None):
         steps = self.params["epochs"] * self.params["steps"]

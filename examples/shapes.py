@@ -7,7 +7,7 @@ Expect       of the attributes in captions whose pairs of things were never trai
              right with guidance, 99.6 % without; shuffled prompts 43.0 %, chance 43.0 %.
 Hardware     2 CPU cores, 29 CPU minutes on TensorFlow; no GPU needed.
 Commands     python examples/shapes.py --weights pretrained    (measures what ships, a minute)
-             python examples/shapes.py                         (trains it anew)
+             python examples/shapes.py                         (trains it again)
              python examples/shapes.py --quick                 (half a minute, the same path)
 
 A picture shows two things, such as "a small red circle left of a large blue square", and what a
@@ -15,7 +15,7 @@ model has drawn is read back from the pixels. The text encoder is untrained: its
 words and their places apart, and the network learns what they mean. The control scores the same
 images against shuffled captions; chance is what real pictures score against shuffled captions.
 
-Started again, a run goes on where it was. Writes into --out: model.keras, ema.weights.h5, text/
+Started again, a run resumes where it was. Writes into --out: model.keras, ema.weights.h5, text/
 (the encoder), log.csv, loss.png, samples.png (with captions), grids/, metrics.json.
 """
 

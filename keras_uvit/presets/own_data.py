@@ -307,7 +307,7 @@ def lines(model: DiffusionModel, facts: Facts) -> list[str]:
 
 
 def warnings_of(model: DiffusionModel, facts: Facts) -> list[str]:
-    """What the choice cannot mend, in a line each."""
+    """What no choice of settings can mend, one line each."""
     said = []
     visits = (model.planned_steps or 0) * facts.batch_size / facts.num_images
     if facts.num_images < FEW and visits > 100:

@@ -249,8 +249,8 @@ def check_batch(model: Any, batch: Batch) -> None:
     foreign = [name for name, value in arrays.items() if not value.dtype.isnative]
     if foreign:
         raise ValueError(
-            f"{foreign} have the byte order of another machine, which JAX and PyTorch cannot read. "
-            'Give the batches in that of this one: `x.astype(x.dtype.newbyteorder("="))`.'
+            f"{foreign} have a foreign byte order, which JAX and PyTorch cannot read. "
+            'Convert the batches: `x.astype(x.dtype.newbyteorder("="))`.'
         )
     lengths = {name: value.shape[0] if value.ndim else 0 for name, value in arrays.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():

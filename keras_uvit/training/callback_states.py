@@ -1,4 +1,4 @@
-"""What callbacks have learned in a run: a checkpoint keeps it, and they go on with it."""
+"""The state of callbacks, such as the best value so far: a checkpoint saves and restores it."""
 
 import copy
 import warnings

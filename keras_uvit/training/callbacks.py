@@ -53,7 +53,7 @@ class StopOnNonFinite(keras.callbacks.Callback):
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Keeps a run in a folder, from which `fit` goes on as if it had never been stopped.
+    """Saves a run in a folder, from which `fit` resumes as if it had never been stopped.
 
     A checkpoint is everything: weights, moving average, optimizer, loss scale, counters, the place
     in the data, and what other callbacks have learned (`CallbackStates` says what of it can be
@@ -77,7 +77,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     Example:
         >>> checkpoint = Checkpoint("/tmp/run", every_steps=500)
-        >>> # model.fit(dataset, epochs=100, callbacks=[checkpoint]); started again, it goes on
+        >>> # model.fit(dataset, epochs=100, callbacks=[checkpoint]); started again, it resumes
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Checkpoint(keras.callbacks.Callback):
         Args:
             place: `Place`.
             callbacks: those of the user, whose state is kept.
-            record: of the checkpoint from which the run goes on, or None.
+            record: of the checkpoint from which the run resumes, or None.
             changed: what callbacks change when an epoch begins, `checkpoints.restore`.
         """
         self._place, self._skipped = place, place.batch
@@ -121,7 +121,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, SIGTERM and Ctrl-C are wishes that are granted after the present step."""
+        """Inside, SIGTERM and Ctrl-C stop the run after the current step, with a checkpoint."""
         self._asked_to_stop = self._interrupted = False
         is_main = threading.current_thread() is threading.main_thread()  # others may not ask
         if backend.catches_sigterm() or not is_main:
@@ -156,7 +156,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._place = self._place._replace(epoch=epoch, batch=self._skipped)
-        if self._skipped:  # the others have begun this epoch before, and have just done it again
+        if self._skipped:  # the other callbacks have begun this epoch twice now
             self._states.restore_again()
             for variable, value in self._changed:
                 variable.assign(value)

@@ -52,7 +52,7 @@ class Place(NamedTuple):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or of another run."""
+    """A checkpoint that is damaged, or belongs to a different run."""
 
 
 def atomically(
@@ -113,8 +113,8 @@ def write(model: Any, directory: PathLike, step: int, place: Place, **more: Any)
         raise OSError(
             error.errno,
             f"The checkpoint of step {step} could not be written into {directory} "
-            f"({error.strerror or error}). Those before it are whole: make room, and start the "
-            "same run again.",
+            f"({error.strerror or error}). Earlier checkpoints are complete: free disk space, then "
+            "start the same run again.",
         ) from error
     backend.barrier(f"end {path.name}")
 
@@ -282,7 +282,7 @@ def restore(model: Any, path: PathLike) -> tuple[dict[str, Any], list[tuple[Tens
 
 
 def load_checkpoint(path: PathLike) -> Any:
-    """The model of a checkpoint, compiled as it was: to sample, evaluate, or train anew.
+    """The model of a checkpoint, compiled as it was: to sample, to evaluate, or to start a new run.
 
     Args:
         path: of one checkpoint, or of a folder of them, whose newest is taken.
@@ -314,7 +314,7 @@ def _check_same(model, path, record):
     other = [k for k in here if k not in free and there.get(k, here[k]) != here[k]]
     if other:
         raise CheckpointError(
-            f"{path} is of another model: it differs in {other}. Choose another folder, or delete "
+            f"{path} belongs to a model that differs in {other}. Choose another folder, or delete "
             "it."
         )
     _check_optimizer(path, record, settings(model))
@@ -334,9 +334,9 @@ def _check_optimizer(path, record, here):
     }
     if other:
         raise CheckpointError(
-            f"{path} is of another optimizer: (then, now) {other}. Use the same. To go on with "
-            "other settings, load the model by `training.load_checkpoint`, compile it with them, "
-            "and choose another folder."
+            f"{path} was made with a different optimizer: (then, now) {other}. Use the same. To "
+            "continue with other settings, load the model by `training.load_checkpoint`, compile "
+            "it with them, and choose another folder."
         )
 
 

@@ -108,7 +108,7 @@ def _check_resume(mode, callbacks, options):
         raise ValueError("fit takes one Checkpoint, in a list of callbacks.")
     if found and options.get("initial_epoch"):
         raise ValueError(
-            "With a Checkpoint the run goes on from its newest checkpoint, which knows the epoch. "
+            "With a Checkpoint the run resumes from its newest checkpoint, which knows the epoch. "
             "Leave initial_epoch out."
         )
 
@@ -216,14 +216,14 @@ def _resume(model, checkpoint, others, x, mode, steps_per_epoch):
         return here
     if mode is False:
         raise ValueError(
-            f"{checkpoint.directory} holds a run up to {path.name}. resume='auto' goes on with it; "
+            f"{checkpoint.directory} holds a run up to {path.name}. resume='auto' continues it; "
             "for a new one choose another folder, or delete this."
         )
     _check_younger(model, path)
     record, changed = checkpoints.restore(model, path)
     place = Place(*(record[field] for field in Place._fields))
     _check_data(path, place, here)
-    progress.say(f"Going on from {path}: {place.epoch} epochs and {place.batch} batches are done.")
+    progress.say(f"Resuming from {path}: {place.epoch} epochs and {place.batch} batches are done.")
     if record["backend"] != backend.NAME:
         progress.say(
             f"It was written on {record['backend']}: {backend.NAME} draws other noise, so the "
@@ -237,7 +237,7 @@ def _check_younger(model, path):
     present, saved = int(ops.convert_to_numpy(model.step)), checkpoints.read_record(path)["step"]
     if present > saved:
         raise CheckpointError(
-            f"The model is at step {present}, but {path} at {saved}: going on from there would "
+            f"The model is at step {present}, but {path} at {saved}: resuming there would "
             "lose what it has learned. Choose another folder."
         )
 
@@ -284,7 +284,7 @@ def _from(x, place, steps_per_epoch):
 
 
 def _batches(x, first):
-    """Batches of `x` from number `first` on, for ever; those before are read only if need be."""
+    """Endless batches of `x` from number `first` on; earlier ones are read only if necessary."""
     length = _length(x)
     if isinstance(x, keras.utils.PyDataset):
         for k in itertools.count(first):
@@ -313,7 +313,9 @@ def _length(x):
         length = len(x)
     except TypeError:
         return None
-    return length if 0 < length < 2**62 else None  # tf.data and Grain: huge means for ever
+    return (
+        length if 0 < length < 2**62 else None
+    )  # tf.data and Grain: a huge length means endless data
 
 
 class _Rest(keras.utils.PyDataset):

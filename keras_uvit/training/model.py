@@ -55,7 +55,8 @@ class DiffusionModel(keras.Model):
     Two sets of weights: `network`, which the optimizer moves, and `ema_network`, a moving average
     of it, which `generate` and `evaluate` use. The average moves on optimizer steps only.
 
-    Randomness is a function of (seed, step): a saved and loaded model goes on as if never stopped.
+    Randomness is a function of (seed, step): a model that is saved and loaded continues exactly as
+    if it had not been stopped.
 
     Args:
         network: `UViT`, `UNet`, or any Keras model inside `networks.OwnNetwork`.
@@ -71,7 +72,7 @@ class DiffusionModel(keras.Model):
             `None` for models of pixels.
         latent_encoder: str, fingerprint of the encoder whose latents the model works on. `None`:
             that of the first cache it is fitted on, or of the `autoencoder` set, whichever is
-            first. From then on those of another encoder are refused.
+            first. From then on, latents of a different encoder raise an error.
         context_encoder: str, the same of the text encoder whose contexts the model reads; "arrays"
             where it has learned contexts of unknown origin.
         ema_decay: float in [0, 1).
@@ -306,13 +307,13 @@ class DiffusionModel(keras.Model):
     ) -> keras.callbacks.History:
         """As `keras.Model.fit`, on dicts of arrays or any source of them; see `training.batches`.
 
-        With a `training.Checkpoint` among the callbacks the run goes on from its newest checkpoint,
+        With a `training.Checkpoint` among the callbacks the run resumes from its newest checkpoint,
         at the same place in the data, up to `epochs` in all.
 
         Args:
             epochs: int, in all; `None` is what `planned_steps` take, or 1.
-            resume: "auto" goes on where there is a checkpoint, `True` raises where there is none,
-                `False` where there is one.
+            resume: "auto" resumes if there is a checkpoint, `True` raises if there is none,
+                `False` raises if there is one.
             verbose: "auto" shows loss, learning rate, gradient norm, images per second and the time
                 left in a line that moves in a terminal or a notebook, and is written once per epoch
                 elsewhere; 0, 1 and 2 are those of Keras.
@@ -338,7 +339,7 @@ class DiffusionModel(keras.Model):
             x = batches.check_source(self, x, y, batch_size)
         self._begin_test()
         if getattr(x, "shuffles_itself", False):
-            x.epoch = x.epoch  # begins it anew: each evaluation reads the same
+            x.epoch = x.epoch  # starts it again: each evaluation reads the same batches
         return super().evaluate(x, None, batch_size, **kwargs)
 
     def _begin_test(self):

@@ -10,7 +10,7 @@ from keras import ops
 from keras_uvit import progress
 from keras_uvit.training.optimizers import unscaled
 
-FIRST_ESTIMATE = 20  # steps after which the time of the run is told
+FIRST_ESTIMATE = 20  # steps after which the duration of the run is estimated
 REDRAW = 0.2  # seconds between changes of the line in a terminal
 ALWAYS_SHOWN = ("loss", "grad_norm")
 NOT_SHOWN = (*ALWAYS_SHOWN, "learning_rate", "ema_decay", "skipped_steps", "skipped_in_row")

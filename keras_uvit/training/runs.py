@@ -1,4 +1,4 @@
-"""A training run in a folder: gone on with when it is started again."""
+"""A training run in a folder, which resumes when it is started again."""
 
 import math
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def train(
     """Trains for at least `iterations` batches, in whole epochs.
 
     `folder` gets `checkpoints/` while the run lasts, `log.csv` after each epoch, and at the end
-    `model.keras` (everything) and `ema.weights.h5` (to sample). Started again, the run goes on from
+    `model.keras` (everything) and `ema.weights.h5` (to sample). Started again, the run resumes from
     the newest checkpoint and ends as an uninterrupted one would: see `Checkpoint`.
 
     Args:
