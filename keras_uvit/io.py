@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -42,7 +43,7 @@ def _rename(beside, path):
         ) from error
 
 
-def synchronize(path: Path):
+def synchronize(path: Path) -> None:
     """Waits until a file is on the disk, or what a folder says of its files."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders, and does this by itself
@@ -53,7 +54,7 @@ def synchronize(path: Path):
         os.close(handle)
 
 
-def write_json(path: str | Path, content: dict, synchronized: bool = False):
+def write_json(path: str | Path, content: dict[str, Any], synchronized: bool = False) -> None:
     """Writes JSON, whole or not at all; nothing where the file says so already."""
     path, text = Path(path), json.dumps(content, indent=1) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") == text:
@@ -86,6 +87,6 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(content) -> str:
+def digest(content: Any) -> str:
     """The SHA-256 of JSON, whatever the order of its keys, in 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
