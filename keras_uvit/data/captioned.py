@@ -3,17 +3,22 @@
 import json
 import os
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from keras_uvit.data import pictures, sources
+from keras_uvit.types import PathLike
 
 CAPTIONS = "captions.jsonl"
 COCO_SPLITS = ("train2014", "val2014", "train2017", "val2017")
 
 
-def coco(path, split="train2014", image_size=256):
+def coco(
+    path: PathLike, split: str = "train2014", image_size: int | tuple[int, int] = 256
+) -> sources.Source:
     """A source of COCO pictures, each with its five or more captions.
 
     Cut to the central square and resized by Lanczos, as the paper's program does.
@@ -44,7 +49,9 @@ def coco(path, split="train2014", image_size=256):
         )
     content = _json(file, _text(file))
     names = dict(_records(content, "images", ("id", "file_name"), file))
-    texts = {key: [] for key in sorted(names, key=lambda key: (str(type(key)), key))}
+    texts: dict[Any, list[str]] = {
+        key: [] for key in sorted(names, key=lambda key: (str(type(key)), key))
+    }
     for key, caption in _records(content, "annotations", ("image_id", "caption"), file):
         if key not in texts:
             raise ValueError(
@@ -72,7 +79,14 @@ def _records(content, part, keys, file):
         yield values
 
 
-def captioned_folder(path, image_size, *, channels=3, crop=None, background="white"):
+def captioned_folder(
+    path: PathLike,
+    image_size: int | tuple[int, int],
+    *,
+    channels: int = 3,
+    crop: tuple[int, int, int, int] | None = None,
+    background: str = "white",
+) -> sources.Source:
     """A source of the pictures in a folder with `captions.jsonl`.
 
     Each line of that file is an object such as
@@ -118,7 +132,14 @@ def captioned_folder(path, image_size, *, channels=3, crop=None, background="whi
     return _source(f"folder:{path.name}", files, texts, image_size, channels, **about)
 
 
-def pairs(content, image_size=None, *, channels=3, background="white", name="pairs"):
+def pairs(
+    content: Iterable[tuple[str | Path | np.ndarray, str | Sequence[str]]],
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    channels: int = 3,
+    background: str = "white",
+    name: str = "pairs",
+) -> sources.Source:
     """A source of (picture, captions) pairs.
 
     Args:
@@ -152,7 +173,7 @@ def pairs(content, image_size=None, *, channels=3, background="white", name="pai
     return _source(name, files, list(texts), image_size, channels, background=background)
 
 
-def random_prompts(captions, count, seed=0):
+def random_prompts(captions: list[list[str]], count: int, seed: int = 0) -> list[str]:
     """One random caption of each of `count` different pictures: the paper's COCO prompts.
 
     Args:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_uvit.types import Array
+
 
 class Contexts:
     """The contexts of all captions of a cache; each visit to an image draws one of its captions.
@@ -17,12 +19,14 @@ class Contexts:
         about: dict with "id" and "fingerprint" of the text encoder.
     """
 
-    def __init__(self, array, rows, null_context, about):
+    def __init__(
+        self, array: Array, rows: np.ndarray, null_context: np.ndarray, about: dict[str, str]
+    ) -> None:
         self.array, self.rows, self.null_context = array, rows, null_context
         self.id, self.fingerprint = about["id"], about["fingerprint"]
         self.context_shape = tuple(array.shape[1:])
 
-    def chosen(self, seed, epoch):
+    def chosen(self, seed: int, epoch: int) -> np.ndarray:
         """The row of `array` for each image: one caption at random, a function of (seed, epoch)."""
         # Of all images, in a stream of its own: captions do not depend on the batch size.
         random = np.random.default_rng([seed, epoch, 2]).random(len(self.rows))

@@ -7,7 +7,7 @@ from keras_uvit.optional import optional
 NUM_TEST = 360
 
 
-def digits(split="train"):
+def digits(split: str = "train") -> dict[str, np.ndarray]:
     """Handwritten digits, 8x8, a fixed split with equal shares of each class.
 
     Args:

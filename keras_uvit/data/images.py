@@ -1,12 +1,15 @@
 """Images in memory: your own from a folder, and TensorFlow Datasets'."""
 
 import functools
+from typing import Any
 
 import numpy as np
 
 from keras_uvit import backend, progress
 from keras_uvit.data import sources
+from keras_uvit.data.contexts import Contexts
 from keras_uvit.data.shuffled import ShuffledDataset
+from keras_uvit.types import Array, PathLike
 
 MAX_BYTES = 4 * 2**30
 # On a CPU a batch takes as long as its images: in a given time more steps of few images learn more
@@ -25,7 +28,15 @@ class ImageDataset(ShuffledDataset):
         skipped: list of (index, reason) left out with `corrupt="skip"`; the reason names the file.
     """
 
-    def __init__(self, arrays, batch_size, *, flip=True, contexts=None, **about):
+    def __init__(
+        self,
+        arrays: dict[str, Array],
+        batch_size: int,
+        *,
+        flip: bool = True,
+        contexts: Contexts | None = None,
+        **about: Any,
+    ) -> None:
         order = {key: about.pop(key) for key in ("seed", "process") if key in about}
         super().__init__(arrays, batch_size, contexts=contexts, **order)
         self.images, self.labels = arrays["image"], arrays.get("label")
@@ -35,7 +46,7 @@ class ImageDataset(ShuffledDataset):
         self.class_names = about.get("class_names")
         self.skipped = about.get("skipped", [])
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         batch = super().__getitem__(index)
         if self.flip:
             rows = self.rows(self.epoch, index)
@@ -43,7 +54,7 @@ class ImageDataset(ShuffledDataset):
             batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
         return batch
 
-    def split(self, share, seed=0):
+    def split(self, share: float, seed: int = 0) -> tuple["ImageDataset", "ImageDataset"]:
         """Two sets: one without this share of the images, drawn at random, and one of it.
 
         The second is of whole batches too, in one order and without mirror images.
@@ -70,33 +81,33 @@ class ImageDataset(ShuffledDataset):
             for chosen, flip in zip(rows, (self.flip, False))
         ]
         sets[0].skipped = self.skipped
-        return tuple(sets)
+        return sets[0], sets[1]
 
     def _mirror(self, epoch):
         # Of all samples, in a stream of its own: flips do not depend on the batch size.
         return np.random.default_rng([self.seed, epoch, 1]).random(self.num_samples) < 0.5
 
 
-def usual_batch(num_images):
+def usual_batch(num_images: int) -> int:
     """Images per batch that suit this machine and so many images."""
     here = "accelerator" if backend.has_accelerator() else "cpu"
     return min(USUAL_BATCH[here], num_images)
 
 
 def image_folder(
-    path,
-    image_size,
+    path: PathLike,
+    image_size: int | tuple[int, int],
     *,
-    channels=3,
-    labels="auto",
-    crop=None,
-    background="white",
-    batch_size=None,
-    flip=True,
-    corrupt="raise",
-    seed=0,
-    verbose=1,
-):
+    channels: int = 3,
+    labels: str | None = "auto",
+    crop: tuple[int, int, int, int] | None = None,
+    background: str = "white",
+    batch_size: int | None = None,
+    flip: bool = True,
+    corrupt: str = "raise",
+    seed: int = 0,
+    verbose: int = 1,
+) -> ImageDataset:
     """Reads a folder of images for `DiffusionModel.fit`: class sub-folders, or just images.
 
     Each image is upright by its EXIF tag, shrunk by box-filtered halving and then bicubic until it
@@ -134,7 +145,15 @@ def image_folder(
     return in_memory(source, batch_size, flip=flip, corrupt=corrupt, seed=seed, verbose=verbose)
 
 
-def in_memory(source, batch_size=None, *, flip=True, corrupt="raise", seed=0, verbose=1):
+def in_memory(
+    source: sources.Source,
+    batch_size: int | None = None,
+    *,
+    flip: bool = True,
+    corrupt: str = "raise",
+    seed: int = 0,
+    verbose: int = 1,
+) -> ImageDataset:
     """`ImageDataset` of all images of a `Source`, decoded now; see `image_folder`."""
     if corrupt not in ("raise", "skip"):
         raise ValueError(f'corrupt must be "raise" or "skip". Received: {corrupt!r}.')

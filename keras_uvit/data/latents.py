@@ -1,7 +1,9 @@
 """Reads caches: batches of moments or pixels at random access, straight from mapped files."""
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from keras_uvit.data.contexts import Contexts
 from keras_uvit.data.images import ImageDataset
 from keras_uvit.data.manifest import CacheError
 from keras_uvit.data.shuffled import ShuffledDataset
+from keras_uvit.types import Array, PathLike
 
 
 class ShardedArray:
@@ -20,16 +23,16 @@ class ShardedArray:
         parts: arrays of equal shape but for their length.
     """
 
-    def __init__(self, parts):
+    def __init__(self, parts: Iterable[np.ndarray]) -> None:
         self.parts = [part for part in parts if len(part)]
         self.ends = np.cumsum([len(part) for part in self.parts])
         self.shape = (int(self.ends[-1]), *self.parts[0].shape[1:])
         self.dtype = self.parts[0].dtype
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: int | slice | Array) -> np.ndarray:
         if isinstance(rows, int | np.integer):
             return self[[rows]][0]
         rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
@@ -89,17 +92,17 @@ class LatentDataset(ShuffledDataset):
 
     def __init__(
         self,
-        path,
-        batch_size=64,
+        path: PathLike,
+        batch_size: int = 64,
         *,
-        labels="auto",
-        captions="auto",
-        scale=None,
-        seed=0,
-        process=None,
-        verify=True,
-        verbose=1,
-    ):
+        labels: str | None = "auto",
+        captions: str | None = "auto",
+        scale: float | None = None,
+        seed: int = 0,
+        process: tuple[int, int] | None = None,
+        verify: bool = True,
+        verbose: int = 1,
+    ) -> None:
         self.path = Path(path)
         self.manifest, arrays, contexts = open_cache(
             self.path, "moments", labels, captions, verify, verbose
@@ -115,17 +118,17 @@ class LatentDataset(ShuffledDataset):
 
 
 def image_shards(
-    path,
-    batch_size=64,
+    path: PathLike,
+    batch_size: int = 64,
     *,
-    labels="auto",
-    captions="auto",
-    flip=None,
-    seed=0,
-    process=None,
-    verify=True,
-    verbose=1,
-):
+    labels: str | None = "auto",
+    captions: str | None = "auto",
+    flip: bool | None = None,
+    seed: int = 0,
+    process: tuple[int, int] | None = None,
+    verify: bool = True,
+    verbose: int = 1,
+) -> ImageDataset:
     """`ImageDataset` of a folder that `write_images` made, read from mapped files.
 
     Arguments and errors are those of `LatentDataset`; `flip` mirrors each image with probability
@@ -144,7 +147,14 @@ def image_shards(
     )
 
 
-def open_cache(folder, field, labels="auto", captions="auto", verify=True, verbose=1):
+def open_cache(
+    folder: Path,
+    field: str,
+    labels: str | None = "auto",
+    captions: str | None = "auto",
+    verify: bool = True,
+    verbose: int = 1,
+) -> tuple[dict[str, Any], dict[str, Array], Contexts | None]:
     """The manifest of a cache, its arrays by name, and its `Contexts` or None.
 
     Raises:
@@ -159,7 +169,9 @@ def open_cache(folder, field, labels="auto", captions="auto", verify=True, verbo
         raise CacheError(f"{folder} holds {content['field']}: read it with `data.{reader}`.")
     if verify:
         _verify(folder, content["shards"], verbose)
-    arrays = {field: ShardedArray(_parts(folder, content, field, content["shape"]))}
+    arrays: dict[str, Array] = {
+        field: ShardedArray(_parts(folder, content, field, content["shape"]))
+    }
     if labels and content["num_classes"] is not None:
         # Small: into memory.
         arrays["label"] = np.concatenate(_parts(folder, content, "label", (), "int32"))

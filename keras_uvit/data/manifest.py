@@ -12,12 +12,16 @@
 Each file is written beside its name, synchronized, and renamed: none is ever half there.
 """
 
+import functools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from keras_uvit import io
+from keras_uvit.types import PathLike
 
 FORMAT = "keras_uvit cache"
 VERSION = 1
@@ -47,26 +51,26 @@ class CacheError(ValueError):
     """A cache that is unfinished, damaged or not what was asked for."""
 
 
-def shard_name(index):
+def shard_name(index: int) -> str:
     return f"{index:05d}"
 
 
-def write_file(path, write):
+def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Calls `write(file)` on a file beside `path`, synchronizes it, renames it."""
     with io.replacing(path, synchronized=True) as beside, open(beside, "wb") as file:
         write(file)
 
 
-def write_json(path, content):
+def write_json(path: Path, content: dict[str, Any]) -> None:
     write_file(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
 
 
-def read_json(path):
+def read_json(path: Path) -> dict[str, Any]:
     """The dict in a JSON file of a cache; raises a CacheError if the file is damaged."""
     return io.read_json(path, CacheError, "Delete it and run the same again.")
 
 
-def write_array(file, array):
+def write_array(file: BinaryIO, array: np.ndarray) -> None:
     """An `.npy` file. (`np.save` can lose the end of an array on a full disk without an error.)"""
     array = np.ascontiguousarray(array)
     header = np.lib.format.header_data_from_array_1_0(array)
@@ -74,25 +78,27 @@ def write_array(file, array):
     file.write(array.view("uint8").reshape(-1).data if array.size else b"")
 
 
-def digest(plan):
+def digest(plan: dict[str, Any]) -> str:
     """16 hexadecimal digits that tell plans apart, whatever version made them."""
     content = {key: value for key, value in plan.items() if key != "keras_uvit"}
     return io.digest(content)[:16]
 
 
-def write_shard(folder, index, arrays, **more):
+def write_shard(
+    folder: Path, index: int, arrays: dict[str, np.ndarray], **more: Any
+) -> dict[str, Any]:
     """Writes a shard's arrays, then its record, and returns the record."""
     files = {}
     for field, array in arrays.items():
         path = folder / f"{shard_name(index)}-{field}.npy"
-        write_file(path, lambda file, a=array: write_array(file, a))
+        write_file(path, functools.partial(write_array, array=array))
         files[field] = {"file": path.name, "sha256": io.sha256(path), "count": len(array)}
     record = {"count": len(next(iter(arrays.values()))), "files": files, **more}
     write_json(folder / f"{shard_name(index)}.json", record)
     return record
 
 
-def damage(folder, record):
+def damage(folder: Path, record: dict[str, Any]) -> str | None:
     """What is wrong with a shard's files by their checksums, or None."""
     for entry in record["files"].values():
         path = folder / entry["file"]
@@ -103,7 +109,9 @@ def damage(folder, record):
     return None
 
 
-def open_shard(folder, record, field, shape, dtype):
+def open_shard(
+    folder: Path, record: dict[str, Any], field: str, shape: Sequence[int], dtype: np.dtype
+) -> np.ndarray:
     """One array of a shard, mapped into memory; its size is checked, its checksum not.
 
     Raises:
@@ -129,7 +137,7 @@ def open_shard(folder, record, field, shape, dtype):
     return array
 
 
-def read_manifest(folder):
+def read_manifest(folder: PathLike) -> dict[str, Any]:
     """The manifest of a finished cache.
 
     Raises:

@@ -5,13 +5,22 @@ import math
 import numpy as np
 from PIL import Image, ImageOps
 
+from keras_uvit.types import PathLike
+
 BACKGROUNDS = ("white", "black")
 # Formats of at most 16 bits, for which Pillow takes the mode of 32 bits, on the scale of 16.
 SIXTEEN_BITS = ("PNG", "PPM")
 MODES = {"I": "integers of 32 bits", "F": "floats"}
 
 
-def read_file(file, size=None, channels=3, crop=None, method="adm", background="white"):
+def read_file(
+    file: PathLike,
+    size: tuple[int, int] | None = None,
+    channels: int = 3,
+    crop: tuple[int, int, int, int] | None = None,
+    method: str = "adm",
+    background: str = "white",
+) -> np.ndarray:
     """`fitted` of an image file, `opaque`, upright by its EXIF tag.
 
     Raises:
@@ -20,8 +29,8 @@ def read_file(file, size=None, channels=3, crop=None, method="adm", background="
     try:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image)
-            image = opaque(upright, background, image.format)
-            return fitted(image, size, channels, crop, method)
+            picture = opaque(upright, background, image.format)
+            return fitted(picture, size, channels, crop, method)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{file} cannot be read ({type(error).__name__}: {error}). Mend or remove it, or pass "
@@ -29,7 +38,7 @@ def read_file(file, size=None, channels=3, crop=None, method="adm", background="
         ) from error
 
 
-def opaque(image, background="white", kind=None):
+def opaque(image: Image.Image, background: str = "white", kind: str | None = None) -> Image.Image:
     """A PIL image of 8 bits a channel without transparency.
 
     16 bits are divided by 256, where Pillow would clip them at 255. Pixels that are transparent
@@ -55,7 +64,13 @@ def opaque(image, background="white", kind=None):
     return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
 
 
-def fitted(image, size, channels=3, crop=None, method="adm"):
+def fitted(
+    image: Image.Image,
+    size: tuple[int, int] | None,
+    channels: int = 3,
+    crop: tuple[int, int, int, int] | None = None,
+    method: str = "adm",
+) -> np.ndarray:
     """`(H, W, C)` uint8 of a PIL image that covers `size`, cut at the centre.
 
     Args:

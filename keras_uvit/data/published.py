@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from keras_uvit.data.sources import Source
+from keras_uvit.types import PathLike
 
 
 class _Dtype:
@@ -60,7 +61,7 @@ class _ArraysOnly(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
 
-def published_pickles(path, num_classes=1000):
+def published_pickles(path: PathLike, num_classes: int = 1000) -> Source:
     """A source of the published program's ImageNet features, to convert them once.
 
     A folder of `0.npy`, `1.npy`, ...: each a pickled pair of the moments, `(2 C, h, w)` float32,

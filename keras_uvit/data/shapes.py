@@ -7,11 +7,13 @@ that `read_back` recovers the sentence exactly, and measures what a text-to-imag
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
 from keras_uvit.data.sources import Source
 from keras_uvit.optional import optional
+from keras_uvit.types import Array
 
 SIDE = 32  # pixels
 SIZES = {"small": 7, "large": 11}  # pixels across
@@ -40,7 +42,7 @@ class Thing:
     colour: str
     shape: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"a {self.size} {self.colour} {self.shape}"
 
 
@@ -52,10 +54,10 @@ class Scene:
     relation: str
     second: Thing
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.first} {self.relation} {self.second}"
 
-    def inverse(self):
+    def inverse(self) -> "Scene":
         """The same picture, told from the other thing."""
         return Scene(self.second, INVERSE[self.relation], self.first)
 
@@ -63,7 +65,7 @@ class Scene:
 THINGS = [Thing(*parts) for parts in itertools.product(SIZES, COLOURS, SHAPES)]
 
 
-def parse(caption):
+def parse(caption: str) -> Scene:
     """The `Scene` of a caption.
 
     Raises:
@@ -93,7 +95,7 @@ def _pairs(split):
     return [every[i] for i in (order[held:] if split == "train" else order[:held])]
 
 
-def scenes(count, split="train", seed=0):
+def scenes(count: int, split: str = "train", seed: int = 0) -> list[Scene]:
     """Random scenes.
 
     Args:
@@ -115,7 +117,7 @@ def scenes(count, split="train", seed=0):
     return drawn
 
 
-def source(count, split="train", seed=0):
+def source(count: int, split: str = "train", seed: int = 0) -> Source:
     """A `Source` of captioned pictures: scene k, drawn anew each time it is read, always the same.
 
     Args:
@@ -134,7 +136,7 @@ def source(count, split="train", seed=0):
     )
 
 
-def draw(scene, seed=0):
+def draw(scene: Scene, seed: int | Sequence[int] = 0) -> np.ndarray:
     """`(32, 32, 3)` uint8 of a scene; the seed places it.
 
     Example:
@@ -168,7 +170,7 @@ def _mask(shape, size):
     return 2 * np.abs(x) <= y + half
 
 
-def read_back(image):
+def read_back(image: np.ndarray) -> Scene | None:
     """What a picture shows: the inverse of `draw`, and tolerant of a model's uneven strokes.
 
     Args:
@@ -234,7 +236,7 @@ def _overlap(mask, template):
     return best
 
 
-def score(images, captions):
+def score(images: Array, captions: Sequence[str]) -> dict[str, float]:
     """How much of the captions the images show.
 
     Of the two things in a picture, the first of the caption is the one that agrees with it more.

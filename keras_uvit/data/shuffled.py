@@ -7,6 +7,8 @@ import numpy as np
 
 from keras_uvit import backend
 from keras_uvit.checks import as_int
+from keras_uvit.data.contexts import Contexts
+from keras_uvit.types import Array
 
 
 class ShuffledDataset(keras.utils.PyDataset):
@@ -29,7 +31,14 @@ class ShuffledDataset(keras.utils.PyDataset):
 
     shuffles_itself = True  # `DiffusionModel.fit` keeps Keras from shuffling once more
 
-    def __init__(self, arrays, batch_size, seed=0, process=None, contexts=None):
+    def __init__(
+        self,
+        arrays: dict[str, Array],
+        batch_size: int,
+        seed: int = 0,
+        process: tuple[int, int] | None = None,
+        contexts: Contexts | None = None,
+    ) -> None:
         super().__init__()
         process = backend.data_shard() if process is None else process
         total = len(next(iter(arrays.values())))
@@ -62,18 +71,18 @@ class ShuffledDataset(keras.utils.PyDataset):
             )
 
     @property
-    def epoch(self):
+    def epoch(self) -> int:
         return self._epoch
 
     @epoch.setter
-    def epoch(self, epoch):
+    def epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._begun = False
 
     def _permutation(self, epoch):
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
 
-    def rows(self, epoch, index):
+    def rows(self, epoch: int, index: int) -> np.ndarray:
         """Indices of this process's samples in batch `index` of `epoch`, ascending.
 
         Their order within a batch means nothing to training, and files are read front to back.
@@ -83,17 +92,17 @@ class ShuffledDataset(keras.utils.PyDataset):
         # Side by side the parts are the batch of one process: noise falls on the same samples.
         return np.split(np.sort(batch), count)[part]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_samples // self.batch_size
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         rows = self.rows(self.epoch, index)
         batch = {key: array[rows] for key, array in self.arrays.items()}
         if self.contexts is not None:
             batch["context"] = self.contexts.array[self._captions(self.epoch)[rows]]
         return batch
 
-    def on_epoch_begin(self):
+    def on_epoch_begin(self) -> None:
         # Keras ends epochs more often than it begins them.
         self._epoch += self._begun
         self._begun = True

@@ -3,15 +3,17 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from keras_uvit.checks import as_int
 from keras_uvit.data.pictures import BACKGROUNDS, read_file
+from keras_uvit.types import Array, PathLike
 
 ORIENTATION = 274  # the EXIF tag; from 5 on height and width change places
 # Formats that Pillow knows by name, but are no pictures, or need another program to be read.
@@ -39,22 +41,24 @@ class Source:
 
     name: str
     length: int
-    shape: tuple
-    read: Callable
+    shape: tuple[int, ...]
+    read: Callable[[int], dict[str, Any]]
     num_classes: int | None = None
-    class_names: list | None = None
+    class_names: list[str] | None = None
     field: str = "image"
-    captions: list | None = None
+    captions: list[list[str]] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.captions is not None:
             names = [f"Sample {k} of {self.name}" for k in range(self.length)]
             object.__setattr__(self, "captions", checked_captions(self.captions, names))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.length
 
-    def batches(self, rows, batch_size, corrupt="raise"):
+    def batches(
+        self, rows: Array, batch_size: int, corrupt: str = "raise"
+    ) -> Iterator[list[tuple[int, Any]]]:
         """Reads samples with several threads, one batch ahead of the caller.
 
         Args:
@@ -77,7 +81,7 @@ class Source:
         groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             try:
-                ahead = None
+                ahead: Iterator[tuple[int, Any]] | None = None
                 for group in groups:
                     current, ahead = ahead, pool.map(read, map(int, group))
                     if current is not None:
@@ -88,7 +92,7 @@ class Source:
                 pool.shutdown(cancel_futures=True)
 
 
-def arrays(data, name="arrays"):
+def arrays(data: dict[str, Array] | Array, name: str = "arrays") -> Source:
     """A source of images in memory.
 
     Args:
@@ -132,7 +136,7 @@ def arrays(data, name="arrays"):
     )
 
 
-def checked_captions(texts, names):
+def checked_captions(texts: Sequence[str | Sequence[str]], names: Sequence[str]) -> list[list[str]]:
     """Captions as a list of lists of str; `names` say whose, in errors.
 
     Raises:
@@ -157,7 +161,15 @@ def checked_captions(texts, names):
     return [list(own) for own in texts]
 
 
-def folder(path, image_size, *, channels=3, labels="auto", crop=None, background="white"):
+def folder(
+    path: PathLike,
+    image_size: int | tuple[int, int],
+    *,
+    channels: int = 3,
+    labels: str | None = "auto",
+    crop: tuple[int, int, int, int] | None = None,
+    background: str = "white",
+) -> Source:
     """A source of image files: class sub-folders, or just images.
 
     Each image is read as `pictures.read_file` says.
@@ -190,7 +202,7 @@ def folder(path, image_size, *, channels=3, labels="auto", crop=None, background
         len(files),
         (*size, channels),
         read,
-        num_classes=names and len(names),
+        num_classes=len(names) if names else None,
         class_names=names,
     )
 
@@ -210,19 +222,19 @@ class Survey:
     """
 
     total: int
-    sizes: list
+    sizes: list[tuple[int, int]]
     grey: int
 
-    def suitable_side(self, limit):
+    def suitable_side(self, limit: int) -> int:
         """A side for training in pixels: that of the smaller pictures, at most `limit`."""
         side = min(limit, np.percentile([min(size) for size in self.sizes], 25))
         return max([SIDES[0], *(k for k in SIDES if k <= side)])
 
-    def all_of(self, shape):
+    def all_of(self, shape: Sequence[int]) -> bool:
         """Whether all are of this (H, W, C)."""
         return set(self.sizes) == {tuple(shape[:2])}
 
-    def text(self):
+    def text(self) -> str:
         """A line or more on what there is, and what reading it will do."""
         sides = sorted(self.sizes, key=np.prod)
         (low, high) = ("x".join(map(str, size)) for size in (sides[0], sides[-1]))
@@ -243,7 +255,7 @@ class Survey:
         return "\n".join(lines)
 
 
-def survey(path):
+def survey(path: PathLike) -> Survey:
     """The `Survey` of a folder of images: at most 500 files are opened, no pixel is read.
 
     Raises:
@@ -265,7 +277,7 @@ def survey(path):
     return Survey(len(files), sizes, grey)
 
 
-def check_options(labels, channels, background="white"):
+def check_options(labels: str | None, channels: int, background: str = "white") -> None:
     if labels not in ("auto", None):
         raise ValueError(f'labels must be "auto" or None. Received: {labels!r}.')
     if channels not in (1, 3):
@@ -274,12 +286,14 @@ def check_options(labels, channels, background="white"):
         raise ValueError(f"background must be one of {BACKGROUNDS}. Received: {background!r}.")
 
 
-def checked_size(image_size):
+def checked_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of an int or a pair."""
-    size = (image_size, image_size) if np.ndim(image_size) == 0 else tuple(image_size)
+    given: Any = image_size
+    size = (given, given) if np.ndim(given) == 0 else tuple(given)
     if len(size) != 2:
         raise ValueError(f"image_size must be an int or (height, width). Received: {image_size}.")
-    return tuple(as_int(side, "image_size", 1) for side in size)
+    height, width = (as_int(side, "image_size", 1) for side in size)
+    return height, width
 
 
 def _files(path, labels, warn=True):
@@ -304,13 +318,13 @@ def _files(path, labels, warn=True):
     return found, classes
 
 
-def extensions():
+def extensions() -> set[str]:
     """Those of all formats that Pillow reads, such as ".jpg"; with its plugins."""
     known = Image.registered_extensions()  # which reads the plugins
     return {end for end, name in known.items() if name in Image.OPEN and name not in NO_PICTURES}
 
 
-def list_pictures(path, beside=(), warn=True):
+def list_pictures(path: Path, beside: Iterable[str] = (), warn: bool = True) -> list[Path]:
     """All image files below a folder, sorted. Links are followed, but not in circles.
 
     Args:
@@ -319,7 +333,11 @@ def list_pictures(path, beside=(), warn=True):
         warn: bool. Whether a warning counts and names what is left out: files of other kinds,
             hidden ones, links in a circle.
     """
-    ends, found, others, hidden, circles = extensions(), [], [], [], []
+    ends = extensions()
+    found: list[Path] = []
+    others: list[Path] = []
+    hidden: list[Path] = []
+    circles: list[Path] = []
     for folder, folders, files in os.walk(path, followlinks=True):
         names = {*folders, *files}
         litter = {name for name in names if name.startswith(".") or name in LITTER}

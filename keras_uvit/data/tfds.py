@@ -5,21 +5,22 @@ from PIL import Image
 
 from keras_uvit import backend
 from keras_uvit.data import pictures, sources
-from keras_uvit.data.images import in_memory
+from keras_uvit.data.images import ImageDataset, in_memory
 from keras_uvit.optional import optional
+from keras_uvit.types import PathLike
 
 
 def tfds_source(
-    name,
-    split="train",
-    image_size=None,
+    name: str,
+    split: str = "train",
+    image_size: int | tuple[int, int] | None = None,
     *,
-    channels=3,
-    labels="auto",
-    captions="auto",
-    crop=None,
-    data_dir=None,
-):
+    channels: int = 3,
+    labels: str | None = "auto",
+    captions: str | None = "auto",
+    crop: tuple[int, int, int, int] | None = None,
+    data_dir: PathLike | None = None,
+) -> sources.Source:
     """A source of one split of a TensorFlow data set, prepared at the first use.
 
     Preparing needs TensorFlow, on any Keras backend; it downloads, or, for "imagenet2012", reads
@@ -124,19 +125,19 @@ def _builder(name, data_dir):
 
 
 def tfds_images(
-    name,
-    image_size=None,
-    split="train",
+    name: str,
+    image_size: int | tuple[int, int] | None = None,
+    split: str = "train",
     *,
-    channels=3,
-    labels="auto",
-    crop=None,
-    data_dir=None,
-    batch_size=64,
-    flip=True,
-    seed=0,
-    verbose=1,
-):
+    channels: int = 3,
+    labels: str | None = "auto",
+    crop: tuple[int, int, int, int] | None = None,
+    data_dir: PathLike | None = None,
+    batch_size: int | None = 64,
+    flip: bool = True,
+    seed: int = 0,
+    verbose: int = 1,
+) -> ImageDataset:
     """A TensorFlow data set of images in memory, for `DiffusionModel.fit`.
 
     Args:

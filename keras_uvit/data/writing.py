@@ -8,12 +8,14 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from keras_uvit import backend, progress
 from keras_uvit.data import manifest, sources
 from keras_uvit.data.manifest import CacheError
+from keras_uvit.types import Array, PathLike
 from keras_uvit.version import __version__
 
 OWN_FILE = re.compile(r"\d{5}-\w+\.npy|manifest\.json")
@@ -21,19 +23,19 @@ LEFT_OVER = re.compile(r"tmp-\d+-(\d{5}(-\w+)?|plan|manifest)\.(npy|json)")
 
 
 def write_latents(
-    source,
-    path,
-    autoencoder,
+    source: sources.Source | dict[str, Array] | Array,
+    path: PathLike,
+    autoencoder: Any,
     *,
-    text_encoder=None,
-    flip=False,
-    dtype="float16",
-    shard_size=None,
-    batch_size=16,
-    process=None,
-    corrupt="raise",
-    verbose=1,
-):
+    text_encoder: Any = None,
+    flip: bool = False,
+    dtype: str = "float16",
+    shard_size: int | None = None,
+    batch_size: int = 16,
+    process: tuple[int, int] | None = None,
+    corrupt: str = "raise",
+    verbose: int = 1,
+) -> dict[str, Any] | None:
     """Encodes images once, to train on their latents.
 
     Moments are kept, mean and log-variance, so that the posterior is sampled anew at each visit.
@@ -113,15 +115,15 @@ def _about(source, autoencoder):
 
 
 def write_images(
-    source,
-    path,
+    source: sources.Source | dict[str, Array] | Array,
+    path: PathLike,
     *,
-    text_encoder=None,
-    shard_size=None,
-    process=None,
-    corrupt="raise",
-    verbose=1,
-):
+    text_encoder: Any = None,
+    shard_size: int | None = None,
+    process: tuple[int, int] | None = None,
+    corrupt: str = "raise",
+    verbose: int = 1,
+) -> dict[str, Any] | None:
     """Decodes and resizes images once, to train on pixels that do not fit in memory.
 
     Arguments, result and errors are those of `write_latents`. The images are stored as uint8,
