@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import keras
 
 from keras_uvit import backend, sampling
 from keras_uvit.evaluation.files import captioned_grid, image_grid, write_png
+from keras_uvit.evaluation.frechet import Reference
+from keras_uvit.evaluation.inception import InceptionFeatures
 from keras_uvit.evaluation.protocol import check, evaluate
 from keras_uvit.optional import optional
+from keras_uvit.types import PathLike
 
 EVALUATE_ONLY = ("seed", "folder", "path", "verbose")  # arguments that cannot be wrong beforehand
 
@@ -16,21 +20,21 @@ EVALUATE_ONLY = ("seed", "folder", "path", "verbose")  # arguments that cannot b
 class _Periodic(keras.callbacks.Callback):
     """Calls `act` after every few epochs and after the last, also of a fit that stops early."""
 
-    def __init__(self, every, log_dir):
+    def __init__(self, every: int, log_dir: PathLike | None) -> None:
         super().__init__()
         if every < 1:
             raise ValueError(f"every must be at least 1 epoch. Received: {every}.")
         self.every, self.writer = every, _writer(log_dir)
-        self.waiting = None  # the last epoch, where it was not acted upon
+        self.waiting: int | None = None  # the last epoch, where it was not acted upon
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if (epoch + 1) % self.every == 0 or epoch + 1 == self.params["epochs"]:
             self.waiting = None
             self.act(epoch + 1, logs)
         else:
             self.waiting = epoch + 1
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self.waiting is not None:
             self.act(self.waiting, None)
             self.waiting = None
@@ -53,17 +57,27 @@ class SampleGridCallback(_Periodic):
             guidance_scale, ...
     """
 
-    def __init__(self, folder, *, every=1, columns=None, zoom=1, log_dir=None, seed=0, **options):
+    def __init__(
+        self,
+        folder: PathLike,
+        *,
+        every: int = 1,
+        columns: int | None = None,
+        zoom: int = 1,
+        log_dir: PathLike | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
         super().__init__(every, log_dir)
         self.folder, self.columns, self.zoom = Path(folder), columns, zoom
         if isinstance(options.get("prompts"), str):
             options["prompts"] = [options["prompts"]]
         self.options = {**options, "seed": seed}
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         sampling.prepare(self.model, **self.options)  # not after the first epoch
 
-    def act(self, epoch, logs):
+    def act(self, epoch: int, logs: dict[str, Any] | None) -> None:
         images = self.model.generate(**self.options, verbose=0)
         prompts = self.options.get("prompts")
         if not backend.is_first():
@@ -95,14 +109,22 @@ class FIDCallback(_Periodic):
     """
 
     def __init__(
-        self, reference, inception, path, *, every=1, num_images=10_000, log_dir=None, **options
-    ):
+        self,
+        reference: Reference,
+        inception: InceptionFeatures,
+        path: PathLike,
+        *,
+        every: int = 1,
+        num_images: int = 10_000,
+        log_dir: PathLike | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(every, log_dir)
         self.reference, self.inception, self.path = reference, inception, Path(path)
         self.num_images = len(options["prompts"]) if "prompts" in options else num_images
         self.options = {"usual": 0, "verbose": 0, **options}
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         # Not after hours of training.
         names = ("labels", "prompts", "clip", "allow_few", "usual")
         check(
@@ -114,7 +136,7 @@ class FIDCallback(_Periodic):
             options={k: v for k, v in self.options.items() if k not in (*names, *EVALUATE_ONLY)},
         )
 
-    def act(self, epoch, logs):
+    def act(self, epoch: int, logs: dict[str, Any] | None) -> None:
         record = evaluate(
             self.model, self.reference, self.inception, self.num_images, **self.options
         )

@@ -5,6 +5,9 @@ between two of them. It is the same for rotated, scaled or shifted features, but
 maps of them.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -12,11 +15,15 @@ from keras import ops
 from keras_uvit.inference import Frozen
 from keras_uvit.networks.layers import LongSkip, TransformerBlock
 from keras_uvit.training import batches
+from keras_uvit.types import Array
+
+if TYPE_CHECKING:
+    from keras_uvit.training import DiffusionModel
 
 MIN_SAMPLES = 4  # of the unbiased estimate, which divides by n - 3
 
 
-def linear_cka(x, y, unbiased=False):
+def linear_cka(x: Array, y: Array, unbiased: bool = False) -> float:
     """Linear CKA, HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = x x^T, L = y y^T.
 
     HSIC(K, L) = tr(K H L H) / (n - 1)^2, H = 1 - 1/n: Kornblith et al. 2019, arXiv 1905.00414,
@@ -60,10 +67,12 @@ class CKA:
         (3, 3)
     """
 
-    def __init__(self):
-        self._sums = None
+    def __init__(self) -> None:
+        self._sums: list[np.ndarray] | None = None
 
-    def update(self, features_a, features_b=None):
+    def update(
+        self, features_a: Sequence[Array], features_b: Sequence[Array] | None = None
+    ) -> None:
         """Takes one batch of `n` samples.
 
         Args:
@@ -87,7 +96,7 @@ class CKA:
             )
         self._sums = new if self._sums is None else [x + y for x, y in zip(self._sums, new)]
 
-    def result(self):
+    def result(self) -> np.ndarray:
         """`(layers of a, layers of b)` float64, in [-1, 1]."""
         if self._sums is None:
             raise ValueError("There is no similarity before the first `update`.")
@@ -131,12 +140,21 @@ def _gram(x, unbiased):
 # Of models ----------------------------------------------------------------------------------------
 
 
-def block_names(network):
+def block_names(network: keras.Model) -> list[str]:
     """Names of a `UViT`'s blocks and long skips, in the order in which they run."""
     return [x.name for x in network.layers if isinstance(x, TransformerBlock | LongSkip)]
 
 
-def layer_outputs(model, data, t, layers=None, *, seed=0, use_ema=True, batch_size=64):
+def layer_outputs(
+    model: "DiffusionModel",
+    data: dict[str, Array],
+    t: float,
+    layers: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    use_ema: bool = True,
+    batch_size: int = 64,
+) -> Iterator[list[np.ndarray]]:
     """What layers give for noised images, x_t = alpha(t) x0 + sigma(t) noise.
 
     Args:
@@ -189,7 +207,16 @@ def _clean(model, data):
     return ops.convert_to_numpy(model.clean(data))
 
 
-def cka_of_layers(model, data, t, layers=None, *, other=None, batch_size=64, **options):
+def cka_of_layers(
+    model: "DiffusionModel",
+    data: dict[str, Array],
+    t: float,
+    layers: Sequence[str] | None = None,
+    *,
+    other: "DiffusionModel | None" = None,
+    batch_size: int = 64,
+    **options: Any,
+) -> np.ndarray:
     """Similarity of every layer to every layer, of one model or of two.
 
     Args:

@@ -1,5 +1,8 @@
 """A small convolutional classifier of the data's own labels, to judge generated images with."""
 
+from collections.abc import Sequence
+from typing import Self
+
 import keras
 import numpy as np
 from keras import layers
@@ -7,6 +10,7 @@ from keras import layers
 from keras_uvit.checks import as_int
 from keras_uvit.inference import own_defaults
 from keras_uvit.pixels import to_unit_range
+from keras_uvit.types import Array
 
 FEATURES = 64
 BATCH = 64
@@ -24,7 +28,7 @@ class Classifier:
         seed: int.
     """
 
-    def __init__(self, image_shape, num_classes, seed=0):
+    def __init__(self, image_shape: Sequence[int], num_classes: int, seed: int = 0) -> None:
         self.image_shape, self.num_classes = tuple(image_shape), num_classes
         self.seed = as_int(seed, "seed", 0)
         with own_defaults("float32"):
@@ -46,7 +50,7 @@ class Classifier:
         logits = layers.Dense(self.num_classes, kernel_initializer=init[4])(x)
         return keras.Model(image, [x, logits]), keras.Model(image, logits)
 
-    def fit(self, images, labels, steps=3000):
+    def fit(self, images: Array, labels: Array, steps: int = 3000) -> Self:
         """Trains for `steps` batches of 64.
 
         Args:
@@ -62,11 +66,11 @@ class Classifier:
         self._trained.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)
         return self
 
-    def features(self, images):
+    def features(self, images: np.ndarray) -> np.ndarray:
         """`(n, 64)` float32 of uint8 images."""
         return self._predict(images)[0]
 
-    def classes(self, images):
+    def classes(self, images: np.ndarray) -> np.ndarray:
         """`(n,)` ints: the most likely class of each."""
         return self._predict(images)[1].argmax(axis=1)
 

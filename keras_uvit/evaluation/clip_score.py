@@ -1,11 +1,16 @@
 """Whether pictures show their prompts: the cosine of CLIP's two embeddings."""
 
+from collections.abc import Sequence
+from typing import Self
+
 import keras
 import numpy as np
 from PIL import Image
 
 from keras_uvit.encoders import clip
+from keras_uvit.encoders.tokenizer import Tokenizer
 from keras_uvit.inference import Frozen, own_defaults
+from keras_uvit.types import PathLike
 
 # Of the images that CLIP was trained on, per channel, in [0, 1] (Radford et al. 2021).
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], "float32")
@@ -26,7 +31,7 @@ class CLIPScore:
     Call arguments: images `(n, H, W, 3)` uint8 and n prompts. Returns `(n,)` float32.
     """
 
-    def __init__(self, model, tokenizer, id="random"):
+    def __init__(self, model: keras.Model, tokenizer: Tokenizer, id: str = "random") -> None:
         self.model, self.tokenizer, self.id = model, tokenizer, id
         self.image_size = model.vision_encoder.image_shape[0]
         with own_defaults("float32"):
@@ -37,7 +42,7 @@ class CLIPScore:
         self._look, self._read = Frozen(look), Frozen(read)
 
     @classmethod
-    def from_preset(cls, source, clean=None):
+    def from_preset(cls, source: PathLike, clean: bool | None = None) -> Self:
         """With published weights.
 
         Args:
@@ -50,7 +55,9 @@ class CLIPScore:
         """
         return cls(*clip.load(source, whole=True, clean=clean))
 
-    def __call__(self, images, prompts, batch_size=32, verbose=0):
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], batch_size: int = 32, verbose: int = 0
+    ) -> np.ndarray:
         if isinstance(prompts, str):
             raise TypeError("prompts are a list of strings, one an image.")
         if len(images) != len(prompts) or not len(prompts):

@@ -2,17 +2,19 @@
 
 import math
 
+import keras
+
 from keras_uvit.networks.layers import Attention
 from keras_uvit.networks.patches import ConvPatchEmbedding
 from keras_uvit.networks.unet_layers import UNetAttention
 
 
-def count_parameters(network):
+def count_parameters(network: keras.Model) -> int:
     """Number of weights."""
     return sum(math.prod(weight.shape) for weight in network.weights)
 
 
-def count_macs(network):
+def count_macs(network: keras.Model) -> int:
     """Multiply-accumulates of one image's forward pass: matrix products, convolutions, attention.
 
     The "GFLOPs" of the U-ViT and DiT papers are these, in units of 1e9. A training step costs

@@ -1,6 +1,7 @@
 """Samples on disk: the ADM suite's `.npz`, pictures, grids to look at."""
 
 import warnings
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +9,18 @@ from PIL import Image
 
 from keras_uvit import io
 from keras_uvit.data import pictures, sources
+from keras_uvit.types import Array, PathLike
 
 LOSSY = {".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif"}
 
 
-def save_arrays(path, content):
+def save_arrays(path: PathLike, content: dict[str, Array]) -> None:
     """Writes arrays as an `.npz`, whole or not at all."""
     with _ending(path, ".npz") as beside:
         np.savez(beside, **content)
 
 
-def read_npz(path, what, skip=()):
+def read_npz(path: PathLike, what: str, skip: Container[str] = ()) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` by name; pickled objects are refused.
 
     Args:
@@ -50,7 +52,7 @@ def _ending(path, suffix):
     return io.replacing(path)
 
 
-def write_npz(path, images, labels=None):
+def write_npz(path: PathLike, images: np.ndarray, labels: Array | None = None) -> None:
     """Images as the ADM suite's evaluator reads them: `arr_0`, and labels as `arr_1`.
 
     Args:
@@ -62,20 +64,20 @@ def write_npz(path, images, labels=None):
     save_arrays(path, content)
 
 
-def write_pngs(folder, images, first=0):
+def write_pngs(folder: PathLike, images: Iterable[np.ndarray], first: int = 0) -> None:
     """Images as `000000.png`, ... in a folder, numbered from `first`."""
     for k, image in enumerate(images):
         write_png(Path(folder) / f"{first + k:06d}.png", image)
 
 
-def write_png(path, image):
+def write_png(path: PathLike, image: np.ndarray) -> None:
     """One uint8 image `(H, W, 1 or 3)` as PNG."""
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     with _ending(path, ".png") as beside:
         picture.save(beside, format="PNG")
 
 
-def read_images(path):
+def read_images(path: PathLike) -> np.ndarray:
     """`(n, H, W, C)` uint8 of an ADM `.npz`, or of all pictures in a folder, sorted, in colour.
 
     A folder is read by the code that training reads it with, and nothing is resized.
@@ -121,7 +123,9 @@ def _read_folder(path):
     return np.stack(images)
 
 
-def image_grid(images, columns=None, zoom=1, gap=2):
+def image_grid(
+    images: np.ndarray, columns: int | None = None, zoom: int = 1, gap: int = 2
+) -> np.ndarray:
     """Images side by side, row by row, on white.
 
     Args:
@@ -149,7 +153,9 @@ FONT_SIZE = 13  # pixels
 MAX_LINES = 8
 
 
-def captioned_grid(images, captions, columns=None, zoom=1):
+def captioned_grid(
+    images: np.ndarray, captions: Sequence[str], columns: int | None = None, zoom: int = 1
+) -> np.ndarray:
     """Images side by side, row by row, each above its caption.
 
     Args:

@@ -2,17 +2,21 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
+from typing import Self
 
 import numpy as np
 
 from keras_uvit import progress
 from keras_uvit.evaluation.files import read_npz, save_arrays
+from keras_uvit.evaluation.inception import InceptionFeatures
+from keras_uvit.types import Array, PathLike
 
 MIN_IMAGES = 2049  # of 2048 features: fewer make every covariance singular
 USUAL = 50_000  # what published FIDs are of
 
 
-def gaussian(features):
+def gaussian(features: Array) -> tuple[np.ndarray, np.ndarray]:
     """Mean `(d,)` and covariance `(d, d)` of features `(n, d)`, float64.
 
     Raises:
@@ -26,7 +30,9 @@ def gaussian(features):
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
-def frechet_distance(a, b):
+def frechet_distance(
+    a: Array | tuple[np.ndarray, np.ndarray], b: Array | tuple[np.ndarray, np.ndarray]
+) -> float:
     """Distance of two Gaussians fitted to feature sets, squared as in FID.
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
@@ -72,23 +78,23 @@ class Reference:
             and fingerprint of the Inception weights; None where a file does not say.
     """
 
-    pool: tuple
-    spatial: tuple | None = None
+    pool: tuple[np.ndarray, np.ndarray]
+    spatial: tuple[np.ndarray, np.ndarray] | None = None
     features: np.ndarray | None = None
     count: int | None = None
-    image_size: tuple | None = None
+    image_size: tuple[int, int] | None = None
     resize: str | None = None
     inception: str | None = None
 
     @property
-    def hash(self):
+    def hash(self) -> str:
         """16 hexadecimal digits of the SHA-256 of mean and covariance."""
         digest = hashlib.sha256()
         for a in self.pool:
-            digest.update(np.ascontiguousarray(a, "<f8"))
+            digest.update(np.ascontiguousarray(a, "<f8").data)
         return digest.hexdigest()[:16]
 
-    def save(self, path):
+    def save(self, path: PathLike) -> None:
         """Writes an `.npz` with the keys "mu" and "sigma" that other FID tools read too."""
         content = {"mu": self.pool[0], "sigma": self.pool[1]}
         if self.spatial is not None:
@@ -99,7 +105,7 @@ class Reference:
         save_arrays(path, content)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: PathLike) -> Self:
         """Reads an `.npz` of this class, of pytorch-fid or the published program ("mu", "sigma"),
         of the ADM suite (also "mu_s", "sigma_s"), or of raw features ("pool_3").
 
@@ -110,7 +116,7 @@ class Reference:
         # "arr_0" of the ADM suite's files is gigabytes of images that are not needed.
         content = read_npz(path, "reference statistics", skip=("arr_0",))
         features = content.get("features", content.get("pool_3"))
-        if "pool_3" in content:
+        if features is not None and "pool_3" in content:
             try:
                 pool = gaussian(features)
             except ValueError as error:
@@ -120,6 +126,7 @@ class Reference:
             if pair[0] == "mu" or pair[0] in content:
                 _check_pair(path, content, *pair)
         _check_facts(path, content)
+        size = content.get("image_size")
         if features is not None and features.shape[1:] != content["mu"].shape:
             raise ValueError(
                 f"{path}: features have shape (m, {len(content['mu'])}). "
@@ -130,7 +137,7 @@ class Reference:
             spatial=(content["mu_s"], content["sigma_s"]) if "mu_s" in content else None,
             features=features,
             count=int(content["count"]) if "count" in content else None,
-            image_size=tuple(map(int, content["image_size"])) if "image_size" in content else None,
+            image_size=None if size is None else (int(size[0]), int(size[1])),
             resize=str(content["resize"]) if "resize" in content else None,
             inception=str(content["inception"]) if "inception" in content else None,
         )
@@ -177,7 +184,14 @@ def _checked(what, mean, covariance):
     return mean, covariance
 
 
-def reference_statistics(images, inception, *, total=None, keep_features=10_000, verbose=1):
+def reference_statistics(
+    images: Array | Iterable[np.ndarray],
+    inception: InceptionFeatures,
+    *,
+    total: int | None = None,
+    keep_features: int = 10_000,
+    verbose: int = 1,
+) -> Reference:
     """Statistics of real images, by the same resize and network that generated ones will meet.
 
     Args:
@@ -193,21 +207,21 @@ def reference_statistics(images, inception, *, total=None, keep_features=10_000,
     Raises:
         ValueError, TypeError: if the images do not fit or differ in size.
     """
-    pool, spatial, sizes = [], [], set()
-    batches = [images] if hasattr(images, "shape") else images
-    total = len(images) if hasattr(images, "shape") else total
+    pools, spatials, sizes = [], [], set()
+    batches: Iterable[Array] = [images] if hasattr(images, "shape") else images
+    total = images.shape[0] if hasattr(images, "shape") else total
     bar = progress.bar(total, verbose, "image")
     for batch in batches:
         sizes.add(tuple(batch.shape[1:3]))
         features = inception(batch, verbose=0)
-        pool.append(features["pool"])
-        spatial.append(features["spatial"])
+        pools.append(features["pool"])
+        spatials.append(features["spatial"])
         bar.add(len(batch))
-    if not pool:
+    if not pools:
         raise ValueError("There are no images to make reference statistics of.")
     if len(sizes) != 1:
         raise ValueError(f"Reference images are of one size. Received: {sorted(sizes)}.")
-    pool, spatial = np.concatenate(pool), np.concatenate(spatial)
+    pool, spatial = np.concatenate(pools), np.concatenate(spatials)
     # At random: the first would be of a few classes, where images are sorted by class.
     order = np.random.default_rng(0).permutation(len(pool))
     return Reference(

@@ -1,5 +1,7 @@
 """The Inception network that FID is defined on."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import layers, ops
@@ -7,6 +9,7 @@ from keras import layers, ops
 from keras_uvit.convert import load_torch_weights
 from keras_uvit.inference import Frozen, fingerprint, load_keras_weights, own_defaults
 from keras_uvit.networks.layers import serializable
+from keras_uvit.types import Array, PathLike, Tensor
 
 SIZE = 299  # pixels, what every image is resized to
 SPATIAL_CHANNELS = 7  # of sFID
@@ -110,20 +113,27 @@ class ConvNorm(layers.Layer):
     Call arguments: x `(B, H, W, C)`. Returns `(B, H', W', filters)`.
     """
 
-    def __init__(self, filters, kernel, strides=1, padding="same", **kwargs):
+    def __init__(
+        self,
+        filters: int,
+        kernel: int | tuple[int, int],
+        strides: int = 1,
+        padding: str = "same",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.filters, self.kernel, self.strides, self.padding = filters, kernel, strides, padding
         self.conv = layers.Conv2D(filters, kernel, strides, padding, use_bias=False, name="conv")
         self.norm = layers.BatchNormalization(epsilon=1e-3, name="norm")
 
-    def build(self, shape):
+    def build(self, shape: tuple[int | None, ...]) -> None:
         self.conv.build(shape)
         self.norm.build(self.conv.compute_output_shape(shape))
 
-    def call(self, x):
+    def call(self, x: Tensor) -> Tensor:
         return ops.relu(self.norm(self.conv(x), training=False))
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return self.conv.compute_output_shape(shape)
 
 
@@ -134,11 +144,11 @@ class Resize(layers.Layer):
     Call arguments: images `(B, H, W, 3)` float. Returns `(B, 299, 299, 3)`.
     """
 
-    def __init__(self, resize, **kwargs):
+    def __init__(self, resize: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.resize = resize
 
-    def call(self, images):
+    def call(self, images: Tensor) -> Tensor:
         if self.resize == "half_pixel":
             images = ops.image.resize(
                 images, (SIZE, SIZE), "bilinear", antialias=False, data_format="channels_last"
@@ -148,7 +158,7 @@ class Resize(layers.Layer):
         images = ops.einsum("ih,bhwc->biwc", rows, images)
         return (ops.einsum("jw,biwc->bijc", columns, images) - 128.0) / 128.0
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return (shape[0], SIZE, SIZE, shape[3])
 
 
@@ -170,15 +180,17 @@ class Classifier(layers.Layer):
     Call arguments: x `(B, 2048)`. Returns two arrays `(B, 1008)`.
     """
 
-    def build(self, shape):
+    def build(self, shape: tuple[int | None, ...]) -> None:
         self.kernel = self.add_weight(shape=(shape[-1], CLASSES), name="kernel")
         self.bias = self.add_weight(shape=(CLASSES,), initializer="zeros", name="bias")
 
-    def call(self, x):
+    def call(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = ops.matmul(x, self.kernel)
         return logits + self.bias, logits
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(
+        self, shape: tuple[int | None, ...]
+    ) -> tuple[tuple[int | None, ...], tuple[int | None, ...]]:
         return (shape[0], CLASSES), (shape[0], CLASSES)
 
 
@@ -195,7 +207,7 @@ def _branch(x, block, steps):
     return x
 
 
-def inception_v3(resize):
+def inception_v3(resize: str) -> keras.Model:
     """Images `(B, H, W, 3)` in [0, 255] to a dict of features; see `InceptionFeatures`."""
     x = image = layers.Input((None, None, 3), name="image")
     x = Resize(resize, name="resize")(x)
@@ -246,7 +258,9 @@ class InceptionFeatures:
         FileNotFoundError, ImportError, ValueError: see `convert.load_torch_weights`.
     """
 
-    def __init__(self, weights=None, resize="half_pixel", batch_size=32):
+    def __init__(
+        self, weights: PathLike | None = None, resize: str = "half_pixel", batch_size: int = 32
+    ) -> None:
         if resize not in RESIZES:
             raise ValueError(f"resize must be one of {RESIZES}. Received: {resize!r}.")
         self.resize, self.batch_size = resize, batch_size
@@ -262,23 +276,25 @@ class InceptionFeatures:
             load_torch_weights(self, weights)
 
     @property
-    def weights(self):
+    def weights(self) -> list[keras.Variable]:
         return self.network.weights
 
-    def load_weights(self, path):
+    def load_weights(self, path: PathLike) -> None:
         """Reads Keras weights, `.weights.h5`."""
         load_keras_weights(self.network, path)
 
-    def save_weights(self, path, overwrite=True):
+    def save_weights(self, path: PathLike, overwrite: bool = True) -> None:
         """Writes Keras weights, `.weights.h5`."""
         self.network.save_weights(path, overwrite=overwrite)
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """Of the weights."""
         return fingerprint(self.network)
 
-    def __call__(self, images, batch_size=None, verbose=1):
+    def __call__(
+        self, images: Array, batch_size: int | None = None, verbose: int = 1
+    ) -> dict[str, np.ndarray]:
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
             hint = " Repeat grey images: x.repeat(3, axis=-1)." if images.shape[-1:] == (1,) else ""

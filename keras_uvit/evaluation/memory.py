@@ -6,9 +6,10 @@ from typing import NamedTuple
 import keras
 
 from keras_uvit.networks import UViT
+from keras_uvit.types import Config
 
 
-def state_memory(params, dtype="float32"):
+def state_memory(params: int, dtype: str = "float32") -> dict[str, int]:
     """Bytes that training holds for its weights, which are float32 in mixed precision too.
 
     Args:
@@ -37,7 +38,7 @@ class Activations(NamedTuple):
     attention: int  # only where attention is not fused: on CPUs
 
 
-def activation_memory(config, batch_size=1):
+def activation_memory(config: Config, batch_size: int = 1) -> Activations:
     """What a training step of a `UViT` keeps for its backward pass.
 
     For each token of a block, width D, MLP M, values of b bytes (float32 4, mixed precision 2):

@@ -1,11 +1,15 @@
 """Inception Score, precision and recall, as the ADM suite computes them."""
 
+from collections.abc import Iterator
+
 import numpy as np
+
+from keras_uvit.types import Array
 
 BLOCK = 2**25  # distances held at once
 
 
-def inception_score(logits, split_size=5000):
+def inception_score(logits: Array, split_size: int = 5000) -> float:
     """exp of the mean KL divergence of an image's class distribution to the mean one.
 
     Salimans et al. 2016, arXiv 1606.03498, Section 4; the mean over splits of the images.
@@ -29,7 +33,7 @@ def inception_score(logits, split_size=5000):
     return float(np.mean(scores))
 
 
-def precision_recall(real, generated, k=3):
+def precision_recall(real: Array, generated: Array, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, Eq. 1 and 2).
 
     A set's manifold is the union of balls around its features, each reaching to its k-th nearest
@@ -59,7 +63,7 @@ def precision_recall(real, generated, k=3):
     return _share_inside(generated, real, k), _share_inside(real, generated, k)
 
 
-def within_class_spread(features, labels):
+def within_class_spread(features: np.ndarray, labels: np.ndarray) -> float:
     """Mean standard deviation of a feature within a class, of features `(n, d)`."""
     return np.mean([features[labels == k].std(axis=0).mean() for k in np.unique(labels)])
 
@@ -74,7 +78,7 @@ def _share_inside(points, centres, k):
     return float(np.concatenate(inside).mean())
 
 
-def squared_distances(a, b):
+def squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
     """Squared distances of all pairs, `(block, len(b))` at a time."""
     norms = np.square(b).sum(axis=1)
     rows = max(1, BLOCK // len(b))

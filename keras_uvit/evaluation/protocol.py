@@ -3,17 +3,25 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 from keras_uvit import backend, io, progress, sampling
+from keras_uvit.evaluation.clip_score import CLIPScore
 from keras_uvit.evaluation.files import read_npz, save_arrays
-from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, frechet_distance, gaussian
+from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, Reference, frechet_distance, gaussian
+from keras_uvit.evaluation.inception import InceptionFeatures
 from keras_uvit.evaluation.metrics import inception_score, precision_recall
 from keras_uvit.inference import fingerprint
+from keras_uvit.types import PathLike
 from keras_uvit.version import __version__
+
+if TYPE_CHECKING:
+    from keras_uvit.training import DiffusionModel
 
 CHUNK = 1024  # images drawn, measured and written at a time
 USUAL_PROMPTS = 30_000  # of the papers' COCO numbers
@@ -23,7 +31,14 @@ OF_SAMPLING = ("sampler", "num_steps", "guidance_scale", "guidance_interval")
 OPTIONS = (*OF_SAMPLING, "batch_size", "use_ema")
 
 
-def fid(images, reference, inception, *, allow_few=False, verbose=1):
+def fid(
+    images: np.ndarray,
+    reference: Reference,
+    inception: InceptionFeatures,
+    *,
+    allow_few: bool = False,
+    verbose: int = 1,
+) -> float:
     """Fréchet Inception distance of images to a reference (Heusel et al. 2017, arXiv 1706.08500).
 
     Args:
@@ -47,7 +62,16 @@ def fid(images, reference, inception, *, allow_few=False, verbose=1):
     return found["fid"]
 
 
-def scores(batches, num_images, reference, inception, *, allow_few=False, usual=USUAL, verbose=1):
+def scores(
+    batches: Iterable[np.ndarray],
+    num_images: int,
+    reference: Reference,
+    inception: InceptionFeatures,
+    *,
+    allow_few: bool = False,
+    usual: int = USUAL,
+    verbose: int = 1,
+) -> dict[str, Any]:
     """FID, sFID, Inception Score, precision and recall of images.
 
     Args:
@@ -61,7 +85,7 @@ def scores(batches, num_images, reference, inception, *, allow_few=False, usual=
     """
     check_count(num_images, allow_few, usual)
     check_inception(reference, inception)
-    kept = {"pool": [], "spatial": [], "logits_unbiased": []}
+    kept: dict[str, list[np.ndarray]] = {"pool": [], "spatial": [], "logits_unbiased": []}
     bar = progress.bar(num_images, verbose, "image")
     for batch in batches:
         check_size(reference, batch.shape[1:3])
@@ -86,7 +110,7 @@ def scores(batches, num_images, reference, inception, *, allow_few=False, usual=
     }
 
 
-def check_count(num_images, allow_few, usual=USUAL, stacklevel=3):
+def check_count(num_images: int, allow_few: bool, usual: int = USUAL, stacklevel: int = 3) -> None:
     """Raises for fewer images than FID is defined on, warns for fewer than usual."""
     if num_images < MIN_IMAGES and not allow_few:
         raise ValueError(
@@ -102,7 +126,7 @@ def check_count(num_images, allow_few, usual=USUAL, stacklevel=3):
         )
 
 
-def check_inception(reference, inception):
+def check_inception(reference: Reference, inception: InceptionFeatures) -> None:
     """Raises where reference and generated images would meet different networks."""
     for what, there, here in [
         ("resize", reference.resize, inception.resize),
@@ -115,7 +139,7 @@ def check_inception(reference, inception):
             )
 
 
-def check_size(reference, size):
+def check_size(reference: Reference, size: Sequence[int]) -> None:
     """Raises where images are not of the reference's size."""
     if reference.image_size is not None and tuple(reference.image_size) != tuple(size):
         there, here = (" x ".join(map(str, s)) for s in (reference.image_size, size))
@@ -126,22 +150,22 @@ def check_size(reference, size):
 
 
 def evaluate(
-    model,
-    reference,
-    inception,
-    num_images=None,
+    model: "DiffusionModel",
+    reference: Reference,
+    inception: InceptionFeatures,
+    num_images: int | None = None,
     *,
-    labels="random",
-    prompts=None,
-    clip=None,
-    seed=0,
-    folder=None,
-    path=None,
-    allow_few=False,
-    usual=None,
-    verbose=1,
-    **options,
-):
+    labels: str = "random",
+    prompts: Sequence[str] | None = None,
+    clip: CLIPScore | None = None,
+    seed: int = 0,
+    folder: PathLike | None = None,
+    path: PathLike | None = None,
+    allow_few: bool = False,
+    usual: int | None = None,
+    verbose: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
     """Draws images from a model, measures them, and records what the numbers depend on.
 
     Args:
@@ -176,7 +200,7 @@ def evaluate(
     record = describe(model, num_images, labels, prompts, seed, options)
     condition = _condition(model, num_images, labels, prompts, seed)
     batches = _drawn(model, num_images, condition, record, folder, options | {"seed": seed})
-    agreement = []
+    agreement: list[np.ndarray] = []
     if clip is not None:
         batches = _compared(batches, prompts, clip, agreement)
     found = scores(
@@ -200,7 +224,7 @@ def evaluate(
         "inception": inception.fingerprint,
     }
     if path is not None and backend.is_first():
-        io.write_json(path, record)
+        io.write_json(Path(path), record)
     return record
 
 
@@ -224,17 +248,17 @@ def _compared(batches, prompts, clip, agreement):
 
 
 def check(
-    model,
-    reference,
-    inception,
-    num_images,
-    labels="random",
-    prompts=None,
-    clip=None,
-    allow_few=False,
-    usual=None,
-    options=(),
-):
+    model: "DiffusionModel",
+    reference: Reference,
+    inception: InceptionFeatures,
+    num_images: int,
+    labels: str = "random",
+    prompts: Sequence[str] | None = None,
+    clip: CLIPScore | None = None,
+    allow_few: bool = False,
+    usual: int | None = None,
+    options: Iterable[str] = (),
+) -> None:
     """Raises what `evaluate` would, without drawing an image."""
     if usual is None:
         usual = USUAL if prompts is None else USUAL_PROMPTS
@@ -271,7 +295,14 @@ def check(
     check_size(reference, _image_size(model))
 
 
-def describe(model, num_images, labels, prompts, seed, options):
+def describe(
+    model: "DiffusionModel",
+    num_images: int,
+    labels: str,
+    prompts: Sequence[str] | None,
+    seed: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
     """What samples depend on, as the record keeps it."""
     use_ema = options.get("use_ema", True)
     chosen = sampling.resolve(model, **{k: v for k, v in options.items() if k in OF_SAMPLING})

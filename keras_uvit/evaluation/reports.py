@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from keras import ops
@@ -16,6 +16,10 @@ from keras_uvit.evaluation.frechet import frechet_distance
 from keras_uvit.evaluation.metrics import squared_distances, within_class_spread
 from keras_uvit.optional import optional
 from keras_uvit.pixels import to_unit_range
+from keras_uvit.types import PathLike
+
+if TYPE_CHECKING:
+    from keras_uvit.training import DiffusionModel
 
 USED = 1000  # real pictures that are compared with, at most
 COMPARED_SIDE = 16  # pixels to which pictures are shrunk before distances are taken of them
@@ -28,7 +32,16 @@ COPY = 0.5  # of the usual distance between neighbours: below it a sample is cal
 TYPICAL = (0.034, 0.054, 0.083, 0.115, 0.153, 0.194, 0.245, 0.307, 0.404, 0.551)
 
 
-def report(model, data, folder, *, num_images=500, seed=0, verbose=1, **options) -> dict[str, Any]:
+def report(
+    model: "DiffusionModel",
+    data: Any,
+    folder: PathLike,
+    *,
+    num_images: int = 500,
+    seed: int = 0,
+    verbose: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
     """Measures a model of pixels on its own training pictures, and draws what it found.
 
     * `agreement`: how often a small classifier, trained on the real pictures, reads the class that
@@ -80,7 +93,7 @@ def report(model, data, folder, *, num_images=500, seed=0, verbose=1, **options)
         "guidance_scale": options.get("guidance_scale", model.guidance_scale),
         "num_steps": options.get("num_steps", model.num_steps),
     }
-    if labels is not None:
+    if asked is not None:
         say("2/4 Training a classifier on the real pictures, or taking the one that is there")
         judge = _classifier(images, labels, second, model.network.num_classes, folder, seed)
         real, floor = judge.features(images[second]), judge.features(images[first])
@@ -114,7 +127,7 @@ def report(model, data, folder, *, num_images=500, seed=0, verbose=1, **options)
     return found
 
 
-def check_model(model):
+def check_model(model: "DiffusionModel") -> None:
     """Raises ValueError for a model that a report cannot be made of."""
     if model.latent_scale is not None or model.network.context_shape is not None:
         raise ValueError(
