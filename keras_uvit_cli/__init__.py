@@ -9,6 +9,7 @@ and `costs.py`, which commands import in their turn, need the library themselves
 import runpy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,7 +25,7 @@ VERSION_FILE = Path(__file__).parents[1] / "keras_uvit" / "version.py"
 class Group(click.Group):
     """Turns errors that a user can act on into one line; `--traceback` shows where they were."""
 
-    def invoke(self, context):
+    def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
         except USER_ERRORS as error:
@@ -44,7 +45,7 @@ class Group(click.Group):
     runpy.run_path(str(VERSION_FILE))["__version__"], help="Show the version and exit."
 )
 @click.option("--traceback", is_flag=True, help="Show where in the program an error was raised.")
-def main(traceback):
+def main(traceback: bool) -> None:
     """U-ViT diffusion transformers: encode data, train, sample and evaluate.
 
     The environment variable KERAS_BACKEND=jax, tensorflow or torch chooses the backend.

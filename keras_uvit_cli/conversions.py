@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -62,7 +63,18 @@ WRITING_OPTIONS = gathered(
 )
 @SOURCE_OPTIONS
 @WRITING_OPTIONS
-def encode(source, cache, autoencoder, scale, text, no_captions, pixels, pickles, reading, writing):
+def encode(
+    source: str,
+    cache: str,
+    autoencoder: str | None,
+    scale: float,
+    text: str | None,
+    no_captions: bool,
+    pixels: bool,
+    pickles: bool,
+    reading: dict[str, Any],
+    writing: dict[str, Any],
+) -> None:
     """Encode the images of SOURCE into a CACHE of latents.
 
     A model is trained on the cache. SOURCE is a folder of images (with a sub-folder for each class,
@@ -126,7 +138,7 @@ def _autoencoder(name, scale):
 @click.argument("source", type=click.Path(exists=True))
 @click.argument("target", type=Target(*WEIGHTS))
 @click.option("--key", help="Part of a published file that holds several, such as ema.")
-def convert_weights(kind, source, target, key):
+def convert_weights(kind: str, source: str, target: str, key: str | None) -> None:
     """Convert published weights to Keras' format, or back.
 
     KIND is the name of a preset, autoencoder, or inception. A file with the published names ends in

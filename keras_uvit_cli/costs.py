@@ -8,7 +8,7 @@ from keras_uvit.networks import UViT
 GIB = 2**30
 
 
-def show_one(preset, batch_size, dtype):
+def show_one(preset: str, batch_size: int | None, dtype: str) -> None:
     """Prints work and memory of one preset; `batch_size` None is the preset's."""
     row = presets.get(preset)
     click.echo(f"{preset}: {row.paper_name}\n")
@@ -16,7 +16,7 @@ def show_one(preset, batch_size, dtype):
     _memory(row, batch_size or row.batch_size, dtype)
 
 
-def show_all(batch_size, dtype):
+def show_all(batch_size: int, dtype: str) -> None:
     """Prints a line for each preset."""
     head = ("parameters", "paper", "GMACs", "paper", "GFLOPs", "state", "kept", "remat")
     click.echo(_line("name", *head))

@@ -1,6 +1,7 @@
 """From words on the command line to objects of the library: sources, datasets, prompts, models."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 import keras
@@ -14,9 +15,18 @@ from keras_uvit.evaluation.protocol import USUAL_PROMPTS
 from keras_uvit.inference import naming_missing_classes
 from keras_uvit.training import DiffusionModel, load_checkpoint
 from keras_uvit.training.checkpoints import steps_in
+from keras_uvit.types import Config
 
 
-def open_source(spec, image_size, split, channels, crop, background, data_dir):
+def open_source(
+    spec: str,
+    image_size: int | None,
+    split: str,
+    channels: str | int,
+    crop: tuple[int, int, int, int] | None,
+    background: str,
+    data_dir: str | None,
+) -> sources.Source:
     """The `Source` that SOURCE names."""
     channels = int(channels)
     if spec == "digits" or spec.endswith(".npz"):
@@ -41,12 +51,14 @@ def open_source(spec, image_size, split, channels, crop, background, data_dir):
             )
         split = {"train": "train2014", "val": "val2014"}.get(split, split)
         return captioned.coco(spec[5:], split, image_size or 256)
-    if image_size is None and Path(spec).is_dir():
-        raise click.UsageError("A folder of images needs --image-size.")
-    options = dict(channels=channels, crop=crop, background=background)
+    if image_size is None:
+        if Path(spec).is_dir():
+            raise click.UsageError("A folder of images needs --image-size.")
+        image_size = 1  # of no use: there is no such folder, which is said below
+    options: dict[str, Any] = dict(channels=channels, crop=crop, background=background)
     if (Path(spec) / captioned.CAPTIONS).is_file():
         return captioned.captioned_folder(spec, image_size, **options)
-    return sources.folder(spec, image_size or 1, **options)
+    return sources.folder(spec, image_size, **options)
 
 
 def _count(spec):
@@ -58,7 +70,9 @@ def _count(spec):
     return int(count)
 
 
-def open_dataset(spec, network, size, batch_size, seed):
+def open_dataset(
+    spec: str, network: Config | None, size: int | None, batch_size: int | None, seed: int
+) -> data.LatentDataset | data.images.ImageDataset:
     """The dataset that `train` reads: a cache, or images in memory.
 
     Args:
@@ -69,7 +83,7 @@ def open_dataset(spec, network, size, batch_size, seed):
     """
     labels = "auto" if network is None or network.get("num_classes") else None
     captions = "auto" if network is None or network.get("context_shape") else None
-    shared = {"batch_size": batch_size, "seed": seed, "labels": labels}
+    shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "labels": labels}
     if (Path(spec) / MANIFEST).is_file():
         is_latent = read_manifest(spec)["field"] == "moments"
         reader = data.LatentDataset if is_latent else data.image_shards
@@ -93,7 +107,7 @@ def open_dataset(spec, network, size, batch_size, seed):
     return data.image_folder(spec, (height, width), channels=channels, **shared)
 
 
-def read_prompts(path):
+def read_prompts(path: str) -> list[str]:
     """The prompts of a text file with one per line."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"No file of prompts at {path}.")
@@ -107,7 +121,7 @@ def read_prompts(path):
     return prompts
 
 
-def open_prompts(spec, split, count, seed):
+def open_prompts(spec: str, split: str, count: int | None, seed: int) -> list[str]:
     """Prompts of a text file, or one random caption of each image of a source."""
     is_source = spec.startswith(("coco:", "tfds:", "shapes:")) or Path(spec).is_dir()
     if not is_source:
@@ -122,12 +136,12 @@ def open_prompts(spec, split, count, seed):
     return captioned.random_prompts(captions, count or min(USUAL_PROMPTS, len(captions)), seed)
 
 
-def has_checkpoints(name):
+def has_checkpoints(name: str) -> bool:
     """Whether this is the folder of a run's checkpoints."""
     return bool(steps_in(name))
 
 
-def is_preset(name):
+def is_preset(name: str) -> bool:
     """Whether MODEL is meant as the name of a preset, known or not; raises for another path."""
     if name.endswith(".keras") or has_checkpoints(name):
         return False
@@ -139,7 +153,13 @@ def is_preset(name):
     return True
 
 
-def check_preset(name, autoencoder, labels, prompts, num_images):
+def check_preset(
+    name: str,
+    autoencoder: str | None,
+    labels: list[int] | None,
+    prompts: list[str],
+    num_images: int | None,
+) -> None:
     """Raises for what a preset cannot generate, before its network is built and loaded."""
     row = presets.get(name)
     classes, reads_text = row.network.get("num_classes"), row.network.get("context_shape")
@@ -161,7 +181,9 @@ def check_preset(name, autoencoder, labels, prompts, num_images):
         raise click.UsageError(f"{name} generates latents: pass --autoencoder to decode them.")
 
 
-def open_model(name, weights, autoencoder, text):
+def open_model(
+    name: str, weights: str | None, autoencoder: str | None, text: str | None
+) -> DiffusionModel:
     """A `DiffusionModel` by the name of a preset, of a .keras file or a folder of checkpoints."""
     if is_preset(name):
         return presets.load(name, weights, autoencoder=autoencoder, text_encoder=text)

@@ -1,7 +1,9 @@
 """`statistics` of reference images, and `evaluate`: FID and other measures against them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,7 +23,7 @@ from keras_uvit_cli.options import (
 @click.argument("target", type=Target(".npz"))
 @SOURCE_OPTIONS
 @INCEPTION_OPTIONS
-def statistics(source, target, reading, network):
+def statistics(source: str, target: str, reading: dict[str, Any], network: dict[str, Any]) -> None:
     """Write the reference statistics of SOURCE's images to TARGET.
 
     TARGET is an .npz file. SOURCE is what `encode` takes: use the training images, at the size that
@@ -93,20 +95,20 @@ def statistics(source, target, reading, network):
     help="Accept fewer than 2,049 images, to try the command; the numbers then mean nothing.",
 )
 def evaluate(
-    model,
-    reference,
-    network,
-    parts,
-    num_images,
-    labels,
-    prompts,
-    split,
-    clip,
-    sampling,
-    folder,
-    out,
-    allow_few,
-):
+    model: str,
+    reference: str,
+    network: dict[str, Any],
+    parts: dict[str, Any],
+    num_images: int | None,
+    labels: str,
+    prompts: str | None,
+    split: str,
+    clip: str | None,
+    sampling: dict[str, Any],
+    folder: str | None,
+    out: str | None,
+    allow_few: bool,
+) -> None:
     """Measure the FID and other scores of MODEL's images.
 
     The scores are FID, sFID, Inception Score, precision, recall and, with --clip, the CLIP score.
@@ -131,9 +133,10 @@ def evaluate(
         )
     if not is_images and is_preset(model):
         presets.get(model)
+    texts: Sequence[str] | None = prompts
     if prompts:
-        prompts = open_prompts(prompts, split, num_images, sampling["seed"])
-        num_images = len(prompts)
+        texts = open_prompts(prompts, split, num_images, sampling["seed"])
+        num_images = len(texts)
     known = evaluation.Reference.load(reference)
     features = evaluation.InceptionFeatures(network["inception"], resize=network["resize"])
     if is_images:
@@ -145,8 +148,8 @@ def evaluate(
             features,
             num_images,
             labels=labels,
-            prompts=prompts,
-            clip=clip and evaluation.CLIPScore.from_preset(clip),
+            prompts=texts,
+            clip=None if clip is None else evaluation.CLIPScore.from_preset(clip),
             folder=folder,
             path=out,
             allow_few=allow_few,
@@ -174,7 +177,14 @@ def _measured_images(path, reference, features, allow_few, out):
 @MODEL_OPTIONS
 @SAMPLING_OPTIONS
 @click.option("--num-images", type=COUNT, default=500, help="Number of images to draw.")
-def report(model, dataset, folder, parts, sampling, num_images):
+def report(
+    model: str,
+    dataset: str,
+    folder: str,
+    parts: dict[str, Any],
+    sampling: dict[str, Any],
+    num_images: int,
+) -> None:
     """Measure MODEL on its pictures and draw the findings.
 
     MODEL is a .keras file, a folder of checkpoints or a preset, of pixels, with classes or without.

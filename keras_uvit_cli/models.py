@@ -1,6 +1,7 @@
 """`train` a model, `generate` images with one."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -117,7 +118,17 @@ PLAN_OPTIONS = gathered(
     help="Prompt for one image of those pictures, for a text-to-image model; can be repeated.",
 )
 @RUN_OPTIONS
-def train(dataset, folder, plan, parts, batch_size, seed, grid_every, prompt, run):
+def train(
+    dataset: str,
+    folder: str,
+    plan: dict[str, Any],
+    parts: dict[str, Any],
+    batch_size: int | None,
+    seed: int,
+    grid_every: int | None,
+    prompt: tuple[str, ...],
+    run: dict[str, Any],
+) -> None:
     """Train a model on DATASET, in FOLDER.
 
     DATASET is a folder of images (with a sub-folder for each class, or without), a cache that
@@ -215,8 +226,17 @@ def _image_target(context, argument, path):
 @SAMPLING_OPTIONS
 @click.option("--zoom", type=COUNT, default=1, help="Enlarge the images of a grid this many times.")
 def generate(
-    model, target, parts, labels, num_images, prompt, prompts, negative_prompt, sampling, zoom
-):
+    model: str,
+    target: str,
+    parts: dict[str, Any],
+    labels: list[int] | None,
+    num_images: int | None,
+    prompt: tuple[str, ...],
+    prompts: str | None,
+    negative_prompt: str | None,
+    sampling: dict[str, Any],
+    zoom: int,
+) -> None:
     """Generate images with MODEL and write them to TARGET.
 
     MODEL is the name of a preset, a .keras file, or a folder of checkpoints. A TARGET that ends in
@@ -233,13 +253,13 @@ def generate(
     from keras_uvit import evaluation
     from keras_uvit_cli.inputs import check_preset, is_preset, open_model, read_prompts
 
-    prompts = [*prompt, *(read_prompts(prompts) if prompts else [])]
+    texts = [*prompt, *(read_prompts(prompts) if prompts else [])]
     if is_preset(model):
-        check_preset(model, parts["autoencoder"], labels, prompts, num_images)
+        check_preset(model, parts["autoencoder"], labels, texts, num_images)
     images = open_model(model, **parts).generate(
         num_images=num_images,
         labels=labels,
-        prompts=prompts or None,
+        prompts=texts or None,
         negative_prompts=negative_prompt,
         **given_sampling(sampling),
     )

@@ -6,7 +6,9 @@ without importing it; the tests compare both.
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,11 +31,13 @@ class Target(click.Path):
         *endings: what the name may end in; anything, without them.
     """
 
-    def __init__(self, *endings):
+    def __init__(self, *endings: str) -> None:
         super().__init__()
         self.endings = endings
 
-    def convert(self, value, param, context):
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> Any:
         if self.endings and not value.endswith(self.endings):
             self.fail(f"expected a name ending in {' or '.join(self.endings)}. Received: {value}.")
         path = Path(value).absolute()
@@ -43,7 +47,9 @@ class Target(click.Path):
         return super().convert(value, param, context)
 
 
-def gathered(name, **options):
+def gathered(
+    name: str, **options: dict[str, Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that gives a command several options, as one dict called `name`.
 
     Args:
@@ -151,7 +157,7 @@ INCEPTION_OPTIONS = gathered(
 )
 
 
-def given_sampling(options):
+def given_sampling(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `DiffusionModel.generate` that --sampler, --fast, ... stand for."""
     from keras_uvit import presets
 
@@ -165,7 +171,9 @@ def given_sampling(options):
     }
 
 
-def class_numbers(context, option, text):
+def class_numbers(
+    context: click.Context, option: click.Parameter, text: str | None
+) -> list[int] | None:
     """A click callback: the list of ints in "1,2,3"."""
     if text is None:
         return None
@@ -175,7 +183,7 @@ def class_numbers(context, option, text):
     return [int(part) for part in parts]
 
 
-def share(context, option, text):
+def share(context: click.Context, option: click.Parameter, text: str) -> tuple[int, int]:
     """A click callback: "K/N" as (K, N)."""
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):

@@ -6,7 +6,7 @@ from keras_uvit_cli.options import COUNT, PRECISIONS
 
 
 @click.command("presets")
-def show_presets():
+def show_presets() -> None:
     """List the presets, their size and their published FID.
 
     \b
@@ -36,7 +36,7 @@ def show_presets():
     default="float32",
     help="Number format of the training, for the memory.",
 )
-def show_cost(preset, batch_size, dtype):
+def show_cost(preset: str | None, batch_size: int | None, dtype: str) -> None:
     """Show the size, work and memory of PRESET, or of all presets.
 
     The counts of parameters and multiply-accumulates are those of the network as this package

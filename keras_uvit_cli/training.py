@@ -1,18 +1,28 @@
 """What `train` trains: the data, and a model by a preset or by what suits the data."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from keras_uvit import presets
-from keras_uvit.data import sources
+from keras_uvit.data import LatentDataset, sources
 from keras_uvit.data.images import ImageDataset
 from keras_uvit.data.manifest import MANIFEST
 from keras_uvit.presets import own_data
+from keras_uvit.training import DiffusionModel
 from keras_uvit_cli.inputs import open_dataset
 
 
-def planned(dataset, folder, plan, parts, batch_size, seed, precision):
+def planned(
+    dataset: str,
+    folder: str,
+    plan: dict[str, Any],
+    parts: dict[str, Any],
+    batch_size: int | None,
+    seed: int,
+    precision: str,
+) -> tuple[DiffusionModel, LatentDataset | ImageDataset, ImageDataset | None, int]:
     """The compiled model, its training and validation data and the number of steps.
 
     Args:
