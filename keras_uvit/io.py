@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from keras_uvit.types import PathLike
+
 
 @contextlib.contextmanager
-def replacing(path: str | Path, synchronized: bool = False) -> Iterator[Path]:
+def replacing(path: PathLike, synchronized: bool = False) -> Iterator[Path]:
     """Yields the path of a file beside `path`, which takes its place when the block ends well.
 
     Args:
@@ -54,7 +56,7 @@ def synchronize(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: str | Path, content: dict[str, Any], synchronized: bool = False) -> None:
+def write_json(path: PathLike, content: dict[str, Any], synchronized: bool = False) -> None:
     """Writes JSON, whole or not at all; nothing where the file says so already."""
     path, text = Path(path), json.dumps(content, indent=1) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") == text:
@@ -64,7 +66,7 @@ def write_json(path: str | Path, content: dict[str, Any], synchronized: bool = F
         beside.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path, error: type[ValueError] = ValueError, advice: str = "") -> dict:
+def read_json(path: PathLike, error: type[ValueError] = ValueError, advice: str = "") -> dict:
     """The object in a JSON file.
 
     Args:
@@ -81,7 +83,7 @@ def read_json(path: str | Path, error: type[ValueError] = ValueError, advice: st
     return content
 
 
-def sha256(path: str | Path) -> str:
+def sha256(path: PathLike) -> str:
     """The SHA-256 of a file, in 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -92,11 +92,11 @@ def fitted(
             raise ValueError(f"crop={crop} is not in the image, {image.height} x {image.width}")
         image = image.crop((left, top, left + width, top + height))
     if size is not None:
-        image = FITS[method](Image, image, size)
+        image = FITS[method](image, size)
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def _adm(Image, image, size):
+def _adm(image, size):
     height, width = size
     image = _without_ends(image, size)
     while image.width >= 2 * width and image.height >= 2 * height:
@@ -117,7 +117,7 @@ def _without_ends(image, size, most=16):
     return image.crop((left, top, left + columns, top + rows))
 
 
-def _lanczos(Image, image, size):
+def _lanczos(image, size):
     height, width = size
     scale = min(image.height / height, image.width / width)
     rows, columns = round(scale * height), round(scale * width)

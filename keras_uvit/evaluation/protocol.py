@@ -224,7 +224,7 @@ def evaluate(
         "inception": inception.fingerprint,
     }
     if path is not None and backend.is_first():
-        io.write_json(Path(path), record)
+        io.write_json(path, record)
     return record
 
 

@@ -115,12 +115,6 @@ def test_other_suffixes_are_refused_before_anything_is_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_pillow_is_named_with_the_way_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    with pytest.raises(ImportError, match="pip install pillow"):
-        write_png(tmp_path / "a.png", random_images(1)[0])
-
-
 def test_a_path_without_images_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No images at .*nothing"):
         read_images(tmp_path / "nothing")
