@@ -1,23 +1,33 @@
 """JAX: pure functions of all state, compiled whole; many devices by sharded arrays."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import keras
 import numpy as np
 from jax.experimental import multihost_utils
 from keras import ops
 
-from keras_uvit.backend.steps import *  # noqa: F403
+from keras_uvit.backend.steps import AdamW as AdamW
+from keras_uvit.backend.steps import blend as blend
+from keras_uvit.backend.steps import compile_blocks as compile_blocks
+from keras_uvit.backend.steps import constant as constant
 from keras_uvit.backend.steps import guards_itself, is_ok
+from keras_uvit.backend.steps import holding as holding
+from keras_uvit.backend.steps import images_at_once as images_at_once
+from keras_uvit.backend.steps import norm as norm
+from keras_uvit.types import Array, Tensor
 
 
-def has_accelerator():
+def has_accelerator() -> bool:
     return jax.default_backend() != "cpu"
 
 
 fuses_attention = has_accelerator
 
 
-def fused_attention(query, key, value):
+def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """On a GPU an odd number of tokens gets one more, which no other attends to.
 
     JAX differentiates cuDNN's kernel as if there were a bias, and then wants an even number: for an
@@ -35,7 +45,9 @@ def fused_attention(query, key, value):
 LARGE = 2**20  # bytes of an image's weights; below it a batch takes as long, its gradient less
 
 
-def image_by_image(attend, query, key, value):
+def image_by_image(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     """What one image needs in between stays in the CPU's cache; a batch's is memory that the
     kernel maps anew at each call. With 258 tokens it takes less than half the time. The gradient
     computes it again, which takes no longer than to keep it.
@@ -52,18 +64,18 @@ def image_by_image(attend, query, key, value):
     return jax.lax.map(one, (query, key, value))
 
 
-def compiled(function):
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(function)
 
 
-def normal_per_image(seeds, step, shape):
+def normal_per_image(seeds: Tensor, step: Tensor, shape: tuple[int, ...]) -> Tensor:
     def draw(seed):
         return jax.random.normal(jax.random.fold_in(jax.random.key(seed), step), shape)
 
     return jax.vmap(draw)(seeds)
 
 
-def project(x, kernel, bias=None):
+def project(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     # Rows in one axis: the weight's gradient sums over them, and for two of them XLA's CPU code
     # transposes x, element by element inside what computes it.
     y = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), kernel)
@@ -74,7 +86,9 @@ def project(x, kernel, bias=None):
 # Training -----------------------------------------------------------------------------------------
 
 
-def train_step(model, state, data):
+def train_step(
+    model: Any, state: tuple[Any, ...], data: Any
+) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
     trainable, other, slots, metrics = state
     batch, optimizer = model.unpack(data), model.optimizer
 
@@ -106,7 +120,9 @@ def train_step(model, state, data):
     return logs, (trainable, other, slots, metrics)
 
 
-def test_step(model, state, data):
+def test_step(
+    model: Any, state: tuple[Any, ...], data: Any
+) -> tuple[dict[str, Tensor], tuple[Any, ...]]:
     trainable, other, metrics = state
     batch = model.unpack(data)
 
@@ -138,7 +154,9 @@ def _stateless(model, function, trainable, other, slots, metrics):
 # Many devices -------------------------------------------------------------------------------------
 
 
-def initialize(address=None, count=None, index=None):
+def initialize(
+    address: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
     if not hasattr(keras.distribution.DataParallel, "auto_shard_dataset"):
         # Keras 3.10, whose `fit` takes nothing but tf.data where there are several processes.
         raise RuntimeError(
@@ -148,7 +166,7 @@ def initialize(address=None, count=None, index=None):
     keras.distribution.initialize(address, count, index)
 
 
-def use_devices(devices=None):
+def use_devices(devices: Sequence[str] | None = None) -> Any:
     distribution = keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
     keras.distribution.set_distribution(distribution)
     return distribution
@@ -158,7 +176,7 @@ def _distribution():
     return keras.distribution.distribution()
 
 
-def replicas():
+def replicas() -> int:
     distribution = _distribution()
     if distribution is None:
         return 1
@@ -166,15 +184,15 @@ def replicas():
     return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
 
 
-def drawn(draw, shape):
+def drawn(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
     return draw(shape)  # a program is written for the global batch
 
 
-def process():
+def process() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def data_shard():
+def data_shard() -> tuple[int, int]:
     """Processes that hold parts of one model copy read the same data."""
     if _distribution() is None:
         return 0, 1
@@ -183,11 +201,11 @@ def data_shard():
     return index * count // processes, count
 
 
-def synchronize(model):
+def synchronize(model: keras.Model) -> None:
     """Nothing to do: a variable is one array for all processes."""
 
 
-def pieces(variable):
+def pieces(variable: keras.Variable) -> list[tuple[list[int], np.ndarray]]:
     """[(first index of each axis, NumPy array), ...]: each part of a variable is in one process."""
     value = variable.value
     return [
@@ -197,7 +215,7 @@ def pieces(variable):
     ]
 
 
-def assign(variable, read):
+def assign(variable: keras.Variable, read: Callable[..., Array]) -> None:
     """Calls `read(slices)` for the parts that this process' devices hold."""
     sharding = variable.value.sharding
     # A copy: JAX keeps NumPy's memory on a CPU, and it must not be a buffer that is donated twice.
@@ -207,30 +225,30 @@ def assign(variable, read):
     variable.assign(value)
 
 
-def barrier(name):
+def barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def any_process(flag, step):
+def any_process(flag: bool, step: int) -> bool:
     """JAX' runtime takes SIGTERM itself, and tells all processes the same step to stop at."""
     if jax.process_count() == 1:
         return flag
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def catches_sigterm():
+def catches_sigterm() -> bool:
     """Whether JAX' own runtime takes the signal, as it does where processes stop together."""
     return jax.process_count() > 1
 
 
-def from_first(number):
+def from_first(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def spread(array, axis=0, together=True):
+def spread(array: Array, axis: int | None = 0, together: bool = True) -> Tensor:
     if _distribution() is None or (not together and jax.process_count() > 1):
         return jax.numpy.asarray(array)  # Keras makes floats of integers where floatx is bfloat16
     array = np.asarray(array)
@@ -242,11 +260,11 @@ def spread(array, axis=0, together=True):
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def whole(tensor):
+def whole(tensor: Tensor) -> np.ndarray:
     if tensor.is_fully_addressable:
         return ops.convert_to_numpy(tensor)
     return multihost_utils.process_allgather(tensor, tiled=True)
 
 
-def alone(tensor):
+def alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_fully_addressable else tensor.addressable_data(0)

@@ -13,52 +13,63 @@ They differentiate and carry state; what is computed is the model's, in keras.op
 A step whose loss or gradient norm is not finite changes no weight and no optimizer slot.
 """
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
 import keras
+import numpy as np
 from keras import ops
+
+from keras_uvit.types import Tensor
 
 AdamW = keras.optimizers.AdamW
 
 
-def is_ok(loss, norm):
+def is_ok(loss: Tensor, norm: Tensor) -> Tensor:
     return ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
 
 
-def guards_itself(optimizer):
+def guards_itself(optimizer: keras.optimizers.Optimizer) -> bool:
     """A loss-scale optimizer skips by itself, and must see such a step, to lower its scale."""
     return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
 
 
-def constant(array):
+def constant(array: np.ndarray) -> Tensor:
     return array  # a tensor would belong to the program that is being written
 
 
-def fused_attention(query, key, value):
+def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return ops.dot_product_attention(query, key, value)
 
 
-def image_by_image(attend, query, key, value):
+def image_by_image(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     return attend(query, key, value)
 
 
-def images_at_once(size):
+def images_at_once(size: int) -> int:
     return 64
 
 
-def holding(network, weights):
+def holding(network: keras.Model, weights: Sequence[Tensor]) -> AbstractContextManager[Any]:
     """Within it the network's variables have these values."""
     return keras.StatelessScope(state_mapping=list(zip(network.variables, weights)))
 
 
-def compile_blocks(network, wanted):
+def compile_blocks(network: keras.Model, wanted: bool) -> None:
     """Nothing to do: XLA compiles whole steps."""
 
 
-def norm(tensors):
+def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of all numbers in them, float32."""
     return ops.sqrt(sum(ops.sum(ops.square(ops.cast(t, "float32"))) for t in tensors))
 
 
-def blend(averages, weights, decay):
+def blend(
+    averages: Sequence[keras.Variable], weights: Sequence[keras.Variable], decay: Tensor
+) -> None:
     """average <- decay average + (1 - decay) weight, pair by pair of variables.
 
     Written as a step towards the weight, which rounds numbers of the weight's size once.

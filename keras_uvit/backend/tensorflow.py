@@ -1,24 +1,38 @@
 """TensorFlow: variables that change in place; many devices of one machine by MirroredStrategy."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_uvit.backend.steps import *  # noqa: F403
+from keras_uvit.backend.steps import AdamW as AdamW
+from keras_uvit.backend.steps import blend as blend
+from keras_uvit.backend.steps import compile_blocks as compile_blocks
+from keras_uvit.backend.steps import constant as constant
+from keras_uvit.backend.steps import fused_attention as fused_attention
 from keras_uvit.backend.steps import guards_itself, is_ok
+from keras_uvit.backend.steps import holding as holding
+from keras_uvit.backend.steps import image_by_image as image_by_image
+from keras_uvit.backend.steps import images_at_once as images_at_once
+from keras_uvit.backend.steps import norm as norm
+from keras_uvit.types import Array, Tensor
 
 
-def has_accelerator():
+def has_accelerator() -> bool:
     return bool(tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"))
 
 
 fuses_attention = has_accelerator
 
 
-def compiled(function):
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return tf.function(function, jit_compile=True)
 
 
-def normal_per_image(seeds, step, shape):
+def normal_per_image(seeds: Tensor, step: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tf.map_fn(
         lambda seed: tf.random.stateless_normal(shape, tf.stack([seed, tf.cast(step, "int32")])),
         seeds,
@@ -26,7 +40,7 @@ def normal_per_image(seeds, step, shape):
     )
 
 
-def project(x, kernel, bias=None):
+def project(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     y = ops.matmul(x, kernel)
     return y if bias is None else y + bias
 
@@ -34,7 +48,7 @@ def project(x, kernel, bias=None):
 # Training -----------------------------------------------------------------------------------------
 
 
-def train_step(model, data):
+def train_step(model: Any, data: Any) -> dict[str, Tensor]:
     batch, optimizer, weights = model.unpack(data), model.optimizer, model.trainable_variables
     with tf.GradientTape() as tape:
         loss = model.loss_of(batch)
@@ -59,7 +73,7 @@ def train_step(model, data):
     return model.report(loss, norm)
 
 
-def test_step(model, data):
+def test_step(model: Any, data: Any) -> dict[str, Tensor]:
     batch = model.unpack(data)
     return model.test_report(batch, _mean_over_replicas(model.test_loss_of(batch)))
 
@@ -90,24 +104,26 @@ def _first_replica_only(gradients):
 # Many devices -------------------------------------------------------------------------------------
 
 
-def initialize(address=None, count=None, index=None):
+def initialize(
+    address: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
     raise NotImplementedError(
         "Several processes need JAX or PyTorch; TensorFlow trains on the devices of one machine: "
         "distribution.data_parallel()."
     )
 
 
-def use_devices(devices=None):
+def use_devices(devices: Sequence[str] | None = None) -> Any:
     strategy = tf.distribute.MirroredStrategy(devices)
     tf.distribute.experimental_set_strategy(strategy)
     return strategy
 
 
-def replicas():
+def replicas() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
-def drawn(draw, shape):
+def drawn(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
     if replicas() == 1:
         return draw(shape)
     count, *rest = shape
@@ -115,24 +131,24 @@ def drawn(draw, shape):
     return draw((count * replicas(), *rest))[first : first + count]
 
 
-def process():
+def process() -> tuple[int, int]:
     return 0, 1
 
 
-def data_shard():
+def data_shard() -> tuple[int, int]:
     return 0, 1
 
 
-def synchronize(model):
+def synchronize(model: keras.Model) -> None:
     """Nothing to do: a mirrored variable is made equal on all devices."""
 
 
-def pieces(variable):
+def pieces(variable: keras.Variable) -> list[tuple[list[int], np.ndarray]]:
     value = ops.convert_to_numpy(variable)
     return [([0] * value.ndim, value if _parts(variable) == 1 else value / _parts(variable))]
 
 
-def assign(variable, read):
+def assign(variable: keras.Variable, read: Callable[..., Array]) -> None:
     value = read((slice(None),) * len(variable.shape))
     variable.assign(value if _parts(variable) == 1 else value * _parts(variable))
 
@@ -142,29 +158,29 @@ def _parts(variable):
     return replicas() if variable.aggregation == "sum" else 1
 
 
-def barrier(name):
+def barrier(name: str) -> None:
     """Nothing to do in one process."""
 
 
-def any_process(flag, step):
+def any_process(flag: bool, step: int) -> bool:
     return flag
 
 
-def catches_sigterm():
+def catches_sigterm() -> bool:
     return False
 
 
-def from_first(number):
+def from_first(number: int) -> int:
     return number
 
 
-def spread(array, axis=0, together=True):
+def spread(array: Array, axis: int | None = 0, together: bool = True) -> Tensor:
     return ops.convert_to_tensor(array)
 
 
-def whole(tensor):
+def whole(tensor: Tensor) -> np.ndarray:
     return ops.convert_to_numpy(tensor)
 
 
-def alone(tensor):
+def alone(tensor: Tensor) -> Tensor:
     return tensor

@@ -7,6 +7,8 @@ import functools
 import math
 import os
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,33 +17,36 @@ import torch.distributed as dist
 from keras import ops
 
 from keras_uvit.backend import steps
-from keras_uvit.backend.steps import *  # noqa: F403
 from keras_uvit.backend.steps import guards_itself, is_ok
+from keras_uvit.backend.steps import image_by_image as image_by_image
+from keras_uvit.types import Array, Tensor
 
 # Asked once: the answer stays, and torch.compile cannot trace the question.
 ACCELERATOR = torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def has_accelerator():
+def has_accelerator() -> bool:
     return ACCELERATOR
 
 
-def fuses_attention():
+def fuses_attention() -> bool:
     # On a CPU only its forward pass is fast.
     return has_accelerator() or not torch.is_grad_enabled()
 
 
-def fused_attention(query, key, value):
+def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # Keras' own allows PyTorch's flash kernel alone; PyTorch chooses cuDNN's where that is faster.
     query, key, value = (a.transpose(1, 2) for a in (query, key, value))
     return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
-def compiled(function):
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.inference_mode()(function)
 
 
-def holding(network, weights):
+def holding(
+    network: keras.Model, weights: Sequence[Tensor]
+) -> contextlib.AbstractContextManager[Any]:
     # All are of one network. The scope is in the way of torch.compile, which would make a program
     # for each block.
     if weights[0] is network.variables[0].value:
@@ -49,7 +54,7 @@ def holding(network, weights):
     return steps.holding(network, weights)
 
 
-def compile_blocks(network, wanted):
+def compile_blocks(network: keras.Model, wanted: bool) -> None:
     blocks = [b for b in network._flatten_layers() if getattr(b, "compiles_once", False)]
     if wanted and not blocks:
         warnings.warn(
@@ -58,7 +63,8 @@ def compile_blocks(network, wanted):
             stacklevel=3,
         )
     for block in blocks:
-        body = _compiled_body(type(block)) if wanted else type(block)._body
+        kind: Any = type(block)
+        body = _compiled_body(kind) if wanted else kind._body
         block._body = body.__get__(block)
 
 
@@ -69,7 +75,7 @@ def _compiled_body(kind):
     return torch.compile(kind._body)
 
 
-def normal_per_image(seeds, step, shape):
+def normal_per_image(seeds: Tensor, step: Tensor, shape: tuple[int, ...]) -> Tensor:
     def draw(seed):
         # The odd constant keeps (seed, step) and (seed + 1, step - 1) apart.
         generator = torch.Generator(seeds.device).manual_seed(seed * 1_000_003 + int(step))
@@ -78,7 +84,7 @@ def normal_per_image(seeds, step, shape):
     return torch.stack([draw(seed) for seed in seeds.tolist()])
 
 
-def images_at_once(size):
+def images_at_once(size: int) -> int:
     if has_accelerator():
         return 64
     # glibc maps what is larger than 32 MiB anew each time: a sixth of U-ViT-S/2's sampling. A power
@@ -86,27 +92,32 @@ def images_at_once(size):
     return min(64, 2 ** int(math.log2(max(1, 2**25 // size))))
 
 
-def constant(array):
+def constant(array: np.ndarray) -> Tensor:
     return ops.convert_to_tensor(array)  # once, and not in a call: torch.compile cannot trace it
 
 
-def project(x, kernel, bias=None):
+def project(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, kernel.T, bias)
 
 
 # What steps.py does, by torch.optim's own way to take all weights at once.
 
 
-def norm(tensors):
+def norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm([t.float() for t in tensors])).norm()
 
 
-def blend(averages, weights, decay):
+def blend(
+    averages: Sequence[keras.Variable], weights: Sequence[keras.Variable], decay: Tensor
+) -> None:
     averages, weights = ([v.value.data for v in variables] for variables in (averages, weights))
     torch._foreach_lerp_(averages, weights, [1.0 - decay] * len(averages))
 
 
-class AdamW(type(keras.optimizers.AdamW())):
+_KerasAdamW: Any = type(keras.optimizers.AdamW())  # the one for PyTorch
+
+
+class AdamW(_KerasAdamW):
     def _parallel_update_step(self, grads, variables, learning_rate):
         if self.amsgrad:
             return super()._parallel_update_step(grads, variables, learning_rate)
@@ -136,7 +147,7 @@ class AdamW(type(keras.optimizers.AdamW())):
 # Training -----------------------------------------------------------------------------------------
 
 
-def train_step(model, data):
+def train_step(model: Any, data: Any) -> dict[str, Tensor]:
     batch, optimizer, weights = model.unpack(data), model.optimizer, model.trainable_variables
     model.zero_grad()
     loss = model.loss_of(batch)
@@ -156,7 +167,7 @@ def train_step(model, data):
 
 
 @torch.no_grad()
-def test_step(model, data):
+def test_step(model: Any, data: Any) -> dict[str, Tensor]:
     batch = model.unpack(data)
     loss = model.test_loss_of(batch)
     if replicas() > 1:
@@ -176,7 +187,9 @@ def _average(tensors):
 # Many devices -------------------------------------------------------------------------------------
 
 
-def initialize(address=None, count=None, index=None):
+def initialize(
+    address: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
     if address is not None:
         os.environ["MASTER_ADDR"], _, os.environ["MASTER_PORT"] = address.rpartition(":")
         os.environ["WORLD_SIZE"], os.environ["RANK"] = str(count), str(index)
@@ -185,7 +198,7 @@ def initialize(address=None, count=None, index=None):
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def use_devices(devices=None):
+def use_devices(devices: Sequence[str] | None = None) -> Any:
     if devices is not None:
         raise ValueError(
             "PyTorch uses one device a process: leave `devices` out and start the script with "
@@ -196,24 +209,24 @@ def use_devices(devices=None):
     return None
 
 
-def replicas():
+def replicas() -> int:
     return process()[1]
 
 
-def drawn(draw, shape):
+def drawn(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
     index, count = process()
     return draw((shape[0] * count, *shape[1:])).chunk(count)[index]
 
 
-def process():
+def process() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def data_shard():
+def data_shard() -> tuple[int, int]:
     return process()
 
 
-def synchronize(model):
+def synchronize(model: keras.Model) -> None:
     """Process 0's weights, everywhere."""
     if replicas() > 1:
         with torch.no_grad():
@@ -221,22 +234,22 @@ def synchronize(model):
                 dist.broadcast(variable.value.data, 0)
 
 
-def pieces(variable):
+def pieces(variable: keras.Variable) -> list[tuple[list[int], np.ndarray]]:
     if process()[0]:
         return []
     return [([0] * len(variable.shape), ops.convert_to_numpy(variable))]
 
 
-def assign(variable, read):
+def assign(variable: keras.Variable, read: Callable[..., Array]) -> None:
     variable.assign(read((slice(None),) * len(variable.shape)))
 
 
-def barrier(name):
+def barrier(name: str) -> None:
     if replicas() > 1:
         dist.barrier()
 
 
-def any_process(flag, step):
+def any_process(flag: bool, step: int) -> bool:
     if replicas() == 1:
         return flag
     votes = torch.tensor(float(flag), device=ops.convert_to_tensor(0).device)
@@ -244,11 +257,11 @@ def any_process(flag, step):
     return bool(votes)
 
 
-def catches_sigterm():
+def catches_sigterm() -> bool:
     return False
 
 
-def from_first(number):
+def from_first(number: int) -> int:
     if replicas() == 1:
         return number
     numbers = [number]
@@ -256,14 +269,14 @@ def from_first(number):
     return numbers[0]
 
 
-def spread(array, axis=0, together=True):
+def spread(array: Array, axis: int | None = 0, together: bool = True) -> Tensor:
     index, count = process()
     if together and axis == 0 and count > 1:
         array = np.array_split(array, count)[index]
     return ops.convert_to_tensor(array)
 
 
-def whole(tensor):
+def whole(tensor: Tensor) -> np.ndarray:
     if replicas() == 1:
         return ops.convert_to_numpy(tensor)
     parts = [torch.empty_like(tensor) for _ in range(replicas())]
@@ -271,5 +284,5 @@ def whole(tensor):
     return ops.convert_to_numpy(torch.cat(parts))
 
 
-def alone(tensor):
+def alone(tensor: Tensor) -> Tensor:
     return tensor
