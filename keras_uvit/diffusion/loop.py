@@ -10,9 +10,14 @@ fresh noise, with coefficients known before sampling starts:
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from keras import ops
+
+from keras_uvit.types import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, t) to an x0 estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Steps:
     noise: np.ndarray
     commit: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n = len(self.t)
         shapes = {"t": (n,), "anchor": (n,), "denoised": (n, 3), "noise": (n,), "commit": (n,)}
         for field, shape in shapes.items():
@@ -54,21 +59,26 @@ class Steps:
                 "from before the first evaluation."
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.t)
 
     @property
-    def nfe(self):
+    def nfe(self) -> int:
         """Network evaluations (a guided one counts once, as one doubled batch)."""
         return len(self)
 
-    def packed(self):
+    def packed(self) -> np.ndarray:
         """`(n, 7)` float32: t, anchor, denoised x 3, noise, commit."""
         columns = [self.t, self.anchor, *self.denoised.T, self.noise, self.commit]
         return np.stack(columns, axis=1).astype("float32")
 
 
-def sample(denoise, x_init, steps, draw_noise=None):
+def sample(
+    denoise: Denoise | Sequence[tuple[int, Denoise]],
+    x_init: Tensor,
+    steps: Steps | Tensor,
+    draw_noise: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Runs a sampler from noise to data.
 
     Inside a compiled function the loop is one program, and `steps` may be a traced `(n, 7)` table

@@ -1,13 +1,15 @@
 """What a network learns: the added noise, its target, its loss, and what its output means."""
 
 import dataclasses
+from collections.abc import Collection
 
 from keras import ops
 
 from keras_uvit.diffusion import predictions, weighting
-from keras_uvit.diffusion.schedules import VPLinear
+from keras_uvit.diffusion.schedules import Schedule, VPLinear
+from keras_uvit.types import Tensor
 
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
     "prediction": predictions.PREDICTIONS,
     "time_sampling": weighting.TIME_SAMPLINGS,
     "loss_weighting": weighting.LOSS_WEIGHTINGS,
@@ -30,13 +32,13 @@ class Objective:
             `diffusion.weighting`.
     """
 
-    schedule: object = dataclasses.field(default_factory=VPLinear)
+    schedule: Schedule = dataclasses.field(default_factory=VPLinear)
     prediction: str = "epsilon"
     time_scale: float | None = None
     time_sampling: str = "uniform"
     loss_weighting: str = "uniform"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not hasattr(self.schedule, "half_log_snr"):
             raise TypeError(
                 "schedule must be such as diffusion.schedules.VPLinear(). "
@@ -54,19 +56,19 @@ class Objective:
         """The same with uniform times and no weights, so that two models can be compared."""
         return dataclasses.replace(self, time_sampling="uniform", loss_weighting="uniform")
 
-    def times(self, u):
+    def times(self, u: Tensor) -> Tensor:
         """t `(B,)` of training from u `(B,)`, uniform in [0, 1)."""
         return self.schedule.training_time(weighting.TIME_SAMPLINGS[self.time_sampling](u))
 
-    def add_noise(self, x0, t, noise):
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) noise."""
         return predictions.add_noise(self.schedule, t, x0, noise)
 
-    def denoised(self, x, t, output):
+    def denoised(self, x: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """The estimate of x0 from the noisy x and the network's output."""
         return predictions.denoised(self.prediction, self.schedule, t, x, output)
 
-    def loss(self, output, x0, t, noise):
+    def loss(self, output: Tensor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Weighted mean squared error of the network's output, a float32 scalar.
 
         Ho et al. 2020, arXiv 2006.11239, Eq. 14, for "epsilon".

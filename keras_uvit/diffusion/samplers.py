@@ -7,11 +7,15 @@ Symbols: s is the time a step starts from, t the one it goes to (t < s), lambda 
 h = lambda_t - lambda_s > 0.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from keras_uvit.checks import as_int, nearest
 from keras_uvit.diffusion.loop import Steps as Steps
 from keras_uvit.diffusion.loop import sample as sample
+from keras_uvit.diffusion.schedules import Schedule
+from keras_uvit.types import Array
 
 X, D0, D1, D2 = np.eye(4)  # the anchor and the last three denoised images, newest first
 
@@ -25,19 +29,21 @@ def _steps(rows):
 # Time grids ---------------------------------------------------------------------------------------
 
 
-def time_uniform(num_steps, t_start=1.0, t_end=0.0):
+def time_uniform(num_steps: int, t_start: float = 1.0, t_end: float = 0.0) -> np.ndarray:
     """`num_steps + 1` times from `t_start` down to `t_end`, equally spaced."""
     return np.linspace(t_start, t_end, num_steps + 1)
 
 
-def log_snr_uniform(schedule, num_steps, t_start=None, t_end=None):
+def log_snr_uniform(
+    schedule: Schedule, num_steps: int, t_start: float | None = None, t_end: float | None = None
+) -> np.ndarray:
     """`num_steps + 1` times, equally spaced in half log-SNR; default `t_max` down to `t_min`."""
     ends = (
         schedule.t_max if t_start is None else t_start,
         schedule.t_min if t_end is None else t_end,
     )
-    grid = np.linspace(*(float(schedule.half_log_snr(t)) for t in ends), num_steps + 1)
-    times = schedule.time(grid)
+    first, last = (float(schedule.half_log_snr(t)) for t in ends)
+    times = schedule.time(np.linspace(first, last, num_steps + 1))
     times[[0, -1]] = ends  # no rounding at the ends
     return times
 
@@ -60,15 +66,16 @@ def _checked(times, name, schedule, limit="t_start"):
     return times
 
 
-def _checked_order(order, name):
+def _checked_order(order, name) -> int:
     if order not in (1, 2, 3):
         raise ValueError(f"{name} has order 1, 2 or 3. Received: order={order}.")
+    return order
 
 
 # Builders -----------------------------------------------------------------------------------------
 
 
-def ddim(schedule, times, *, eta=0.0):
+def ddim(schedule: Schedule, times: Array, *, eta: float = 0.0) -> Steps:
     """DDIM; `eta=1` is DDPM ancestral sampling, and on `LinearPath` `eta=0` is Euler.
 
     x_t = alpha_t D + sqrt(sigma_t^2 - n^2) (x_s - alpha_s D) / sigma_s + n z,
@@ -103,7 +110,7 @@ def ddim(schedule, times, *, eta=0.0):
     return _steps(rows)
 
 
-def ddpm(schedule, times):
+def ddpm(schedule: Schedule, times: Array) -> Steps:
     """Ancestral sampling, exact posterior variance: Ho et al. 2020, arXiv 2006.11239, Eq. 7.
 
     On `time_uniform(1000)` with `VPDiscrete` these are the paper's thousand steps. Arguments as in
@@ -118,7 +125,7 @@ def _drift(schedule, t, x):
     return rate * x + (schedule.alpha_slope(t) - schedule.alpha(t) * rate) * D0
 
 
-def euler(schedule, times):
+def euler(schedule: Schedule, times: Array) -> Steps:
     """Euler steps of the probability-flow ODE, order 1. Arguments as in `ddim`."""
     times = _checked(times, "euler", schedule)
     return _steps(
@@ -126,7 +133,7 @@ def euler(schedule, times):
     )
 
 
-def heun(schedule, times):
+def heun(schedule: Schedule, times: Array) -> Steps:
     """Heun's second-order steps of the probability-flow ODE: two evaluations each.
 
     A step that ends at t = 0, where the drift is 0 / 0, is an Euler step (Karras et al. 2022,
@@ -145,7 +152,7 @@ def heun(schedule, times):
     return _steps(rows)
 
 
-def euler_maruyama(schedule, times, *, eta=1.0):
+def euler_maruyama(schedule: Schedule, times: Array, *, eta: float = 1.0) -> Steps:
     """Euler-Maruyama steps of the reverse SDE; `eta=0` is `euler`.
 
     dx = [x' + eta^2 g^2 / (2 sigma) eps] dt + eta g dw,
@@ -168,7 +175,7 @@ def euler_maruyama(schedule, times, *, eta=1.0):
     return _steps(rows)
 
 
-def dpm_solver(schedule, times, *, order=3):
+def dpm_solver(schedule: Schedule, times: Array, *, order: int | Sequence[int] = 3) -> Steps:
     """DPM-Solver, noise form, singlestep: Lu et al. 2022, arXiv 2206.00927, Eq. 4.1, Alg. 1 and 2.
 
     Order 3 evaluates at thirds of each interval of lambda, order 2 at the half. The published
@@ -185,7 +192,14 @@ def dpm_solver(schedule, times, *, order=3):
     return _singlestep(schedule, times, order, _noise_weights, "dpm_solver")
 
 
-def dpm_solver_pp(schedule, times, *, order=2, multistep=True, on_grid=False):
+def dpm_solver_pp(
+    schedule: Schedule,
+    times: Array,
+    *,
+    order: int | Sequence[int] = 2,
+    multistep: bool = True,
+    on_grid: bool = False,
+) -> Steps:
     """DPM-Solver++, data form: Lu et al. 2022, arXiv 2211.01095, Alg. 1 and 2, Appendix A.
 
     Multistep uses the earlier evaluations: one per interval; the first steps and a step to t = 0
@@ -210,10 +224,10 @@ def dpm_solver_pp(schedule, times, *, order=2, multistep=True, on_grid=False):
     if not multistep:
         return _singlestep(schedule, times, order, _data_weights, "dpm_solver_pp", on_grid)
     times = _checked(times, "dpm_solver_pp", schedule)
-    _checked_order(order, "dpm_solver_pp")
-    if len(times) - 1 < order:
+    highest = _checked_order(order, "dpm_solver_pp")
+    if len(times) - 1 < highest:
         raise ValueError(
-            f"dpm_solver_pp of order {order} needs at least {order} steps. "
+            f"dpm_solver_pp of order {highest} needs at least {highest} steps. "
             f"Received: {len(times) - 1}."
         )
     rows = []
@@ -221,7 +235,7 @@ def dpm_solver_pp(schedule, times, *, order=2, multistep=True, on_grid=False):
         if t == 0:  # lambda is infinite there: the first-order limit
             rows.append((s, schedule.alpha(t) * D0, 0, 1))
             continue
-        k = min(order, i + 1)
+        k = min(highest, i + 1)
         lambdas = [schedule.half_log_snr(u) for u in times[i + 1 - k : i + 2][::-1]]  # t, s, ...
         h = lambdas[0] - lambdas[1]
         p1 = np.expm1(-h)
@@ -241,7 +255,7 @@ def dpm_solver_pp(schedule, times, *, order=2, multistep=True, on_grid=False):
     return _steps(rows)
 
 
-def fast_orders(nfe):
+def fast_orders(nfe: int) -> list[int]:
     """Orders of the "fast" singlestep schedule: 3 as often as `nfe` evaluations allow.
 
     >>> fast_orders(9), fast_orders(10), fast_orders(11)
@@ -340,7 +354,7 @@ def _multistep(order):
 
 # name: (fewest steps, builder from (schedule, num_steps)). All but "heun" (two evaluations a step,
 # the last has one) cost num_steps evaluations.
-SAMPLERS = {
+SAMPLERS: dict[str, tuple[int, Callable[[Schedule, int], Steps]]] = {
     "ddim": (1, _uniform(ddim)),
     "ddpm": (1, _uniform(ddpm)),
     "euler": (1, _uniform(euler)),
@@ -353,7 +367,7 @@ SAMPLERS = {
 }
 
 
-def named(name, schedule, num_steps):
+def named(name: str, schedule: Schedule, num_steps: int) -> Steps:
     """The `Steps` of a sampler in `SAMPLERS` on its default time grid.
 
     Raises:

@@ -15,10 +15,33 @@ Every schedule has
 """
 
 import dataclasses
+from typing import Protocol, Self
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_uvit.types import Array, Config, Tensor
+
+
+class Schedule(Protocol):
+    """What samplers and training ask a schedule for; for the meaning see above."""
+
+    @property
+    def t_start(self) -> float: ...
+    @property
+    def time_scale(self) -> float: ...
+    @property
+    def t_min(self) -> float: ...
+    @property
+    def t_max(self) -> float: ...
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def half_log_snr(self, t: Tensor) -> Tensor: ...
+    def time(self, half_log_snr: Array) -> Array: ...
+    def alpha_slope(self, t: Tensor) -> Tensor: ...
+    def sigma_slope(self, t: Tensor) -> Tensor: ...
+    def training_time(self, u: Tensor) -> Tensor: ...
 
 
 def _module(t):
@@ -30,39 +53,51 @@ def _array(t):
     return t if keras.ops.is_tensor(t) else np.asarray(t, "float64")
 
 
+@dataclasses.dataclass(frozen=True)
 class _Config:
-    t_start = 1.0
-    time_scale = 999.0
+    @property
+    def t_start(self) -> float:
+        return 1.0
 
-    def get_config(self):
+    @property
+    def time_scale(self) -> float:
+        return 999.0
+
+    def get_config(self) -> Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> Self:
         return cls(**config)
 
 
 class _VariancePreserving(_Config):
     """alpha^2 + sigma^2 = 1, all of it from `log_alpha(t)` and its derivative."""
 
-    def alpha(self, t):
+    def log_alpha(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def log_alpha_slope(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def alpha(self, t: Tensor) -> Tensor:
         return _module(t).exp(self.log_alpha(t))
 
-    def sigma(self, t):
+    def sigma(self, t: Tensor) -> Tensor:
         return _module(t).sqrt(-_module(t).expm1(2.0 * self.log_alpha(t)))
 
-    def half_log_snr(self, t):
+    def half_log_snr(self, t: Tensor) -> Tensor:
         xp, log_alpha = _module(t), self.log_alpha(t)
         return log_alpha - 0.5 * xp.log(-xp.expm1(2.0 * log_alpha))
 
-    def alpha_slope(self, t):
+    def alpha_slope(self, t: Tensor) -> Tensor:
         return self.alpha(t) * self.log_alpha_slope(t)
 
-    def sigma_slope(self, t):
+    def sigma_slope(self, t: Tensor) -> Tensor:
         # From alpha alpha' + sigma sigma' = 0.
         return -(self.alpha(t) ** 2) * self.log_alpha_slope(t) / self.sigma(t)
 
-    def training_time(self, u):
+    def training_time(self, u: Tensor) -> Tensor:
         return u
 
     def _log_alpha_at(self, half_log_snr):
@@ -85,14 +120,14 @@ class VPLinear(_VariancePreserving):
     t_min: float = 1e-4
     t_max: float = 1.0
 
-    def log_alpha(self, t):
+    def log_alpha(self, t: Tensor) -> Tensor:
         t = _array(t)
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
-    def log_alpha_slope(self, t):
+    def log_alpha_slope(self, t: Tensor) -> Tensor:
         return -0.5 * (self.beta_min + _array(t) * (self.beta_max - self.beta_min))
 
-    def time(self, half_log_snr):
+    def time(self, half_log_snr: Array) -> Array:
         # The positive root of the quadratic, in the form that does not cancel near t = 0.
         c = -2.0 * self._log_alpha_at(half_log_snr)
         span = self.beta_max - self.beta_min
@@ -115,24 +150,24 @@ class VPCosine(_VariancePreserving):
     def _angle(self, t):
         return 0.5 * np.pi * (_array(t) + self.s) / (1.0 + self.s)
 
-    def log_alpha(self, t):
+    def log_alpha(self, t: Tensor) -> Tensor:
         # log(cos(a + b) / cos(b)) without cancellation near t = 0, with a = angle(t) - angle(0).
         xp, a = _module(t), 0.5 * np.pi / (1.0 + self.s) * _array(t)
         fall = 2.0 * xp.sin(0.5 * a) ** 2 + float(np.tan(self._angle(0.0))) * xp.sin(a)
         return xp.log1p(-fall)
 
-    def log_alpha_slope(self, t):
+    def log_alpha_slope(self, t: Tensor) -> Tensor:
         xp = _module(t)
         return -0.5 * np.pi / (1.0 + self.s) * xp.tan(self._angle(t))
 
     @property
-    def t_start(self):
+    def t_start(self) -> float:
         return self.t_max
 
-    def training_time(self, u):
+    def training_time(self, u: Tensor) -> Tensor:
         return u * self.t_max
 
-    def time(self, half_log_snr):
+    def time(self, half_log_snr: Array) -> Array:
         alpha = np.exp(self._log_alpha_at(half_log_snr))
         angle = np.arccos(alpha * np.cos(self._angle(0.0)))
         return angle * 2.0 / np.pi * (1.0 + self.s) - self.s
@@ -155,13 +190,13 @@ class VPDiscrete(_VariancePreserving):
     num_timesteps: int = 1000
 
     @property
-    def t_min(self):
+    def t_min(self) -> float:
         return 1.0 / self.num_timesteps
 
     t_max = 1.0
 
     @property
-    def time_scale(self):
+    def time_scale(self) -> float:
         return float(self.num_timesteps)
 
     def _table(self):
@@ -175,17 +210,17 @@ class VPDiscrete(_VariancePreserving):
         table = self._table()
         return n, _lookup(np.diff(table), n), _lookup(table, n)
 
-    def log_alpha(self, t):
+    def log_alpha(self, t: Tensor) -> Tensor:
         n, slope, start = self._segment(t)
         return start + slope * (_array(t) * self.num_timesteps - n)
 
-    def log_alpha_slope(self, t):
+    def log_alpha_slope(self, t: Tensor) -> Tensor:
         return self._segment(t)[1] * self.num_timesteps
 
-    def training_time(self, u):
+    def training_time(self, u: Tensor) -> Tensor:
         return (_module(u).floor(_array(u) * self.num_timesteps) + 1.0) / self.num_timesteps
 
-    def time(self, half_log_snr):
+    def time(self, half_log_snr: Array) -> Array:
         # np.interp wants increasing abscissae: log alpha falls with n.
         steps = np.arange(self.num_timesteps, -1, -1)
         log_alpha = self._log_alpha_at(half_log_snr)
@@ -209,24 +244,24 @@ class LinearPath(_Config):
     t_min: float = 1e-3
     t_max: float = 0.999
 
-    def alpha(self, t):
+    def alpha(self, t: Tensor) -> Tensor:
         return 1.0 - _array(t)
 
-    def sigma(self, t):
+    def sigma(self, t: Tensor) -> Tensor:
         return _array(t)
 
-    def half_log_snr(self, t):
+    def half_log_snr(self, t: Tensor) -> Tensor:
         xp = _module(t)
         return xp.log1p(-_array(t)) - xp.log(_array(t))
 
-    def alpha_slope(self, t):
+    def alpha_slope(self, t: Tensor) -> Tensor:
         return -_module(t).ones_like(_array(t))
 
-    def sigma_slope(self, t):
+    def sigma_slope(self, t: Tensor) -> Tensor:
         return _module(t).ones_like(_array(t))
 
-    def training_time(self, u):
+    def training_time(self, u: Tensor) -> Tensor:
         return u
 
-    def time(self, half_log_snr):
+    def time(self, half_log_snr: Array) -> Array:
         return 1.0 / (1.0 + np.exp(_array(half_log_snr)))

@@ -5,10 +5,13 @@ attention between times. Which pays depends on schedule and prediction.
 """
 
 import math
+from collections.abc import Callable
 
 from keras import ops
 
 from keras_uvit.diffusion.predictions import PREDICTIONS
+from keras_uvit.diffusion.schedules import Schedule
+from keras_uvit.types import Tensor
 
 END = 2.0**-24  # 1 - END is the float32 below 1
 TINY = 1e-12  # its square and the square's inverse are float32 too
@@ -35,18 +38,22 @@ def _cosmap(u):
 
 
 # name: u in [0, 1), uniform, to another value in [0, 1), of which `schedule.training_time` makes t
-TIME_SAMPLINGS = {"uniform": lambda u: u, "logit_normal": _logit_normal, "cosmap": _cosmap}
+TIME_SAMPLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda u: u,
+    "logit_normal": _logit_normal,
+    "cosmap": _cosmap,
+}
 
 # name: SNR alpha^2 / sigma^2 to the weight of the squared error of x0, or None: weight 1 for the
 # error of what is predicted
-LOSS_WEIGHTINGS = {
+LOSS_WEIGHTINGS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "uniform": None,
     # Hang et al. 2023, arXiv 2303.09556, Min-SNR-gamma with their gamma = 5.
     "min_snr": lambda snr: ops.minimum(snr, 5.0),
 }
 
 
-def loss_weight(weighting, prediction, schedule, t):
+def loss_weight(weighting: str, prediction: str, schedule: Schedule, t: Tensor) -> Tensor:
     """Weight of the squared error of a prediction, from that of the x0 estimate.
 
     A network that sees x_t = alpha x0 + sigma noise and errs by e in x0 errs by -e alpha / sigma

@@ -2,14 +2,21 @@
 
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 import keras
 from keras import initializers, layers, ops
 
 from keras_uvit import backend
+from keras_uvit.types import Tensor
+
+DType: TypeAlias = str | keras.DTypePolicy  # of a layer: a policy or its name
+Shape: TypeAlias = tuple[Any, ...]  # of a tensor: ints, None where the size is not fixed
+Class = TypeVar("Class", bound=type[Any])
 
 
-def serializable(cls):
+def serializable(cls: Class) -> Class:
     """Registers `cls` with Keras; its `get_config` returns the constructor's own arguments.
 
     The constructor must store each argument as an attribute of the same name, so that the list of
@@ -25,12 +32,12 @@ def serializable(cls):
     return keras.saving.register_keras_serializable("keras_uvit")(cls)
 
 
-def normal_init():
+def normal_init() -> initializers.Initializer:
     """N(0, 0.02^2), the published `trunc_normal_(std=.02)`, which cuts at +-2, never reached."""
     return initializers.RandomNormal(stddev=0.02)
 
 
-def fan_in_init(fan_in):
+def fan_in_init(fan_in: int) -> initializers.Initializer:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for convolutions, kernel and bias."""
     bound = 1.0 / math.sqrt(fan_in)
     return initializers.RandomUniform(-bound, bound)
@@ -40,18 +47,18 @@ def fan_in_init(fan_in):
 class Dense(layers.Dense):
     """Keras' own, by the product that is fastest on each backend."""
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         kernel = ops.convert_to_tensor(self.kernel)
         bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
         x = backend.project(inputs, kernel, bias)
         return x if self.activation is None else self.activation(x)
 
 
-def dense(units, dtype, name, use_bias=True):
+def dense(units: int, dtype: DType, name: str, use_bias: bool = True) -> Dense:
     return Dense(units, use_bias=use_bias, kernel_initializer=normal_init(), dtype=dtype, name=name)
 
 
-def layer_norm(dtype, name, affine=True):
+def layer_norm(dtype: DType, name: str, affine: bool = True) -> layers.LayerNormalization:
     return layers.LayerNormalization(
         epsilon=1e-5, center=affine, scale=affine, dtype=dtype, name=name
     )
@@ -67,16 +74,16 @@ class RMSNorm(layers.Layer):
         affine: bool. Whether there is the scale, which starts at one.
     """
 
-    def __init__(self, affine=True, **kwargs):
+    def __init__(self, affine: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.affine = affine
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.scale = None
         if self.affine:
             self.scale = self.add_weight(shape=input_shape[-1:], initializer="ones", name="scale")
 
-    def call(self, x):
+    def call(self, x: Tensor) -> Tensor:
         # Not ops.rms_normalization: in Keras 3.10 it needs a scale, and its mean is that of the
         # computation's dtype.
         wide = ops.cast(x, "float32")
@@ -86,14 +93,14 @@ class RMSNorm(layers.Layer):
         return ops.cast(normed, self.compute_dtype)
 
 
-def rms_norm(dtype, name, affine=True):
+def rms_norm(dtype: DType, name: str, affine: bool = True) -> RMSNorm:
     return RMSNorm(affine, dtype=dtype, name=name)
 
 
-NORMS = {"layer": layer_norm, "rms": rms_norm}
+NORMS: dict[str, Callable[..., layers.Layer]] = {"layer": layer_norm, "rms": rms_norm}
 
 
-def rematerialized(function, *tensors):
+def rematerialized(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """`function(*tensors)`, whose inside the backward pass computes again instead of keeping it.
 
     A new closure at each call, tensors as positional arguments: the only form with right gradients

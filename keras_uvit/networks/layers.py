@@ -9,17 +9,20 @@ A block asks the layers inside it by `call`: what Keras does around each layer (
 scopes) was done for the block, and takes PyTorch a tenth of a millisecond, for which a GPU waits.
 """
 
+from typing import Any
+
 import numpy as np
 from keras import layers, ops
 
 from keras_uvit import backend
-from keras_uvit.networks.basics import NORMS, dense, layer_norm, rematerialized, rms_norm
+from keras_uvit.networks.basics import NORMS, Shape, dense, layer_norm, rematerialized, rms_norm
 from keras_uvit.networks.basics import Dense as Dense
 from keras_uvit.networks.basics import fan_in_init as fan_in_init
 from keras_uvit.networks.basics import serializable as serializable
 from keras_uvit.networks.positions import PositionEmbedding as PositionEmbedding
 from keras_uvit.networks.positions import SinusoidalPositions as SinusoidalPositions
 from keras_uvit.networks.positions import rotary_turns, rotate
+from keras_uvit.types import Tensor
 
 SKIPS = ("concat", "add", "add_project", "project_sum")
 MLPS = ("gelu", "swiglu")
@@ -44,18 +47,18 @@ class TimeEmbedding(layers.Layer):
         `(B, D)`.
     """
 
-    def __init__(self, hidden_dim, **kwargs):
+    def __init__(self, hidden_dim: int, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
         self.hidden_dim = hidden_dim
 
-    def call(self, timestep):
+    def call(self, timestep: Tensor) -> Tensor:
         half = self.hidden_dim // 2
         frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype("float32")
         angles = ops.cast(timestep, "float32")[:, None] * ops.convert_to_tensor(frequencies)
         x = ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=-1)
         return ops.cast(ops.pad(x, ((0, 0), (0, self.hidden_dim % 2))), self.compute_dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (*input_shape, self.hidden_dim)
 
 
@@ -82,14 +85,21 @@ class Attention(layers.Layer):
         `(B, L, D)`.
     """
 
-    def __init__(self, num_heads, qkv_bias=False, qk_norm=False, grid=None, **kwargs):
+    def __init__(
+        self,
+        num_heads: int,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        grid: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
         self.grid = grid
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         _, length, dim = input_shape
         head_dim = dim // self.num_heads
         self.qkv = dense(3 * dim, self.dtype_policy, "qkv", use_bias=self.qkv_bias)
@@ -104,7 +114,7 @@ class Attention(layers.Layer):
         if self.grid is not None:
             self.turns = rotary_turns(self.grid, length, head_dim)
 
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         length, dim = tokens.shape[1:]
         qkv = ops.reshape(
             self.qkv.call(tokens), (-1, length, 3, self.num_heads, dim // self.num_heads)
@@ -152,17 +162,17 @@ class TransformerBlock(layers.Layer):
 
     def __init__(
         self,
-        num_heads,
-        mlp_dim,
-        qkv_bias=False,
-        adaln=False,
-        qk_norm=False,
-        remat=False,
-        norm="layer",
-        mlp="gelu",
-        grid=None,
-        **kwargs,
-    ):
+        num_heads: int,
+        mlp_dim: int,
+        qkv_bias: bool = False,
+        adaln: bool = False,
+        qk_norm: bool = False,
+        remat: bool = False,
+        norm: str = "layer",
+        mlp: str = "gelu",
+        grid: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.mlp_dim = mlp_dim
@@ -174,7 +184,7 @@ class TransformerBlock(layers.Layer):
         self.mlp = mlp
         self.grid = grid
 
-    def build(self, tokens_shape, time_shape=None):
+    def build(self, tokens_shape: Shape, time_shape: Shape | None = None) -> None:
         policy, dim = self.dtype_policy, tokens_shape[-1]
         self.norm_1 = NORMS[self.norm](policy, "norm_1", affine=not self.adaln)
         self.attention = Attention(
@@ -196,7 +206,7 @@ class TransformerBlock(layers.Layer):
 
     compiles_once = True  # one program serves all blocks; see `backend.compile_blocks`
 
-    def call(self, tokens, time=None, training=False):
+    def call(self, tokens: Tensor, time: Tensor | None = None, training: bool = False) -> Tensor:
         inputs = (tokens, time) if self.adaln else (tokens,)
         if self.remat and training:
             return rematerialized(self._body, *inputs)
@@ -214,11 +224,11 @@ class TransformerBlock(layers.Layer):
             h = ops.gelu(self.mlp_in.call(y), approximate=False)
         return x + self.mlp_out.call(h)
 
-    def compute_output_shape(self, tokens_shape, time_shape=None):
+    def compute_output_shape(self, tokens_shape: Shape, time_shape: Shape | None = None) -> Shape:
         return tokens_shape
 
 
-def gated_width(mlp_dim):
+def gated_width(mlp_dim: int) -> int:
     """2/3, so that three kernels have the weights of two; a multiple of 8, for tensor cores.
 
     >>> gated_width(4608), gated_width(2048)
@@ -259,13 +269,15 @@ class LongSkip(layers.Layer):
         `(B, L, D)`.
     """
 
-    def __init__(self, merge="concat", norm=False, remat=False, **kwargs):
+    def __init__(
+        self, merge: str = "concat", norm: bool = False, remat: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.merge = merge
         self.norm = norm
         self.remat = remat
 
-    def build(self, x_shape, skip_shape=None):
+    def build(self, x_shape: Shape, skip_shape: Shape | None = None) -> None:
         if self.merge != "add":
             dim = x_shape[-1]
             self.proj = dense(dim, self.dtype_policy, "proj")
@@ -276,7 +288,7 @@ class LongSkip(layers.Layer):
 
     compiles_once = True
 
-    def call(self, x, skip, training=False):
+    def call(self, x: Tensor, skip: Tensor, training: bool = False) -> Tensor:
         if self.remat and training and (self.norm or self.merge == "concat"):
             return rematerialized(self._body, x, skip)
         return self._body(x, skip)
@@ -294,5 +306,5 @@ class LongSkip(layers.Layer):
             return x + self.proj.call(skip)
         return x + skip
 
-    def compute_output_shape(self, x_shape, skip_shape=None):
+    def compute_output_shape(self, x_shape: Shape, skip_shape: Shape | None = None) -> Shape:
         return x_shape

@@ -1,12 +1,14 @@
 """What networks share: their conditions, and how a config makes them again."""
 
 import itertools
+from typing import Any, Self
 
 import keras
 from keras import initializers, layers
 
 from keras_uvit import backend
 from keras_uvit.checks import plain, refuses
+from keras_uvit.types import Config, PathLike, Tensor
 
 # What a `DiffusionModel` asks a network for.
 ATTRIBUTES = ("image_shape", "num_classes", "null_label", "context_shape")
@@ -29,7 +31,7 @@ class Network(keras.Model):
         output: of the functional graph, `(B, H, W, C)` float32.
     """
 
-    def __init__(self, config, inputs, output):
+    def __init__(self, config: Config, inputs: dict[str, Tensor], output: Tensor) -> None:
         super().__init__(inputs, output, name=config["name"])
         self.dtype_policy = keras.dtype_policies.get(config["dtype"])
         self.autocast = False  # mixed precision must not round the timestep
@@ -38,7 +40,7 @@ class Network(keras.Model):
         self.num_classes = config["num_classes"]
         self.null_label = self.num_classes if config["null_label"] else None
 
-    def export(self, filepath, format="tf_saved_model", **kwargs):
+    def export(self, filepath: PathLike, format: str = "tf_saved_model", **kwargs: Any) -> None:
         """As `keras.Model.export`, in the formats in which Keras can export a dict of inputs."""
         formats = backend.EXPORT_FORMATS
         if formats is not None and format not in formats:
@@ -48,15 +50,15 @@ class Network(keras.Model):
             )
         super().export(filepath, format=format, **kwargs)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         return dict(self.config)
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Config, custom_objects: dict[str, Any] | None = None) -> Self:
         return cls(**config)
 
 
-def copy_of(network, name):
+def copy_of(network: keras.Model, name: str) -> keras.Model:
     """A network of the same config under another name, with weights of its own.
 
     Raises:
@@ -74,7 +76,7 @@ def copy_of(network, name):
     return copy
 
 
-def check_copy(network, copy):
+def check_copy(network: keras.Model, copy: keras.Model) -> None:
     """Raises unless each weight of a network still has its place in the copy."""
     kinds = ([(w.name, tuple(w.shape), w.dtype) for w in net.weights] for net in (network, copy))
     for k, (weight, other) in enumerate(itertools.zip_longest(*kinds)):
@@ -95,7 +97,7 @@ def _not_made_again(network):
     )
 
 
-def config_of(arguments):
+def config_of(arguments: dict[str, Any]) -> Config:
     """The `locals()` of a constructor as a config: shapes are tuples, numbers are Python's own.
 
     Raises:
@@ -124,7 +126,7 @@ def _is_shape(shape, length):
     return isinstance(shape, tuple) and len(shape) == length and min(shape) >= 1
 
 
-def inputs_of(config):
+def inputs_of(config: Config) -> dict[str, Tensor]:
     """The inputs of a network by name: "image", "timestep" and its conditions."""
     inputs = {
         "image": keras.Input(config["image_shape"], dtype="float32", name="image"),
@@ -137,7 +139,7 @@ def inputs_of(config):
     return inputs
 
 
-def label_embedding(config, dim):
+def label_embedding(config: Config, dim: int) -> layers.Embedding:
     """The table of labels, with a last row for "no label" if `null_label`: N(0, 1) as PyTorch's."""
     return layers.Embedding(
         config["num_classes"] + int(config["null_label"]),

@@ -1,9 +1,13 @@
 """Any Keras model as the network of a `DiffusionModel`."""
 
+from typing import Any, Self
+
 import keras
 from keras import layers
 
+from keras_uvit.networks.basics import DType
 from keras_uvit.networks.network import Network, config_of, inputs_of
+from keras_uvit.types import Config
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
@@ -43,14 +47,14 @@ class OwnNetwork(Network):
 
     def __init__(
         self,
-        model,
-        image_shape,
-        num_classes=None,
-        null_label=True,
-        context_shape=None,
-        dtype=None,
-        name="own_network",
-    ):
+        model: keras.Model,
+        image_shape: tuple[int, int, int],
+        num_classes: int | None = None,
+        null_label: bool = True,
+        context_shape: tuple[int, int] | None = None,
+        dtype: DType | None = None,
+        name: str = "own_network",
+    ) -> None:
         dtype = model.dtype_policy if dtype is None else dtype
         config = config_of(locals())
         inputs = inputs_of(config)
@@ -62,12 +66,12 @@ class OwnNetwork(Network):
             )
         super().__init__(config, inputs, output)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         model = keras.saving.serialize_keras_object(self.config["model"])
         return {**self.config, "model": model}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Config, custom_objects: dict[str, Any] | None = None) -> Self:
         # Built here, inside the network, as the first time: the names of weights tell where.
         unbuilt = {**config["model"], "build_config": None}
         model = keras.saving.deserialize_keras_object(unbuilt, custom_objects)

@@ -1,11 +1,15 @@
 """Images to patch tokens and back."""
 
+from typing import Any
+
 from keras import layers, ops
 
+from keras_uvit.networks.basics import Shape
 from keras_uvit.networks.layers import Dense, fan_in_init, serializable
+from keras_uvit.types import Tensor
 
 
-def patchify(images, patch_size):
+def patchify(images: Tensor, patch_size: int) -> Tensor:
     """(B, H, W, C) -> (B, H/P * W/P, P * P * C); inside a patch: row, column, channel."""
     p, (h, w, c) = patch_size, images.shape[1:]
     x = ops.reshape(images, (-1, h // p, p, w // p, p, c))
@@ -13,7 +17,7 @@ def patchify(images, patch_size):
     return ops.reshape(x, (-1, (h // p) * (w // p), p * p * c))
 
 
-def unpatchify(patches, patch_size, image_shape):
+def unpatchify(patches: Tensor, patch_size: int, image_shape: tuple[int, ...]) -> Tensor:
     """(B, H/P * W/P, P * P * C) -> (B, H, W, C), the inverse of `patchify`."""
     p, (h, w, c) = patch_size, image_shape
     x = ops.reshape(patches, (-1, h // p, w // p, p, p, c))
@@ -39,12 +43,12 @@ class PatchEmbedding(layers.Layer):
         `(B, H/P * W/P, D)`.
     """
 
-    def __init__(self, hidden_dim, patch_size, **kwargs):
+    def __init__(self, hidden_dim: int, patch_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.hidden_dim = hidden_dim
         self.patch_size = patch_size
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         fan_in = self.patch_size**2 * input_shape[-1]
         self.proj = Dense(
             self.hidden_dim,
@@ -55,7 +59,7 @@ class PatchEmbedding(layers.Layer):
         )
         self.proj.build((None, None, fan_in))
 
-    def call(self, images):
+    def call(self, images: Tensor) -> Tensor:
         return self.proj(patchify(images, self.patch_size))
 
 
@@ -67,7 +71,7 @@ class ConvPatchEmbedding(layers.Layer):
     P = 1 has one 3x3 convolution of stride 1. Arguments and shapes as in `PatchEmbedding`.
     """
 
-    def __init__(self, hidden_dim, patch_size, **kwargs):
+    def __init__(self, hidden_dim: int, patch_size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if patch_size & (patch_size - 1):
             raise ValueError(
@@ -77,7 +81,7 @@ class ConvPatchEmbedding(layers.Layer):
         self.hidden_dim = hidden_dim
         self.patch_size = patch_size
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         halvings = self.patch_size.bit_length() - 1
         kernels = [(3, 2)] * halvings or [(3, 1)]  # (kernel size, stride)
         widths = [max(8, self.hidden_dim >> i) for i in range(len(kernels) - 1, -1, -1)]
@@ -99,7 +103,7 @@ class ConvPatchEmbedding(layers.Layer):
             shape = conv.compute_output_shape(shape)
             self.convs.append(conv)
 
-    def call(self, images):
+    def call(self, images: Tensor) -> Tensor:
         x = images
         for conv in self.convs[:-1]:
             x = ops.gelu(conv(x), approximate=False)
@@ -111,10 +115,10 @@ class ConvPatchEmbedding(layers.Layer):
 class Unpatchify(layers.Layer):
     """Patches back to an image; see `unpatchify`. `(B, L, P * P * C)` -> `(B, H, W, C)`."""
 
-    def __init__(self, patch_size, image_shape, **kwargs):
+    def __init__(self, patch_size: int, image_shape: tuple[int, int, int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.image_shape = tuple(image_shape)
 
-    def call(self, patches):
+    def call(self, patches: Tensor) -> Tensor:
         return unpatchify(patches, self.patch_size, self.image_shape)

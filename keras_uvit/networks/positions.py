@@ -1,10 +1,13 @@
 """Where a patch is: vectors added to the tokens, or a rotation of queries and keys."""
 
+from typing import Any
+
 import numpy as np
 from keras import layers, ops
 
 from keras_uvit import backend
-from keras_uvit.networks.basics import normal_init, serializable
+from keras_uvit.networks.basics import Shape, normal_init, serializable
+from keras_uvit.types import Tensor
 
 
 @serializable
@@ -18,12 +21,12 @@ class PositionEmbedding(layers.Layer):
         `(B, L, D)`.
     """
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.embeddings = self.add_weight(
             shape=input_shape[1:], initializer=normal_init(), name="embeddings"
         )
 
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         return tokens + ops.cast(self.embeddings, tokens.dtype)
 
 
@@ -43,11 +46,11 @@ class SinusoidalPositions(layers.Layer):
         `(B, L, D)`.
     """
 
-    def __init__(self, grid, **kwargs):
+    def __init__(self, grid: tuple[int, int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.grid = tuple(grid)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         _, length, dim = input_shape
         if dim % 4:
             raise ValueError(
@@ -57,11 +60,11 @@ class SinusoidalPositions(layers.Layer):
         table = [f(a) for a in _patch_angles(self.grid, dim // 4) for f in (np.cos, np.sin)]
         self.table = _after_extras(np.concatenate(table, axis=-1), length)
 
-    def call(self, tokens):
+    def call(self, tokens: Tensor) -> Tensor:
         return tokens + ops.cast(self.table, tokens.dtype)
 
 
-def rotary_turns(grid, length, head_dim):
+def rotary_turns(grid: tuple[int, int], length: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """What turns the complex numbers that a head's query or key is, token by token.
 
     K / 4 of them turn by (row f_i), the others by (column f_i), f_i = 10000^(-4 i / K), so that a
@@ -83,10 +86,11 @@ def rotary_turns(grid, length, head_dim):
         )
     angles = np.concatenate(_patch_angles(grid, head_dim // 4), axis=-1)
     angles = _after_extras(angles, length)[:, None]
-    return tuple(backend.constant(f(angles).astype("float32")) for f in (np.cos, np.sin))
+    cos, sin = (backend.constant(f(angles).astype("float32")) for f in (np.cos, np.sin))
+    return cos, sin
 
 
-def rotate(x, turns):
+def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     """x times cos + i sin: component j of a head is real, j + K/2 its imaginary part.
 
     In float32, whatever the dtype of x; `(B, L, N, K)` to `(B, L, N, K)`. `turns` are those of

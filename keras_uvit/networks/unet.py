@@ -3,6 +3,7 @@
 from keras import layers, saving
 
 from keras_uvit.networks import unet_layers as parts
+from keras_uvit.networks.basics import DType
 from keras_uvit.networks.layers import TimeEmbedding
 from keras_uvit.networks.network import Network, config_of, inputs_of, label_embedding
 
@@ -57,19 +58,19 @@ class UNet(Network):
 
     def __init__(
         self,
-        image_shape,
-        base_dim=128,
-        multipliers=(1, 2, 2, 2),
-        num_blocks=2,
-        attention_levels=(1, 2),
-        head_dim=64,
-        num_classes=None,
-        null_label=True,
-        context_shape=None,
-        remat=False,
-        dtype=None,
-        name="unet",
-    ):
+        image_shape: tuple[int, int, int],
+        base_dim: int = 128,
+        multipliers: tuple[int, ...] = (1, 2, 2, 2),
+        num_blocks: int = 2,
+        attention_levels: tuple[int, ...] = (1, 2),
+        head_dim: int = 64,
+        num_classes: int | None = None,
+        null_label: bool = True,
+        context_shape: tuple[int, int] | None = None,
+        remat: bool = False,
+        dtype: DType | None = None,
+        name: str = "unet",
+    ) -> None:
         config = config_of(locals())
         _check(config)
         super().__init__(config, *_build(config))

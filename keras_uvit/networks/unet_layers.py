@@ -4,23 +4,27 @@ Kernels start as PyTorch's, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases at zero. 
 each block starts at zero, so that a new block adds nothing.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from keras import initializers, layers, ops
 
 from keras_uvit import backend
-from keras_uvit.networks.basics import Dense, rematerialized, serializable
+from keras_uvit.networks.basics import Dense, DType, Shape, rematerialized, serializable
+from keras_uvit.types import Tensor
 
-RESAMPLINGS = {
+RESAMPLINGS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
     "down": lambda x: ops.average_pool(x, 2, 2, data_format="channels_last"),
     "up": lambda x: ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2),
 }
 
 
-def kernel_init(zero=False):
+def kernel_init(zero: bool = False) -> str | initializers.Initializer:
     return "zeros" if zero else initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
 
 
-def conv(dim, size, dtype, name, zero=False):
+def conv(dim: int, size: int, dtype: DType, name: str, zero: bool = False) -> layers.Conv2D:
     """A convolution that keeps the size."""
     return layers.Conv2D(
         dim,
@@ -33,11 +37,11 @@ def conv(dim, size, dtype, name, zero=False):
     )
 
 
-def linear(dim, dtype, name, zero=False):
+def linear(dim: int, dtype: DType, name: str, zero: bool = False) -> Dense:
     return Dense(dim, kernel_initializer=kernel_init(zero), dtype=dtype, name=name)
 
 
-def group_norm(dim, dtype, name):
+def group_norm(dim: int, dtype: DType, name: str) -> layers.GroupNormalization:
     """Of 32 groups, or the most that divide `dim` and have four channels; epsilon 1e-5.
 
     A group of one channel would lose its mean, which at 2x2 pixels is most of what there is.
@@ -69,13 +73,15 @@ class UNetBlock(layers.Layer):
         `(B, H, W, dim)`, H and W halved or doubled.
     """
 
-    def __init__(self, dim, resample=None, remat=False, **kwargs):
+    def __init__(
+        self, dim: int, resample: str | None = None, remat: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.dim = dim
         self.resample = resample
         self.remat = remat
 
-    def build(self, x_shape, time_shape=None):
+    def build(self, x_shape: Shape, time_shape: Shape | None = None) -> None:
         policy, width = self.dtype_policy, x_shape[-1]
         inside = self.compute_output_shape(x_shape)
         self.norm_1 = group_norm(width, policy, "norm_1")
@@ -88,12 +94,12 @@ class UNetBlock(layers.Layer):
         for layer in (self.norm_2, self.conv_2):
             layer.build(inside)
         self.modulation.build(time_shape)
-        self.shortcut = None
+        self.shortcut: layers.Layer | None = None
         if width != self.dim:
             self.shortcut = conv(self.dim, 1, policy, "shortcut")
             self.shortcut.build(x_shape)
 
-    def call(self, x, time, training=False):
+    def call(self, x: Tensor, time: Tensor, training: bool = False) -> Tensor:
         if self.remat and training:
             return rematerialized(self._body, x, time)
         return self._body(x, time)
@@ -106,7 +112,7 @@ class UNetBlock(layers.Layer):
         x = resampled(x)
         return h + (x if self.shortcut is None else self.shortcut(x))
 
-    def compute_output_shape(self, x_shape, time_shape=None):
+    def compute_output_shape(self, x_shape: Shape, time_shape: Shape | None = None) -> Shape:
         batch, height, width, _ = x_shape
         by = {None: (1, 1), "down": (1, 2), "up": (2, 1)}[self.resample]
         return (batch, height * by[0] // by[1], width * by[0] // by[1], self.dim)
@@ -131,12 +137,12 @@ class UNetAttention(layers.Layer):
         `(B, H, W, C)`.
     """
 
-    def __init__(self, num_heads, remat=False, **kwargs):
+    def __init__(self, num_heads: int, remat: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.remat = remat
 
-    def build(self, x_shape, context_shape=None):
+    def build(self, x_shape: Shape, context_shape: Shape | None = None) -> None:
         policy, dim = self.dtype_policy, x_shape[-1]
         self.norm = group_norm(dim, policy, "norm")
         self.query = linear(dim, policy, "query")
@@ -146,7 +152,7 @@ class UNetAttention(layers.Layer):
             layer.build(x_shape)
         self.key_value.build(context_shape or x_shape)
 
-    def call(self, x, context=None, training=False):
+    def call(self, x: Tensor, context: Tensor | None = None, training: bool = False) -> Tensor:
         inputs = (x,) if context is None else (x, context)
         if self.remat and training:
             return rematerialized(self._body, *inputs)
@@ -162,5 +168,5 @@ class UNetAttention(layers.Layer):
         h = backend.attention(query, both[:, :, 0], both[:, :, 1])  # (B, L, N, K)
         return x + self.proj(ops.reshape(h, (-1, height, width, dim)))
 
-    def compute_output_shape(self, x_shape, context_shape=None):
+    def compute_output_shape(self, x_shape: Shape, context_shape: Shape | None = None) -> Shape:
         return x_shape

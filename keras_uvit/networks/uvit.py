@@ -5,6 +5,7 @@ from keras import layers, ops
 
 from keras_uvit.networks import layers as parts
 from keras_uvit.networks import patches
+from keras_uvit.networks.basics import DType
 from keras_uvit.networks.network import Network, config_of, inputs_of, label_embedding
 
 CHOICES = {
@@ -83,30 +84,30 @@ class UViT(Network):
 
     def __init__(
         self,
-        image_shape,
-        patch_size=2,
-        hidden_dim=512,
-        num_layers=13,
-        num_heads=8,
-        mlp_dim=None,
-        num_classes=None,
-        null_label=True,
-        context_shape=None,
-        skip="concat",
-        time="token",
-        time_mlp=False,
-        qkv_bias=False,
-        output_conv=True,
-        position="learned",
-        patch_embed="linear",
-        qk_norm=False,
-        skip_norm=False,
-        norm="layer",
-        mlp="gelu",
-        remat=False,
-        dtype=None,
-        name="uvit",
-    ):
+        image_shape: tuple[int, int, int],
+        patch_size: int = 2,
+        hidden_dim: int = 512,
+        num_layers: int = 13,
+        num_heads: int = 8,
+        mlp_dim: int | None = None,
+        num_classes: int | None = None,
+        null_label: bool = True,
+        context_shape: tuple[int, int] | None = None,
+        skip: str | None = "concat",
+        time: str = "token",
+        time_mlp: bool = False,
+        qkv_bias: bool = False,
+        output_conv: bool | str = True,
+        position: str | None = "learned",
+        patch_embed: str = "linear",
+        qk_norm: bool = False,
+        skip_norm: bool = False,
+        norm: str = "layer",
+        mlp: str = "gelu",
+        remat: bool = False,
+        dtype: DType | None = None,
+        name: str = "uvit",
+    ) -> None:
         config = config_of(locals())
         _check(config)
         super().__init__(config, *_build(config))
