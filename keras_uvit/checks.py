@@ -2,11 +2,15 @@
 
 import difflib
 import operator
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 
+Class = TypeVar("Class", bound=type)
 
-def as_int(value, name, least):
+
+def as_int(value: Any, name: str, least: int) -> int:
     """`value` as Python's int, which Keras, JSON and every backend take.
 
     >>> import numpy as np
@@ -17,7 +21,7 @@ def as_int(value, name, least):
         ValueError: if it is not a whole number, or less than `least`.
     """
     try:
-        number = operator.index(value)
+        number: int | None = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or number < least:
@@ -25,14 +29,14 @@ def as_int(value, name, least):
     return number
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """A number of NumPy's, alone or inside tuples and lists, as Python's own."""
     if isinstance(value, tuple | list):
         return type(value)(plain(item) for item in value)
     return value.item() if isinstance(value, np.generic) else value
 
 
-def nearest(name, known):
+def nearest(name: Any, known: Iterable[str]) -> str:
     """A sentence that suggests the known name that is meant; empty where none is near.
 
     >>> nearest("prompt", ["labels", "prompts"])
@@ -43,7 +47,7 @@ def nearest(name, known):
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def refuses(reasons):
+def refuses(reasons: dict[str, str]) -> Callable[[Class], Class]:
     """A decorator of classes: methods that they inherit raise, before anything is changed.
 
     Args:

@@ -22,6 +22,8 @@ weight.
 import contextlib
 import math
 import random
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 
@@ -42,7 +44,7 @@ UNET = r"(down|mid|up)(_\d+)+(_half|_double)?"  # its blocks; with another endin
 #
 # The label table is whole: split, its rows come out split by width, XLA then splits all tokens so
 # and moves activations: 60 times the bytes of "fsdp" in U-ViT-H/2 (benchmarks/scale.py).
-RULES = {
+RULES: dict[str, tuple[int | None, int | None]] = {
     r"patch_embed/proj/kernel": (1, None),  # (P P C, D)
     r"patch_embed/conv_\d+/kernel": (3, None),  # (3, 3, in, out)
     r"context_embed/kernel": (1, None),  # (width, D)
@@ -79,7 +81,9 @@ RULES = {
 }
 
 
-def initialize(address=None, num_processes=None, process_index=None):
+def initialize(
+    address: str | None = None, num_processes: int | None = None, process_index: int | None = None
+) -> None:
     """Joins this process to the others of its job. Before any model or array is made.
 
     On a TPU pod and under SLURM, JAX finds the others by itself, and under torchrun PyTorch does:
@@ -96,7 +100,7 @@ def initialize(address=None, num_processes=None, process_index=None):
     backend.initialize(address, num_processes, process_index)
 
 
-def data_parallel(devices=None):
+def data_parallel(devices: Sequence[str] | None = None) -> Any:
     """Models made from now on are trained on all devices: each sees its part of every batch.
 
     JAX: `keras.distribution.DataParallel` over the devices of all processes. TensorFlow:
@@ -113,12 +117,12 @@ def data_parallel(devices=None):
     return backend.use_devices(devices)
 
 
-def process():
+def process() -> tuple[int, int]:
     """(index, count) of this process; index 0 is the one that prints and draws."""
     return backend.process()
 
 
-def choose(devices="one", layout="data", model_devices=None):
+def choose(devices: str = "one", layout: str = "data", model_devices: int | None = None) -> None:
     """What `--devices` and `--layout` of the examples and of `keras-uvit train` mean.
 
     Args:
@@ -144,7 +148,9 @@ def choose(devices="one", layout="data", model_devices=None):
 # Layouts ------------------------------------------------------------------------------------------
 
 
-def layout_map(mesh, layout="fsdp"):
+def layout_map(
+    mesh: keras.distribution.DeviceMesh, layout: str = "fsdp"
+) -> keras.distribution.LayoutMap:
     """The rules as Keras takes them; of `network` and `ema_network`, whose paths are the same.
 
     Args:
@@ -172,7 +178,9 @@ def layout_map(mesh, layout="fsdp"):
     return rules
 
 
-def model_parallel(layout="fsdp", model_devices=None, devices=None):
+def model_parallel(
+    layout: str = "fsdp", model_devices: int | None = None, devices: Sequence[str] | None = None
+) -> keras.distribution.ModelParallel:
     """Splits the weights of models made from now on over devices. JAX only.
 
     Args:
@@ -211,7 +219,7 @@ def model_parallel(layout="fsdp", model_devices=None, devices=None):
     return distribution
 
 
-def divides_among_processes():
+def divides_among_processes() -> bool:
     """Whether no process has all weights of a model that is made now."""
     return _divides() and process()[1] > 1
 
@@ -221,7 +229,7 @@ def _divides():
 
 
 @contextlib.contextmanager
-def alone():
+def alone() -> Iterator[None]:
     """Inside, variables are made on one device, and without the other processes."""
     present, seeds = keras.distribution.distribution(), random.getstate()
     keras.distribution.set_distribution(None)
@@ -232,7 +240,7 @@ def alone():
         random.setstate(seeds)  # Keras' seeds of new layers: the processes stay in step
 
 
-def check_layouts(network):
+def check_layouts(network: keras.Model) -> None:
     """Raises unless the current distribution knows how to split `network`; see `model_parallel`.
 
     Keras leaves a weight whole that no rule names, so that a renamed layer fills every device's
@@ -266,7 +274,7 @@ def check_layouts(network):
 class _Parallel(keras.distribution.ModelParallel):
     """Decides by the shape too, where a LayoutMap knows only the path; JAX would raise later."""
 
-    def get_variable_layout(self, variable):
+    def get_variable_layout(self, variable: keras.Variable) -> Any:
         layout, shape = super().get_variable_layout(variable), tuple(variable.shape)
         if not isinstance(layout, keras.distribution.TensorLayout):
             return layout  # of a variable that is placed, as Keras before 3.15 answers: JAX's own

@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import keras
@@ -12,13 +14,14 @@ from keras import ops
 
 from keras_uvit import backend, progress
 from keras_uvit.checks import as_int
+from keras_uvit.types import Array, PathLike
 
 # What Keras raises for a weight file that is damaged or of another network.
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError)
 
 
 @contextlib.contextmanager
-def naming_missing_classes(path):
+def naming_missing_classes(path: PathLike) -> Iterator[None]:
     """Inside, a class that Keras does not know is told as that, and not as a fault of the file."""
     try:
         yield
@@ -42,7 +45,7 @@ class Frozen:
         network: Keras model of one input.
     """
 
-    def __init__(self, network):
+    def __init__(self, network: keras.Model) -> None:
         self.network = network
         self._program = backend.compiled(self._call)
 
@@ -50,7 +53,14 @@ class Frozen:
         with backend.holding(self.network, weights):
             return self.network(x, training=False)
 
-    def __call__(self, inputs, batch_size, prepare=None, verbose=0, unit_name="image"):
+    def __call__(
+        self,
+        inputs: Array,
+        batch_size: int,
+        prepare: Callable[[Any], Any] | None = None,
+        verbose: int = 0,
+        unit_name: str = "image",
+    ) -> Any:
         """The network's output for all inputs.
 
         Args:
@@ -67,7 +77,14 @@ class Frozen:
         parts = self.batches(inputs, batch_size, prepare, verbose, unit_name)
         return keras.tree.map_structure(lambda *a: np.concatenate(a), *parts)
 
-    def batches(self, inputs, batch_size, prepare=None, verbose=0, unit_name="image"):
+    def batches(
+        self,
+        inputs: Array,
+        batch_size: int,
+        prepare: Callable[[Any], Any] | None = None,
+        verbose: int = 0,
+        unit_name: str = "image",
+    ) -> Iterator[Any]:
         """As calling it, but yields the output batch by batch: memory is that of one."""
         batch_size = as_int(batch_size, "batch_size", 1)
         if ops.is_tensor(inputs):
@@ -88,7 +105,7 @@ class Frozen:
 
 
 @contextlib.contextmanager
-def own_defaults(policy):
+def own_defaults(policy: str | keras.DTypePolicy) -> Iterator[None]:
     """What is made inside has this dtype policy, float32 inputs, metrics and counters, and channels
     last, whatever Keras is set to.
     """
@@ -107,7 +124,7 @@ def _set_defaults(policy, floatx, data_format):
     keras.config.set_image_data_format(data_format)
 
 
-def load_keras_weights(network, path, name=None):
+def load_keras_weights(network: keras.Model, path: PathLike, name: str | None = None) -> None:
     """As `network.load_weights`, but strict: Keras passes over arrays it has no place for.
 
     Args:
@@ -119,7 +136,7 @@ def load_keras_weights(network, path, name=None):
         ValueError: if the file is damaged or of another network.
     """
     try:
-        arrays = []
+        arrays: list[Any] = []
         with h5py.File(path) as file:
             file.visititems(lambda _, item: arrays.append(item) if hasattr(item, "shape") else None)
         network.load_weights(path)
@@ -136,7 +153,7 @@ def load_keras_weights(network, path, name=None):
         ) from error
 
 
-def fingerprint(network):
+def fingerprint(network: keras.Model) -> str:
     """16 hexadecimal digits of the SHA-256 of a network's weights, shapes included.
 
     Equal weights have equal fingerprints on every backend.
@@ -145,5 +162,5 @@ def fingerprint(network):
     for weight in network.weights:
         value = np.ascontiguousarray(ops.convert_to_numpy(weight), "<f4")
         digest.update(str(value.shape).encode())
-        digest.update(value)
+        digest.update(value.data)
     return digest.hexdigest()[:16]

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from keras_uvit.types import Array
 
-def to_unit_range(images):
+
+def to_unit_range(images: Array) -> np.ndarray:
     """float32 in [-1, 1] of uint8 images; floats must be in [-1, 1] already.
 
     Raises:
@@ -23,7 +25,7 @@ def to_unit_range(images):
     return images.astype("float32")
 
 
-def from_unit_range(images):
+def from_unit_range(images: np.ndarray) -> np.ndarray:
     """uint8 of float images in [-1, 1], rounded; what lies outside is clipped.
 
     Raises:
@@ -37,14 +39,14 @@ def from_unit_range(images):
     return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype("uint8")
 
 
-def moments_std(moments):
+def moments_std(moments: Array) -> float:
     """Standard deviation of latents drawn from moments `(..., 2 C)`, without any scale."""
     mean, log_variance = np.split(np.asarray(moments, "float32"), 2, axis=-1)
     noise = np.exp(np.clip(log_variance, -30.0, 20.0)).mean()
     return float(np.sqrt(mean.var() + noise))
 
 
-def check_latents(latents):
+def check_latents(latents: Array) -> None:
     """Raises unless latents are finite floats."""
     latents = np.asarray(latents)
     if not np.issubdtype(latents.dtype, np.floating) and latents.dtype.name != "bfloat16":

@@ -1,12 +1,14 @@
 """Foreign checkpoints to Keras weights and back; the only place that knows foreign names."""
 
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_uvit.convert import autoencoder, clip, inception, uvit
 from keras_uvit.convert.files import read_tensors, write_tensors
+from keras_uvit.types import PathLike
 
 # A module a class of network: `entries(network)` lists (published name, Keras variable, layout),
 # `normalized(tensors, network)` brings the names of the files in circulation to those.
@@ -19,7 +21,7 @@ FAMILIES = {
 }
 
 
-def load_torch_weights(network, path, key=None):
+def load_torch_weights(network: Any, path: PathLike, key: str | None = None) -> None:
     """Loads a published checkpoint (`.pth`, or `.safetensors` with the same names).
 
     Strict: every array of the file is used once and every weight of the network is set, or nothing
@@ -55,7 +57,7 @@ def load_torch_weights(network, path, key=None):
         network.copy_weights_to_ema()
 
 
-def save_torch_weights(network, path):
+def save_torch_weights(network: Any, path: PathLike) -> None:
     """Writes a checkpoint that the published program loads; `load_torch_weights` undoes it exactly.
 
     Args:

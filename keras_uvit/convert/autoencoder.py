@@ -5,8 +5,11 @@ runs backwards.
 """
 
 import re
+from collections.abc import Iterator
 
-from keras_uvit.convert.layouts import conv, norm
+import keras
+
+from keras_uvit.convert.layouts import Entry, Tensors, conv, norm
 
 # Parts of the attention in diffusers' names.
 ATTENTION_PARTS = {
@@ -23,7 +26,7 @@ ATTENTION_PARTS = {
 }
 
 
-def entries(autoencoder):
+def entries(autoencoder: keras.Model) -> Iterator[Entry]:
     """(published name, Keras variable, layout) for every weight of an `AutoencoderKL`."""
     c = autoencoder.config
     levels = len(c["multipliers"])
@@ -66,7 +69,7 @@ def _block(name, block):
         yield from conv(f"{name}.nin_shortcut", block.shortcut)
 
 
-def normalized(tensors, network):
+def normalized(tensors: Tensors, network: keras.Model) -> Tensors:
     """diffusers' names to the published program's; others stay.
 
     Raises:

@@ -1,11 +1,15 @@
 """CLIP's Hugging Face files: the text tower alone, or both towers."""
 
-from keras_uvit.convert.layouts import CONV, LINEAR, SAME, Layout, linear, norm
+from collections.abc import Iterator
+
+import keras
+
+from keras_uvit.convert.layouts import CONV, LINEAR, SAME, Entry, Layout, Tensors, linear, norm
 
 OTHERS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
-def entries(model):
+def entries(model: keras.Model) -> Iterator[Entry]:
     """(published name, Keras variable, layout) of keras-hub's `CLIPTextEncoder` or `CLIPBackbone`.
 
     The vision tower's position ids are no weights there, and not among them.
@@ -86,7 +90,7 @@ def _flat(bias):
     return Layout(lambda a: a.reshape(shape), lambda a: a.reshape(-1))
 
 
-def normalized(tensors, model):
+def normalized(tensors: Tensors, model: keras.Model) -> Tensors:
     """Names with "text_model." in front; for a text tower what belongs to the others is dropped."""
     if "embeddings.token_embedding.weight" in tensors:
         tensors = {f"text_model.{name}": a for name, a in tensors.items()}

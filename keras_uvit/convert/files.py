@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from keras_uvit import io
+from keras_uvit.convert.layouts import Tensors
 from keras_uvit.optional import optional
+from keras_uvit.types import PathLike
 
 TORCH = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -17,7 +19,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 CONVERT = "Convert the file to float16 or float32 first, with the program that wrote it."
 
 
-def read_tensors(path, key=None):
+def read_tensors(path: PathLike, key: str | None = None) -> Tensors:
     """The named arrays of a PyTorch checkpoint or a safetensors file.
 
     PyTorch files are pickles, which can run code when read. They are opened with `weights_only`,
@@ -156,7 +158,7 @@ def _standard(a):
     return a.astype("float32") if a.dtype.name == "bfloat16" else a
 
 
-def write_tensors(tensors, path):
+def write_tensors(tensors: Tensors, path: PathLike) -> None:
     """Writes named arrays as a PyTorch state dict or a safetensors file, whole or not at all.
 
     Args:

@@ -1,9 +1,12 @@
 """The Inception network's file of pytorch-fid and torch-fidelity: its names."""
 
-from keras_uvit.convert.layouts import CONV, LINEAR, SAME
+from collections.abc import Iterator
+from typing import Any
+
+from keras_uvit.convert.layouts import CONV, LINEAR, SAME, Entry, Tensors
 
 
-def entries(inception):
+def entries(inception: Any) -> Iterator[Entry]:
     """(published name, Keras variable, layout) for every weight of an `InceptionFeatures`."""
     for layer in inception.network.layers:
         if hasattr(layer, "conv"):
@@ -18,6 +21,6 @@ def entries(inception):
     yield "fc.bias", classifier.bias, SAME
 
 
-def normalized(tensors, network):
+def normalized(tensors: Tensors, network: Any) -> Tensors:
     """Without the 94 counters of training batches, which inference does not need."""
     return {k: a for k, a in tensors.items() if not k.endswith(".num_batches_tracked")}

@@ -5,22 +5,26 @@ Channels come first there, and a linear layer stores (out, in). `depth` is `num_
 """
 
 import warnings
+from collections.abc import Iterator
 
+import keras
 import numpy as np
 from keras import ops
 
-from keras_uvit.convert.layouts import SAME, Layout, conv, linear, norm
+from keras_uvit.convert.layouts import SAME, Entry, Layout, Tensors, conv, linear, norm
 
 
-def entries(network):
+def entries(network: keras.Model) -> Iterator[Entry]:
     """(published name, Keras variable, layout) for every weight of a `UViT`.
 
     Raises:
         ValueError: if the network has a switch that no published checkpoint has.
     """
     c = network.config
-    published = {"skip": ("concat", None), "time": ("token",), "position": ("learned",)}
-    published.update(patch_embed=("linear",), qk_norm=(False,), skip_norm=(False,))
+    published: dict[str, tuple[object, ...]] = {"skip": ("concat", None), "time": ("token",)}
+    published.update(
+        position=("learned",), patch_embed=("linear",), qk_norm=(False,), skip_norm=(False,)
+    )
     published.update(norm=("layer",), mlp=("gelu",), output_conv=(True, False))
     other = {key: c[key] for key, allowed in published.items() if c[key] not in allowed}
     if other:
@@ -52,7 +56,7 @@ def entries(network):
         yield from conv("final_layer", layer("output_conv"))
 
 
-def normalized(tensors, network):
+def normalized(tensors: Tensors, network: keras.Model) -> Tensors:
     """Published files have just these names."""
     return tensors
 

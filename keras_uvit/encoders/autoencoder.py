@@ -1,6 +1,8 @@
 """The autoencoder of Stable Diffusion: pixels to latents and back."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 from zipfile import BadZipFile
 
 import keras
@@ -18,8 +20,10 @@ from keras_uvit.inference import (
     naming_missing_classes,
     own_defaults,
 )
+from keras_uvit.networks.basics import DType, Shape
 from keras_uvit.networks.layers import serializable
 from keras_uvit.pixels import check_latents, from_unit_range, to_unit_range
+from keras_uvit.types import Array, Config, PathLike, Tensor
 
 # In a diffusers folder, the first of these that is there.
 DIFFUSERS_FILES = [
@@ -28,7 +32,7 @@ DIFFUSERS_FILES = [
 ]
 
 
-def group_norm(name):
+def group_norm(name: str) -> layers.GroupNormalization:
     return layers.GroupNormalization(groups=32, epsilon=1e-6, name=name)
 
 
@@ -39,15 +43,15 @@ class ResidualBlock(layers.Layer):
     Call arguments: x `(B, H, W, C)`. Returns `(B, H, W, dim)`.
     """
 
-    def __init__(self, dim, **kwargs):
+    def __init__(self, dim: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.dim = dim
         self.norm_1, self.norm_2 = group_norm("norm_1"), group_norm("norm_2")
         self.conv_1 = layers.Conv2D(dim, 3, padding="same", name="conv_1")
         self.conv_2 = layers.Conv2D(dim, 3, padding="same", name="conv_2")
-        self.shortcut = None
+        self.shortcut: layers.Layer | None = None
 
-    def build(self, shape):
+    def build(self, shape: Shape) -> None:
         inside = (*shape[:-1], self.dim)
         for layer, given in [
             (self.norm_1, shape),
@@ -60,12 +64,12 @@ class ResidualBlock(layers.Layer):
             self.shortcut = layers.Conv2D(self.dim, 1, name="shortcut")
             self.shortcut.build(shape)
 
-    def call(self, x):
+    def call(self, x: Tensor) -> Tensor:
         h = self.conv_1(ops.silu(self.norm_1(x)))
         h = self.conv_2(ops.silu(self.norm_2(h)))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Shape) -> Shape:
         return (*shape[:-1], self.dim)
 
 
@@ -76,14 +80,14 @@ class PixelAttention(layers.Layer):
     Call arguments: x `(B, H, W, C)`. Returns the same shape.
     """
 
-    def build(self, shape):
+    def build(self, shape: Shape) -> None:
         self.norm = group_norm("norm")
         self.norm.build(shape)
         for name in ("q", "k", "v", "proj_out"):
             setattr(self, name, layers.Conv2D(shape[-1], 1, name=name))
             getattr(self, name).build(shape)
 
-    def call(self, x):
+    def call(self, x: Tensor) -> Tensor:
         batch, height, width, dim = ops.shape(x)
         h = self.norm(x)
         heads = (batch, height * width, 1, dim)
@@ -91,7 +95,7 @@ class PixelAttention(layers.Layer):
         h = ops.reshape(backend.attention(q, k, v), (batch, height, width, dim))
         return x + self.proj_out(h)
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Shape) -> Shape:
         return shape
 
 
@@ -102,15 +106,15 @@ class Downsample(layers.Layer):
     Call arguments: x `(B, H, W, C)`. Returns `(B, H/2, W/2, C)`.
     """
 
-    def build(self, shape):
+    def build(self, shape: Shape) -> None:
         self.pad = layers.ZeroPadding2D(((0, 1), (0, 1)))
         self.conv = layers.Conv2D(shape[-1], 3, strides=2, name="conv")
         self.conv.build(shape)
 
-    def call(self, x):
+    def call(self, x: Tensor) -> Tensor:
         return self.conv(self.pad(x))
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Shape) -> Shape:
         return (shape[0], *(n and n // 2 for n in shape[1:3]), shape[3])
 
 
@@ -121,14 +125,14 @@ class Upsample(layers.Layer):
     Call arguments: x `(B, H, W, C)`. Returns `(B, 2 H, 2 W, C)`.
     """
 
-    def build(self, shape):
+    def build(self, shape: Shape) -> None:
         self.conv = layers.Conv2D(shape[-1], 3, padding="same", name="conv")
         self.conv.build(shape)
 
-    def call(self, x):
+    def call(self, x: Tensor) -> Tensor:
         return self.conv(ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2))
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Shape) -> Shape:
         return (shape[0], *(n and 2 * n for n in shape[1:3]), shape[3])
 
 
@@ -143,7 +147,13 @@ def _output(x, channels):
     return layers.Conv2D(channels, 3, padding="same", name="conv_out")(x)
 
 
-def encoder(base_dim, multipliers, num_res_blocks, latent_channels, image_channels):
+def encoder(
+    base_dim: int,
+    multipliers: Sequence[int],
+    num_res_blocks: int,
+    latent_channels: int,
+    image_channels: int,
+) -> keras.Model:
     """Images `(B, H, W, C)` in [-1, 1] to moments `(B, H/f, W/f, 2 latent_channels)`."""
     x = image = layers.Input((None, None, image_channels), name="image")
     x = layers.Conv2D(base_dim, 3, padding="same", name="conv_in")(x)
@@ -157,7 +167,13 @@ def encoder(base_dim, multipliers, num_res_blocks, latent_channels, image_channe
     return keras.Model(image, x, name="encoder")
 
 
-def decoder(base_dim, multipliers, num_res_blocks, latent_channels, image_channels):
+def decoder(
+    base_dim: int,
+    multipliers: Sequence[int],
+    num_res_blocks: int,
+    latent_channels: int,
+    image_channels: int,
+) -> keras.Model:
     """Latents `(B, h, w, latent_channels)`, unscaled, to images `(B, f h, f w, C)`."""
     x = latent = layers.Input((None, None, latent_channels), name="latent")
     x = layers.Conv2D(latent_channels, 1, name="post_quant_conv")(x)
@@ -205,16 +221,16 @@ class AutoencoderKL(keras.Model):
 
     def __init__(
         self,
-        base_dim=128,
-        multipliers=(1, 2, 4, 4),
-        num_res_blocks=2,
-        latent_channels=4,
-        image_channels=3,
-        scale=0.18215,
-        id="random",
-        name="autoencoder_kl",
-        dtype="float32",
-    ):
+        base_dim: int = 128,
+        multipliers: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        latent_channels: int = 4,
+        image_channels: int = 3,
+        scale: float = 0.18215,
+        id: str = "random",
+        name: str = "autoencoder_kl",
+        dtype: DType = "float32",
+    ) -> None:
         if base_dim % 32:
             raise ValueError(f"base_dim must be a multiple of 32. Received: {base_dim}.")
         if not 0 < scale < float("inf"):
@@ -225,7 +241,7 @@ class AutoencoderKL(keras.Model):
                 f"multipliers={multipliers}, num_res_blocks={num_res_blocks}."
             )
         super().__init__(name=name, dtype=dtype)
-        self.config = {
+        self.config: Config = {
             "base_dim": base_dim,
             "multipliers": tuple(multipliers),
             "num_res_blocks": num_res_blocks,
@@ -241,7 +257,7 @@ class AutoencoderKL(keras.Model):
         self.built = True
 
     @classmethod
-    def from_file(cls, path, scale=None, **arguments):
+    def from_file(cls, path: PathLike, scale: float | None = None, **arguments: Any) -> Self:
         """With weights from a file; its name becomes the `id`.
 
         Args:
@@ -287,11 +303,11 @@ class AutoencoderKL(keras.Model):
         return autoencoder
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """Of the encoder's weights: what latents depend on. (Decoders may be exchanged.)"""
         return fingerprint(self.encoder)
 
-    def moments_shape(self, image_shape):
+    def moments_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Shape of the moments of one image of shape (H, W, C).
 
         Raises:
@@ -312,7 +328,7 @@ class AutoencoderKL(keras.Model):
         latent = (height // self.factor, width // self.factor)
         return (*latent, 2 * self.config["latent_channels"])
 
-    def encode(self, images, batch_size=8, verbose=1):
+    def encode(self, images: Array, batch_size: int = 8, verbose: int = 1) -> np.ndarray:
         """Moments of images.
 
         Args:
@@ -330,7 +346,7 @@ class AutoencoderKL(keras.Model):
         self.moments_shape(images.shape[1:])
         return self._encode(images, batch_size, to_unit_range, verbose).astype("float32")
 
-    def sample(self, moments, seed=0):
+    def sample(self, moments: Array, seed: int = 0) -> np.ndarray:
         """Latents, times `scale`: scale (mean + exp(log-variance / 2) noise), float32.
 
         Args:
@@ -342,7 +358,7 @@ class AutoencoderKL(keras.Model):
         noise = np.random.default_rng(seed).standard_normal(mean.shape, "float32")
         return self.scale * (mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise)
 
-    def decode(self, latents, batch_size=8, verbose=0):
+    def decode(self, latents: Array, batch_size: int = 8, verbose: int = 0) -> np.ndarray:
         """Images of latents.
 
         Args:
@@ -373,10 +389,10 @@ class AutoencoderKL(keras.Model):
                 f"Received: {shape}."
             )
 
-    def call(self, images):
+    def call(self, images: Tensor) -> Tensor:
         mean, _ = ops.split(self.encoder(images), 2, axis=-1)
         return self.decoder(mean)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         own = {"scale": self.scale, "id": self.id, "name": self.name}
         return {**self.config, **own, "dtype": self.dtype_policy.name}

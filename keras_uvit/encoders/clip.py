@@ -6,6 +6,8 @@ keras-hub's own preset (config.json, model.weights.h5, assets/tokenizer).
 
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import keras
 import numpy as np
@@ -15,6 +17,7 @@ from keras_uvit.convert import load_torch_weights, save_torch_weights
 from keras_uvit.encoders.tokenizer import END, START, Tokenizer
 from keras_uvit.inference import DAMAGE, own_defaults
 from keras_uvit.optional import optional
+from keras_uvit.types import PathLike
 
 CLEAN = "clean_text"  # in config.json: the choice of `save`, which is not Hugging Face's
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -37,13 +40,13 @@ VISION_KEYS = [
 MOST = 1_000_000  # of any size in a file's configuration
 
 
-def keras_hub():
+def keras_hub() -> ModuleType:
     """The package, or ImportError that says how to install it."""
     backend.keep_tensorflow_off_accelerators()  # keras-hub imports it on every backend
     return optional("keras_hub", "text", "CLIP comes with keras-hub")
 
 
-def text_tower(**config):
+def text_tower(**config: Any) -> keras.Model:
     """keras-hub's `CLIPTextEncoder`: token ids `(B, L)` to the last hidden state `(B, L, D)`."""
     with own_defaults("float32"):
         tower = keras_hub().models.CLIPTextEncoder(
@@ -58,7 +61,9 @@ def _as_published(tower):
     return tower
 
 
-def load(source, whole=False, clean=None):
+def load(
+    source: PathLike, whole: bool = False, clean: bool | None = None
+) -> tuple[keras.Model, Tokenizer, str]:
     """CLIP from a folder, or keras-hub's preset, downloaded.
 
     Args:
@@ -216,7 +221,7 @@ def _read_merges(path):
     return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
 
 
-def save(tower, tokenizer, folder):
+def save(tower: keras.Model, tokenizer: Tokenizer, folder: PathLike) -> None:
     """Writes a text tower and its tokenizer as a Hugging Face folder, which `load` reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -236,7 +241,7 @@ def save(tower, tokenizer, folder):
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def random_weights(model, seed):
+def random_weights(model: keras.Model, seed: int) -> None:
     """Weights from NumPy, the same on every backend.
 
     Normal of standard deviation 1 for tokens and positions, so that an untrained encoder tells

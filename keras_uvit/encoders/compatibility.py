@@ -5,10 +5,13 @@ another text encoder. The functions `check_...` change nothing; `adopt_...` note
 seen no encoder yet whose latents or contexts it is going to learn.
 """
 
+from typing import Any
+
 import numpy as np
 from keras import ops
 
 from keras_uvit.pixels import moments_std
+from keras_uvit.types import Array
 
 # Bounds on the standard deviation of scaled latents. Stable Diffusion's have 5.5 without their
 # scale, and 0.2 where it was applied twice.
@@ -20,7 +23,7 @@ CLEANING = {True: "after cleaning", False: "as they are typed"}
 # Latents ------------------------------------------------------------------------------------------
 
 
-def check_autoencoder(autoencoder):
+def check_autoencoder(autoencoder: Any) -> None:
     """Raises TypeError for what is no autoencoder."""
     if not all(hasattr(autoencoder, name) for name in ("scale", "fingerprint", "decode")):
         raise TypeError(
@@ -29,7 +32,7 @@ def check_autoencoder(autoencoder):
         )
 
 
-def check_latents(model, other, what):
+def check_latents(model: Any, other: Any, what: str) -> None:
     """Raises unless an autoencoder or a cache has the latents that the model works on.
 
     Args:
@@ -58,13 +61,13 @@ def check_latents(model, other, what):
         )
 
 
-def adopt_latents(model, other):
+def adopt_latents(model: Any, other: Any) -> None:
     """Makes an encoder the model's own, if it has none: `other` as in `check_latents`."""
     if model.latent_encoder is None:
         model.latent_encoder = other.fingerprint
 
 
-def check_is_latent(model, other, what):
+def check_is_latent(model: Any, other: Any, what: str) -> None:
     """Raises for a model of pixels."""
     if model.latent_scale is None:
         value = "the autoencoder's scale" if other.scale is None else other.scale
@@ -74,7 +77,7 @@ def check_is_latent(model, other, what):
         )
 
 
-def check_cache(model, cache):
+def check_cache(model: Any, cache: Any) -> None:
     """Raises unless `model` can be trained on a `data.LatentDataset`."""
     check_is_latent(model, cache, "The cache")
     height, width, channels = model.network.image_shape
@@ -94,7 +97,7 @@ def check_cache(model, cache):
         )
 
 
-def check_std(model, key, value):
+def check_std(model: Any, key: str, value: Array) -> None:
     """Raises unless the standard deviation of a batch of latents is near 1."""
     value = np.asarray(value, "float32")
     if value.size < 1000:
@@ -125,7 +128,7 @@ def check_std(model, key, value):
 # Text ---------------------------------------------------------------------------------------------
 
 
-def check_text_encoder(encoder):
+def check_text_encoder(encoder: Any) -> None:
     """Raises TypeError for what is no text encoder."""
     needed = ("context_shape", "fingerprint", "tokenize", "encode")
     if not all(hasattr(encoder, name) for name in needed):
@@ -135,7 +138,7 @@ def check_text_encoder(encoder):
         )
 
 
-def check_contexts(model, other, what):
+def check_contexts(model: Any, other: Any, what: str) -> None:
     """Raises unless a text encoder or a cache has the contexts that the model reads.
 
     Args:
@@ -168,7 +171,7 @@ def check_contexts(model, other, what):
         )
 
 
-def adopt_contexts(model, other):
+def adopt_contexts(model: Any, other: Any) -> None:
     """Makes a text encoder the model's own, if it has none: `other` as in `check_contexts`.
 
     The model takes its fingerprint, and its context of the empty prompt, unless that was assigned
@@ -193,12 +196,12 @@ def _check_cleaning(model, other, what):
         )
 
 
-def adopt_arrays(model):
+def adopt_arrays(model: Any) -> None:
     """Notes that a model is going to learn contexts from arrays, whose encoder is not known."""
     model.context_encoder = ARRAYS
 
 
-def has_null(model):
+def has_null(model: Any) -> bool:
     """Whether the model's context of "no prompt" means something: it was set, or trained with."""
     return model.context_encoder == ARRAYS or _is_set(model)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from typing import Any
 
 from keras_uvit.encoders import compatibility
 
@@ -20,15 +21,15 @@ class Encoders:
         text_encoder: `encoders.CLIPText`, or what has its methods; None for a model without text.
     """
 
-    autoencoder: object = None
-    text_encoder: object = None
+    autoencoder: Any = None
+    text_encoder: Any = None
 
-    def warn_of_saving(self):
+    def warn_of_saving(self) -> None:
         """Warns of the parts that a file will not have."""
         _warn([name for name, part in vars(self).items() if part is not None])
 
 
-def warn_of_loading(model):
+def warn_of_loading(model: Any) -> None:
     """Warns of the parts that a model from a file needs for pixels and for prompts."""
     needs = {
         "autoencoder": model.latent_scale is not None,

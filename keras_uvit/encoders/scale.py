@@ -1,11 +1,21 @@
 """The factor that brings latents to variance 1, from the data."""
 
+from typing import Any
+
 import numpy as np
 
 from keras_uvit.pixels import moments_std
 
 
-def fitting_scale(autoencoder, images, *, num_images=200, batch_size=8, seed=0, verbose=1):
+def fitting_scale(
+    autoencoder: Any,
+    images: Any,
+    *,
+    num_images: int = 200,
+    batch_size: int = 8,
+    seed: int = 0,
+    verbose: int = 1,
+) -> float:
     """The `scale` that suits latents of these images: 1 over their standard deviation.
 
     Call it before encoding, and make the autoencoder with what it returns.

@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_uvit.pixels import check_latents, from_unit_range, to_unit_range
+from keras_uvit.types import Array
 
 
 class SpaceToDepth:
@@ -20,7 +21,7 @@ class SpaceToDepth:
         (1, 4, 4, 8)
     """
 
-    def __init__(self, factor=2, scale=1.0):
+    def __init__(self, factor: int = 2, scale: float = 1.0) -> None:
         if factor < 1 or not 0 < scale < float("inf"):
             raise ValueError(
                 f"factor is at least 1, scale positive. Received: factor={factor}, scale={scale}."
@@ -28,7 +29,7 @@ class SpaceToDepth:
         self.factor, self.scale = factor, scale
         self.id = self.fingerprint = f"space-to-depth-{factor}"
 
-    def moments_shape(self, image_shape):
+    def moments_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(h, w, 2 factor^2 C) of images (H, W, C); ValueError where `factor` does not divide."""
         height, width, channels = image_shape
         f = self.factor
@@ -38,7 +39,7 @@ class SpaceToDepth:
             )
         return (height // f, width // f, 2 * f * f * channels)
 
-    def encode(self, images, batch_size=None, verbose=0):
+    def encode(self, images: Array, batch_size: int | None = None, verbose: int = 0) -> np.ndarray:
         """Moments `(n, H / factor, W / factor, 2 factor^2 C)` float32 of `(n, H, W, C)` images."""
         _check_shape("images", images)
         self.moments_shape(images.shape[1:])
@@ -48,12 +49,12 @@ class SpaceToDepth:
         mean = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // f, width // f, -1)
         return np.concatenate([mean, np.full_like(mean, -30.0)], axis=-1)
 
-    def sample(self, moments, seed=0):
+    def sample(self, moments: Array, seed: int = 0) -> np.ndarray:
         """Latents times `scale`, float32: the means, for there is no noise."""
         _check_shape("moments", moments)
         return self.scale * np.split(np.asarray(moments, "float32"), 2, axis=-1)[0]
 
-    def decode(self, latents, batch_size=None, verbose=0):
+    def decode(self, latents: Array, batch_size: int | None = None, verbose: int = 0) -> np.ndarray:
         """Images `(n, factor h, factor w, C)` uint8 of latents times `scale`."""
         _check_shape("latents", latents)
         check_latents(latents)

@@ -3,13 +3,17 @@
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
+import keras
 import numpy as np
 
 from keras_uvit.encoders import clip
 from keras_uvit.encoders.tokenizer import Tokenizer
 from keras_uvit.inference import Frozen, fingerprint
+from keras_uvit.types import Array, PathLike
 
 
 class CLIPText:
@@ -38,14 +42,14 @@ class CLIPText:
         (1, 8, 16)
     """
 
-    def __init__(self, tower, tokenizer, id="random"):
+    def __init__(self, tower: keras.Model, tokenizer: Tokenizer, id: str = "random") -> None:
         self.tower, self.tokenizer, self.id = tower, tokenizer, id
         self.clean = tokenizer.clean
         self.context_shape = (tokenizer.length, tower.hidden_dim)
         self._encode = Frozen(tower)
 
     @classmethod
-    def from_preset(cls, source, clean=None):
+    def from_preset(cls, source: PathLike, clean: bool | None = None) -> Self:
         """With published weights.
 
         Args:
@@ -66,15 +70,15 @@ class CLIPText:
     @classmethod
     def random(
         cls,
-        captions,
+        captions: Sequence[str],
         *,
-        length=77,
-        hidden_dim=64,
-        num_layers=2,
-        num_heads=4,
-        vocabulary_size=1024,
-        seed=0,
-    ):
+        length: int = 77,
+        hidden_dim: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        vocabulary_size: int = 1024,
+        seed: int = 0,
+    ) -> Self:
         """Untrained, with a vocabulary learned from captions: small, and enough to tell them apart.
 
         Args:
@@ -96,29 +100,29 @@ class CLIPText:
         clip.random_weights(tower, seed)
         return cls(tower, tokenizer)
 
-    def save(self, folder):
+    def save(self, folder: PathLike) -> None:
         """Writes a Hugging Face folder, which `from_preset` and transformers read."""
         clip.save(self.tower, self.tokenizer, Path(folder))
 
     @functools.cached_property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         return self.fingerprint_of(self.clean)
 
-    def fingerprint_of(self, clean):
+    def fingerprint_of(self, clean: bool) -> str:
         """That of the same encoder with this choice of `clean`."""
         words = [sorted(self.tokenizer.vocabulary.items()), self.tokenizer.merges]
         parts = [fingerprint(self.tower), words, self.context_shape, *(["clean"] * clean)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @functools.cached_property
-    def null_context(self):
+    def null_context(self) -> np.ndarray:
         return self("")[0]
 
-    def tokenize(self, captions):
+    def tokenize(self, captions: str | Sequence[str]) -> np.ndarray:
         """Token ids `(n, length)` int32 of captions; warns where one is cut."""
         return self.tokenizer(captions)
 
-    def encode(self, tokens, batch_size=64, verbose=0):
+    def encode(self, tokens: Array, batch_size: int = 64, verbose: int = 0) -> np.ndarray:
         """Contexts of token ids.
 
         Args:
@@ -151,5 +155,7 @@ class CLIPText:
             unit_name="caption",
         )
 
-    def __call__(self, captions, batch_size=64, verbose=0):
+    def __call__(
+        self, captions: str | Sequence[str], batch_size: int = 64, verbose: int = 0
+    ) -> np.ndarray:
         return self.encode(self.tokenize(captions), batch_size, verbose)

@@ -4,6 +4,9 @@ import collections
 import html
 import itertools
 import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Self
 
 import numpy as np
 
@@ -33,7 +36,13 @@ class Tokenizer:
         ValueError: if vocabulary and merges do not fit.
     """
 
-    def __init__(self, vocabulary, merges, length=77, clean=False):
+    def __init__(
+        self,
+        vocabulary: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        length: int = 77,
+        clean: bool = False,
+    ) -> None:
         if clean:
             ftfy()  # a missing library is found before anything is read
         _check_vocabulary(vocabulary, merges)
@@ -59,7 +68,7 @@ class Tokenizer:
         self._tokenizer.enable_truncation(length)
         self._tokenizer.enable_padding(length=length, pad_id=vocabulary[END], pad_token=END)
 
-    def __call__(self, captions):
+    def __call__(self, captions: str | Sequence[str]) -> np.ndarray:
         """Token ids.
 
         Args:
@@ -112,7 +121,7 @@ class Tokenizer:
         return list(dict.fromkeys(spelled))
 
     @classmethod
-    def learned(cls, captions, size, length):
+    def learned(cls, captions: Sequence[str], size: int, length: int) -> Self:
         """A tokenizer whose merges are learned from captions.
 
         Args:
@@ -126,7 +135,8 @@ class Tokenizer:
             raise TypeError("Captions are a list of strings.")
         lib = tokenizers()
         alphabet = sorted(lib.pre_tokenizers.ByteLevel.alphabet())
-        pipeline, words = _pipeline(lib.models.BPE(unk_token=END)), collections.Counter()
+        pipeline = _pipeline(lib.models.BPE(unk_token=END))
+        words: collections.Counter[str] = collections.Counter()
         for caption in captions:
             text = pipeline.normalizer.normalize_str(caption)
             words.update(word for word, _ in pipeline.pre_tokenizer.pre_tokenize_str(text))
@@ -136,7 +146,7 @@ class Tokenizer:
         return cls({token: k for k, token in enumerate(tokens)}, merges, length)
 
 
-def cleaned(text):
+def cleaned(text: str) -> str:
     """A caption as CLIP's own program cleans it, so that what keyboards write is what it learned.
 
     ftfy straightens quotes, takes ligatures apart and mends wrong encodings; HTML's entities are
@@ -200,11 +210,11 @@ def _pipeline(model):
     return made
 
 
-def tokenizers():
+def tokenizers() -> ModuleType:
     return optional("tokenizers", "text", "Prompts need the tokenizers library")
 
 
-def ftfy():
+def ftfy() -> ModuleType:
     """What cleans prompts as CLIP's own program does."""
     purpose = "CLIP's prompts are cleaned by ftfy (clean=False reads them as they are typed)"
     return optional("ftfy", "text", purpose)
