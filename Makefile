@@ -4,7 +4,7 @@
 # make test-lowest  runs the core tests with the lowest versions that pyproject.toml allows
 # make test-newest  runs the core tests with the newest versions there are
 # make test-wheel   installs the built wheel in a clean environment and draws with it elsewhere
-# make lint         ruff
+# make lint         ruff and mypy
 # make gpu-bundle   collects what benchmarks/gpu.py needs on a GPU machine without a network
 # Each installs what it needs into a virtual environment of its own. KERAS_BACKEND=tensorflow or
 # torch chooses another backend for the demo; BACKENDS="jax torch" those of the tests.
@@ -89,6 +89,7 @@ test-wheel:
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # For a machine with GPU builds of JAX and PyTorch, and so with NumPy, h5py, absl-py, rich, ml-dtypes
 # and packaging: of what Keras needs, these are the rest. The package itself is the checkout there.

@@ -3,7 +3,7 @@
 import difflib
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def refuses(reasons: dict[str, str]) -> Callable[[Class], Class]:
 
 
 def _refused(name, reason):
-    def method(self, *args, **kwargs):
+    def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__}.{name} is not supported. {reason}")
 
     method.__name__ = name

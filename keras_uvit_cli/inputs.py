@@ -162,7 +162,8 @@ def check_preset(
 ) -> None:
     """Raises for what a preset cannot generate, before its network is built and loaded."""
     row = presets.get(name)
-    classes, reads_text = row.network.get("num_classes"), row.network.get("context_shape")
+    classes: Any = row.network.get("num_classes")
+    reads_text = row.network.get("context_shape")
     needed = (["--labels"] if classes else []) + (["--prompt"] if reads_text else [])
     needed = needed or ["--num-images"]
     values = {"--labels": labels, "--prompt": prompts, "--num-images": num_images}

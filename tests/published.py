@@ -51,7 +51,7 @@ def answer_of(name, call):
 class Replay(DiffusionModel):
     """Draws what was recorded instead of random numbers; everything else is the real step."""
 
-    def draw(self, x0):
+    def draw(self, x0, objective):
         t = ops.take(ops.convert_to_tensor(self.recorded["n"] / 1000.0, "float32"), self.step, 0)
         noise = ops.take(ops.convert_to_tensor(self.recorded["noise"]), self.step, axis=0)
         return t, noise, ops.zeros_like(t, dtype="bool")

@@ -60,12 +60,10 @@ def read_tensors(path: PathLike, key: str | None = None) -> Tensors:
 
 
 def _read_safetensors(path):
-    load_file = _safetensors(path).load_file
-    from safetensors import SafetensorError
-
+    safetensors = _safetensors(path)
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path.name} is damaged or no safetensors file: {error}.") from error
     except (AttributeError, TypeError) as error:  # for a type that NumPy lacks
         raise ValueError(f"{path.name}: {error}. {CONVERT}") from error
@@ -180,14 +178,16 @@ def write_tensors(tensors: Tensors, path: PathLike) -> None:
         )
     with io.replacing(path) as beside:
         if path.suffix == ".safetensors":
-            _safetensors(path).save_file(tensors, beside)
+            _safetensors(path).numpy.save_file(tensors, beside)
         else:
             torch = _torch(path)
             torch.save({name: torch.from_numpy(a) for name, a in tensors.items()}, beside)
 
 
 def _safetensors(path):
-    return optional("safetensors.numpy", "latent", f"{path.name} needs safetensors")
+    purpose = f"{path.name} needs safetensors"
+    optional("safetensors.numpy", "latent", purpose)
+    return optional("safetensors", "latent", purpose)
 
 
 def _torch(path):

@@ -1,7 +1,5 @@
 """Folders of images: classes, the crop, odd files, order, and training on one."""
 
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -472,14 +470,6 @@ def test_more_images_than_fit_in_memory_are_refused_before_reading(numbered, mon
     assert len(_read(numbered, corrupt="skip").images) == 10
 
 
-def test_missing_pillow_names_the_pip_line(numbered, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match="pip install pillow"):
-        _read(numbered)
-
-
-@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)])
-@pytest.mark.parametrize("method", pictures.FITS)
 def test_a_very_long_picture_is_not_enlarged_whole(monkeypatch, size, method):
     made, resize = [], Image.Image.resize
 

@@ -872,8 +872,8 @@ def test_a_file_that_windows_will_not_replace_is_explained(tmp_path, monkeypatch
     def replace(source, target):
         raise PermissionError(13, "Access is denied", str(target))
 
-    monkeypatch.setattr(manifest.os, "replace", replace)
-    with pytest.raises(PermissionError, match="close the programs that use this cache"):
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(PermissionError, match="while a program reads it.*same command again"):
         manifest.write_json(tmp_path / "plan.json", {})
     assert not list(tmp_path.iterdir())
 

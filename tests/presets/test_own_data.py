@@ -100,12 +100,14 @@ def test_contexts_become_a_text_model():
 
 
 def test_whatever_is_chosen_can_be_changed_and_is_saved(tmp_path):
-    changes = dict(prediction="v", guidance_scale=3.0, ema_decay=0.5, steps=7)
-    model = choose(pictures(), optimizer=dict(learning_rate=0.01), **changes)
+    changes = dict(guidance_scale=3.0, ema_decay=0.5, steps=7)
+    optimizer = dict(learning_rate=0.01)
+    model = choose(pictures(), prediction="v", optimizer=optimizer, **changes)
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     for key, value in changes.items():
         assert getattr(loaded, "planned_steps" if key == "steps" else key) == value
+    assert loaded.objective.prediction == "v"
     assert loaded.network.get_config()["hidden_dim"] == 16
     config = loaded.optimizer.schedule.config
     assert (config["learning_rate"], config["decay_steps"]) == (0.01, "run")

@@ -353,7 +353,7 @@ def test_config_holds_every_argument():
     assert copy.get_config() == config
     assert copy.objective.schedule == model.objective.schedule
     old = {k: v for k, v in config.items() if k not in ("time_sampling", "loss_weighting")}
-    assert DiffusionModel.from_config(old).time_sampling == "uniform"
+    assert DiffusionModel.from_config(old).objective.time_sampling == "uniform"
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_arguments_that_do_not_fit_are_named(arguments, message):
 def test_parts_of_the_wrong_kind_are_named():
     with pytest.raises(TypeError, match="must be a UViT.*lacks"):
         DiffusionModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]))
-    with pytest.raises(TypeError, match=r"such as .*VPLinear\(\). Got 'cosine'"):
+    with pytest.raises(TypeError, match=r"such as .*VPLinear\(\). Received: 'cosine'"):
         make(compiled=False, schedule="cosine")
 
 

@@ -97,7 +97,7 @@ def test_a_weight_that_overflows_float16_stops_training_with_its_name_for_it():
 # Accumulation -------------------------------------------------------------------------------------
 
 
-def own_draw(x0):
+def own_draw(x0, objective):
     """Time and noise that are functions of the sample, so that no batch can change them."""
     total = ops.sum(x0, axis=(1, 2, 3))
     t = 0.5 + 0.4 * ops.sin(7.0 * total)
