@@ -57,9 +57,9 @@ def gathered(
         **options: the arguments of `click.option`, by the option's name with underscores.
     """
 
-    def decorate(command):
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
-        def gather(**values):
+        def gather(**values: Any) -> Any:
             values[name] = {key: values.pop(key) for key in options}
             return command(**values)
 

@@ -26,7 +26,7 @@ def functions(module):
     for name, value in vars(module).items():
         if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
             continue
-        if inspect.isclass(value):
+        if inspect.isclass(value) and not getattr(value, "_is_protocol", False):
             for key, method in vars(value).items():
                 method = getattr(method, "fget", getattr(method, "__func__", method))
                 if inspect.isfunction(method) and (key == "__init__" or not key.startswith("_")):

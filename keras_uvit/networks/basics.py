@@ -25,8 +25,9 @@ def serializable(cls: Class) -> Class:
     own = inspect.signature(cls.__init__).parameters if "__init__" in vars(cls) else ()
     names = [name for name in own if name not in ("self", "kwargs")]
 
-    def get_config(self):
-        return {**super(cls, self).get_config(), **{name: getattr(self, name) for name in names}}
+    def get_config(self: Any) -> dict[str, Any]:
+        config = super(cls, self).get_config()  # type: ignore[arg-type]
+        return {**config, **{name: getattr(self, name) for name in names}}
 
     cls.get_config = get_config
     return keras.saving.register_keras_serializable("keras_uvit")(cls)

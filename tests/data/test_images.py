@@ -470,6 +470,8 @@ def test_more_images_than_fit_in_memory_are_refused_before_reading(numbered, mon
     assert len(_read(numbered, corrupt="skip").images) == 10
 
 
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)])
+@pytest.mark.parametrize("method", pictures.FITS)
 def test_a_very_long_picture_is_not_enlarged_whole(monkeypatch, size, method):
     made, resize = [], Image.Image.resize
 
