@@ -28,57 +28,13 @@ from typing import Any
 import keras
 
 from keras_uvit import backend
+from keras_uvit.networks import unet, uvit
 
 DEVICES = ("one", "all", "job")
 BATCH, MODEL = "batch", "model"
 LAYOUTS = {"fsdp": (BATCH,), "tensor": (BATCH, MODEL)}  # axes of the mesh; the last is the split
-BLOCK = r"(in_block_\d+|mid_block|out_block_\d+)"  # of U-ViT
-UNET = r"(down|mid|up)(_\d+)+(_half|_double)?"  # its blocks; with another ending, its attention
-
-# Path of a weight: the dimension that "fsdp" splits, the one that "tensor" splits; None: neither.
-# A row for every weight of two dimensions or more. Vectors without a row are whole everywhere.
-#
-# "tensor": a layer split by columns (1) and the next by rows (0) need one sum over devices between
-# them. A long skip is split by rows: its inputs are whole everywhere, so each device takes its part
-# without communication. What is small, or far from the blocks, stays whole.
-#
-# The label table is whole: split, its rows come out split by width, XLA then splits all tokens so
-# and moves activations: 60 times the bytes of "fsdp" in U-ViT-H/2 (benchmarks/scale.py).
-RULES: dict[str, tuple[int | None, int | None]] = {
-    r"patch_embed/proj/kernel": (1, None),  # (P P C, D)
-    r"patch_embed/conv_\d+/kernel": (3, None),  # (3, 3, in, out)
-    r"context_embed/kernel": (1, None),  # (width, D)
-    r"label_embed/embeddings": (None, None),  # (K + 1, D)
-    r"position/embeddings": (1, None),  # (L, D)
-    r"time_mlp_in/kernel": (1, 1),  # (D, 4 D)
-    r"time_mlp_in/bias": (None, 0),
-    r"time_mlp_out/kernel": (0, 0),  # (4 D, D)
-    rf"{BLOCK}/modulation/kernel": (1, 1),  # (D, 4 D)
-    rf"{BLOCK}/modulation/bias": (None, 0),
-    rf"{BLOCK}/attention/qkv/kernel": (1, 1),  # (D, 3 D)
-    rf"{BLOCK}/attention/qkv/bias": (None, 0),
-    rf"{BLOCK}/attention/proj/kernel": (0, 0),  # (D, D)
-    rf"{BLOCK}/mlp_in/kernel": (1, 1),  # (D, mlp_dim)
-    rf"{BLOCK}/mlp_in/bias": (None, 0),
-    rf"{BLOCK}/mlp_gate/kernel": (1, 1),  # (D, 2/3 mlp_dim), as mlp_in then is
-    rf"{BLOCK}/mlp_gate/bias": (None, 0),
-    rf"{BLOCK}/mlp_out/kernel": (0, 0),  # (mlp_dim, D)
-    r"skip_\d+/proj/kernel": (0, 0),  # (2 D or D, D)
-    r"head/kernel": (0, None),  # (D, P P C)
-    r"feature_conv/kernel": (3, None),  # (3, 3, D, D)
-    r"output_conv/kernel": (None, None),  # (3, 3, C, C), of U-Net (3, 3, D, C): small
-    # U-Net, whose time_mlp_out is (4 D, 4 D)
-    r"input_conv/kernel": (3, None),  # (3, 3, C, D)
-    rf"{UNET}/conv_1/kernel": (3, 3),  # (3, 3, in, out)
-    rf"{UNET}/conv_1/bias": (None, 0),
-    rf"{UNET}/conv_2/kernel": (2, 2),  # (3, 3, out, out)
-    rf"{UNET}/shortcut/kernel": (2, 2),  # (1, 1, in, out)
-    rf"{UNET}/modulation/kernel": (1, 1),  # (4 D, 2 out)
-    rf"{UNET}/modulation/bias": (None, 0),
-    rf"{UNET}_(attention|context)/(query|key_value)/kernel": (1, 1),  # (out or width, out or 2 out)
-    rf"{UNET}_(attention|context)/(query|key_value)/bias": (None, 0),
-    rf"{UNET}_(attention|context)/proj/kernel": (0, 0),  # (out, out)
-}
+# For every weight of a network: the dimension that "fsdp" splits and the one that "tensor" splits.
+RULES = {**uvit.SPLITS, **unet.SPLITS}
 
 
 def initialize(
@@ -258,7 +214,7 @@ def check_layouts(network: keras.Model) -> None:
         if rule is None and len(weight.shape) > 1:
             raise ValueError(
                 f"No rule says how to split the weight {weight.path!r} of shape "
-                f"{tuple(weight.shape)}: add a row to keras_uvit.distribution.RULES."
+                f"{tuple(weight.shape)}: add a row to SPLITS of its network in keras_uvit.networks."
             )
         distribution.get_variable_layout(weight)  # raises if it cannot be divided
     # Of all layers of attention the greatest common divisor; 0, which all divide, where none is.

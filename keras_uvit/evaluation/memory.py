@@ -6,6 +6,7 @@ from typing import NamedTuple
 import keras
 
 from keras_uvit.networks import UViT
+from keras_uvit.networks.uvit import num_tokens
 from keras_uvit.types import Config
 
 
@@ -68,7 +69,7 @@ def activation_memory(config: Config, batch_size: int = 1) -> Activations:
     bound = inspect.signature(UViT).bind(**config)
     bound.apply_defaults()
     c = bound.arguments
-    dim, blocks, length, size = c["hidden_dim"], c["num_layers"], _tokens(c), _size(c["dtype"])
+    dim, blocks, length, size = c["hidden_dim"], c["num_layers"], num_tokens(c), _size(c["dtype"])
     skips, count = blocks // 2, batch_size * length
     if c["remat"]:
         inputs = blocks + skips * (c["skip"] == "concat")
@@ -79,13 +80,6 @@ def activation_memory(config: Config, batch_size: int = 1) -> Activations:
     copies = 4 - size  # mixed precision: weights in both sizes; query and key in the larger one
     attention = c["num_heads"] * length * (4 + copies) + 2 * dim * copies
     return Activations(count * (blocks * block + skips * skip), count * blocks * attention)
-
-
-def _tokens(c):
-    height, width, _ = c["image_shape"]
-    extras = (c["time"] == "token") + (c["num_classes"] is not None)
-    context = c["context_shape"][0] if c["context_shape"] else 0
-    return (height // c["patch_size"]) * (width // c["patch_size"]) + extras + context
 
 
 def _size(dtype):

@@ -7,6 +7,22 @@ from keras_uvit.networks.basics import DType
 from keras_uvit.networks.layers import TimeEmbedding
 from keras_uvit.networks.network import Network, config_of, inputs_of, label_embedding
 
+# Which dimension of a weight each layout splits, as in `uvit.SPLITS`, which has the rows of
+# label_embed, time_mlp_in, time_mlp_out (here (4 D, 4 D)) and output_conv.
+BLOCK = r"(down|mid|up)(_\d+)+(_half|_double)?"  # with another ending it is the block's attention
+SPLITS: dict[str, tuple[int | None, int | None]] = {
+    r"input_conv/kernel": (3, None),  # (3, 3, C, D)
+    rf"{BLOCK}/conv_1/kernel": (3, 3),  # (3, 3, in, out)
+    rf"{BLOCK}/conv_1/bias": (None, 0),
+    rf"{BLOCK}/conv_2/kernel": (2, 2),  # (3, 3, out, out)
+    rf"{BLOCK}/shortcut/kernel": (2, 2),  # (1, 1, in, out)
+    rf"{BLOCK}/modulation/kernel": (1, 1),  # (4 D, 2 out)
+    rf"{BLOCK}/modulation/bias": (None, 0),
+    rf"{BLOCK}_(attention|context)/(query|key_value)/kernel": (1, 1),  # (in, out or 2 out)
+    rf"{BLOCK}_(attention|context)/(query|key_value)/bias": (None, 0),
+    rf"{BLOCK}_(attention|context)/proj/kernel": (0, 0),  # (out, out)
+}
+
 
 @saving.register_keras_serializable("keras_uvit")
 class UNet(Network):

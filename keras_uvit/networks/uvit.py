@@ -7,6 +7,7 @@ from keras_uvit.networks import layers as parts
 from keras_uvit.networks import patches
 from keras_uvit.networks.basics import DType
 from keras_uvit.networks.network import Network, config_of, inputs_of, label_embedding
+from keras_uvit.types import Config
 
 CHOICES = {
     "skip": (*parts.SKIPS, None),
@@ -16,6 +17,42 @@ CHOICES = {
     "output_conv": (True, "before", False),
     "norm": tuple(parts.NORMS),
     "mlp": parts.MLPS,
+}
+
+# Path of a weight: the dimension that the layout "fsdp" splits, the one that "tensor" splits; None
+# is neither; see `distribution`. A row for every weight of two dimensions or more. Vectors without
+# a row are whole everywhere.
+#
+# "tensor": a layer split by columns (1) and the next by rows (0) need one sum over devices between
+# them. A long skip is split by rows: its inputs are whole everywhere, so each device takes its part
+# without communication. What is small, or far from the blocks, stays whole.
+#
+# The label table is whole: split, its rows come out split by width, XLA then splits all tokens so
+# and moves activations: 60 times the bytes of "fsdp" in U-ViT-H/2 (benchmarks/scale.py).
+BLOCK = r"(in_block_\d+|mid_block|out_block_\d+)"
+SPLITS: dict[str, tuple[int | None, int | None]] = {
+    r"patch_embed/proj/kernel": (1, None),  # (P P C, D)
+    r"patch_embed/conv_\d+/kernel": (3, None),  # (3, 3, in, out)
+    r"context_embed/kernel": (1, None),  # (width, D)
+    r"label_embed/embeddings": (None, None),  # (K + 1, D)
+    r"position/embeddings": (1, None),  # (L, D)
+    r"time_mlp_in/kernel": (1, 1),  # (D, 4 D)
+    r"time_mlp_in/bias": (None, 0),
+    r"time_mlp_out/kernel": (0, 0),  # (4 D, D)
+    rf"{BLOCK}/modulation/kernel": (1, 1),  # (D, 4 D)
+    rf"{BLOCK}/modulation/bias": (None, 0),
+    rf"{BLOCK}/attention/qkv/kernel": (1, 1),  # (D, 3 D)
+    rf"{BLOCK}/attention/qkv/bias": (None, 0),
+    rf"{BLOCK}/attention/proj/kernel": (0, 0),  # (D, D)
+    rf"{BLOCK}/mlp_in/kernel": (1, 1),  # (D, mlp_dim)
+    rf"{BLOCK}/mlp_in/bias": (None, 0),
+    rf"{BLOCK}/mlp_gate/kernel": (1, 1),  # (D, 2/3 mlp_dim), as mlp_in then is
+    rf"{BLOCK}/mlp_gate/bias": (None, 0),
+    rf"{BLOCK}/mlp_out/kernel": (0, 0),  # (mlp_dim, D)
+    r"skip_\d+/proj/kernel": (0, 0),  # (2 D or D, D)
+    r"head/kernel": (0, None),  # (D, P P C)
+    r"feature_conv/kernel": (3, None),  # (3, 3, D, D)
+    r"output_conv/kernel": (None, None),  # (3, 3, C, C); of a U-Net (3, 3, D, C): small
 }
 
 
@@ -234,3 +271,16 @@ def _trunk(x, time, c, grid):
             x = skip(x, shallow.pop())
         x = block(f"out_block_{i}", x)
     return x
+
+
+def num_tokens(config: Config) -> int:
+    """Tokens of one image: patches, context, time and label.
+
+    Args:
+        config: all arguments of `UViT`, such as `network.config`.
+    """
+    height, width, _ = config["image_shape"]
+    extras = (config["time"] == "token") + (config["num_classes"] is not None)
+    context = config["context_shape"][0] if config["context_shape"] else 0
+    patch = config["patch_size"]
+    return (height // patch) * (width // patch) + extras + context
