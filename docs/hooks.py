@@ -1,0 +1,77 @@
+"""What the site adds to docs/: pages from elsewhere in the repository, and links there.
+
+Links are written so that they work where the files lie, as on GitHub: `../benchmarks/README.md`.
+Here they become links to a page of the site, or to the repository.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import click
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+REPOSITORY = "https://github.com/keras-uvit/keras-uvit/blob/main"
+# Files outside docs/ that are pages of the site.
+PAGES = {
+    "benchmarks/README.md": "benchmarks.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
+
+
+def on_files(files, config):
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, content=_moved(source)))
+    files.append(File.generated(config, "reference/command_line.md", content=_command_line()))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    if page.file.generated_by:
+        return markdown
+    return _linked(markdown, Path("docs") / page.file.src_uri, page.file.src_uri.count("/"))
+
+
+def _moved(source):
+    return _linked((ROOT / source).read_text(encoding="utf-8"), Path(source), 0)
+
+
+def _linked(markdown, source, depth):
+    """The text of a file of the repository, with links as they are on the site."""
+
+    def link(match):
+        begin, target, end = match.groups()
+        if "://" in target or target.startswith("mailto:"):
+            return match[0]
+        path = (ROOT / source.parent / target).resolve().relative_to(ROOT).as_posix()
+        if path in PAGES:
+            target = "../" * depth + PAGES[path]
+        elif path.startswith("docs/"):
+            target = "../" * depth + path.removeprefix("docs/")
+        else:
+            target = f"{REPOSITORY}/{path}"
+        return f"{begin}{target}{end}"
+
+    return LINK.sub(link, markdown)
+
+
+def _command_line():
+    """The help of each command, as `keras-uvit COMMAND --help` prints it."""
+    sys.path.insert(0, str(ROOT))
+    from keras_uvit_cli import main  # imports click, but neither Keras nor keras_uvit
+
+    parts = [
+        "# Command line\n",
+        "`keras-uvit` is installed with the package. What follows is the help of each command.\n",
+    ]
+    for name, command in {"": main, **main.commands}.items():
+        words = f"keras-uvit {name}".strip()
+        context = click.Context(command, info_name=words, **command.context_settings)
+        context.max_content_width = 98
+        context.terminal_width = 98
+        context.show_default = True
+        parts.append(f"## {words}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
