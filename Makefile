@@ -5,6 +5,7 @@
 # make test-newest  runs the core tests with the newest versions there are
 # make test-wheel   installs the built wheel in a clean environment and draws with it elsewhere
 # make lint         ruff and mypy
+# make docs         builds the documentation into site/, and fails for a broken link
 # make gpu-bundle   collects what benchmarks/gpu.py needs on a GPU machine without a network
 # Each installs what it needs into a virtual environment of its own. KERAS_BACKEND=tensorflow or
 # torch chooses another backend for the demo; BACKENDS="jax torch" those of the tests.
@@ -21,7 +22,7 @@ LOGS := $(VENV)/logs
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-all test-lowest test-newest test-wheel lint gpu-bundle clean
+.PHONY: demo test test-all test-lowest test-newest test-wheel lint docs gpu-bundle clean
 
 demo: $(VENV)/installed-demo-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/digits.py --out runs/digits
@@ -91,6 +92,9 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)-docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
+
 # For a machine with GPU builds of JAX and PyTorch, and so with NumPy, h5py, absl-py, rich, ml-dtypes
 # and packaging: of what Keras needs, these are the rest. The package itself is the checkout there.
 # pip takes a wheel only for the exact platforms named.
@@ -147,5 +151,12 @@ $(VENV)-newest/installed: pyproject.toml
 	$(VENV)-newest/bin/python -m pip install --quiet -e ".[core-test,jax]"
 	touch $@
 
+$(VENV)-docs/installed: pyproject.toml
+	@echo "Installing MkDocs into $(VENV)-docs ..."
+	$(PYTHON) -m venv --clear $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-wheel .gpu-bundle dist runs
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-wheel $(VENV)-docs .gpu-bundle dist runs \
+		site
