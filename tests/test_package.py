@@ -1,7 +1,6 @@
-"""Promises about the package as a whole: light import, one place for the backend, true words."""
+"""Promises about the package as a whole: light import, one place for the backend, the demo."""
 
 import ast
-import builtins
 import doctest
 import importlib
 import json
@@ -14,17 +13,14 @@ import sys
 from pathlib import Path
 
 import keras
-import numpy as np
 import pytest
 
 import keras_uvit
 import keras_uvit_cli
-from keras_uvit import presets
 
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 BACKEND = keras.config.backend()
 
 
@@ -96,163 +92,6 @@ def test_a_backend_that_does_not_run_is_told_at_import(name):
 def test_docstring_examples_run(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
-
-
-def blocks(heading):
-    section = README.split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
-    return re.findall(r"```python\n(.*?)```", section, re.S)
-
-
-def test_readme_sampling_lines_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (block,) = blocks("Sample")
-    exec(compile(block, "README", "exec"), {})
-    assert list(tmp_path.glob("*.png"))
-
-
-def make_photos(folder):
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for kind in ("cats", "dogs"):
-        (folder / kind).mkdir(parents=True)
-        for i in range(20):
-            pixels = rng.integers(0, 256, (40, 50, 3), dtype="uint8")
-            Image.fromarray(pixels).save(folder / kind / f"{i}.jpg")
-
-
-def smaller(block, *changes):
-    for large, small in changes:
-        assert large in block
-        block = block.replace(large, small)
-    return re.sub(r"epochs=\d+", "epochs=1", block)
-
-
-def test_readme_training_lines_run(tmp_path, monkeypatch):
-    """The first block in short, on two simple classes, ends in pictures of the class asked for."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(keras_uvit.evaluation.reports, "CLASSIFIER_STEPS", (20, 20))
-    rng = np.random.default_rng(0)
-    for k in range(80):  # bright above or below
-        pixels = rng.integers(0, 60, (16, 16, 3), dtype="uint8")
-        pixels[8 * (k % 2) : 8 * (k % 2) + 8] += np.uint8(150)
-        folder = tmp_path / "my_photos" / ("above", "below")[k % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        keras.utils.save_img(folder / f"{k}.png", pixels)
-    simple, own = blocks("Train on your own pictures")
-    simple = smaller(
-        simple,
-        ("image_size=32", "image_size=16"),
-        (
-            "for_data(photos)",
-            "for_data(photos, steps=500, network=dict(hidden_dim=32, num_layers=3, patch_size=8))",
-        ),
-        (
-            'evaluation.report(model, photos, "report")',
-            'evaluation.report(model, photos, "report", num_images=20)',
-        ),
-    )
-    made = {}
-    exec(compile(simple, "README", "exec"), made)
-    above, below = made["images"][:, :8], made["images"][:, 8:]
-    brighter = above.mean(axis=(1, 2, 3)) > below.mean(axis=(1, 2, 3))
-    assert (brighter == (np.arange(16) % 2 == 0)).mean() > 0.8  # 13 of 16; chance is 8
-    for name in ("photos.keras", "samples.png", "report/report.png"):
-        assert (tmp_path / name).is_file()
-    own = smaller(own, ("hidden_dim=256", "hidden_dim=16"), ("num_layers=9", "num_layers=3"))
-    exec(compile(own, "README", "exec"), made)
-    (kept,) = blocks("Long runs, many devices")
-    tiny = "for_data(photos, network=dict(hidden_dim=16, num_layers=1))"
-    exec(compile(smaller(kept, ("for_data(photos)", tiny)), "README", "exec"), made)
-    assert list((tmp_path / "runs" / "photos" / "checkpoints").glob("step-*"))
-
-
-def test_readme_latent_lines_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_photos(tmp_path / "my_photos")
-    # The weights are a download; a random autoencoder's latents have another scale.
-    tiny = keras_uvit.encoders.AutoencoderKL(32, (1, 1, 1, 1), 1, scale=1.0)
-    moments = tiny.encode(np.zeros((1, 16, 16, 3), "uint8"), verbose=0)
-    tiny.scale = float(1 / np.sqrt(np.exp(moments[..., 4:]).mean()))
-    monkeypatch.setattr(keras_uvit.encoders.AutoencoderKL, "from_file", lambda path: tiny)
-    (block,) = blocks("Train on latents")
-    block = smaller(
-        block,
-        ("image_size=256", "image_size=32"),
-        ("image_shape=(32, 32, 4)", "image_shape=(4, 4, 4)"),
-        ("hidden_dim=512", "hidden_dim=16"),
-        ("num_layers=13", "num_layers=3"),
-    )
-    made = {}
-    exec(compile(block, "README", "exec"), made)
-    assert made["latents"].num_samples == 80
-    assert made["images"].shape == (2, 32, 32, 3)
-
-
-def test_readme_study_lines_run():
-    (block,) = blocks("Study")
-    made = {}
-    exec(compile(smaller(block, ("base_dim=64", "base_dim=32")), "README", "exec"), made)
-    assert made["flow"].objective.prediction == "velocity"
-    assert made["rival"].network.output_shape == (None, 32, 32, 4)
-
-
-def test_readme_text_lines_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "captioned_photos"
-    make_photos(folder)
-    photos = sorted(path.name for path in (folder / "cats").iterdir())
-    lines = [json.dumps({"file_name": f"cats/{name}", "captions": ["a cat"]}) for name in photos]
-    (folder / "captions.jsonl").write_text("\n".join(lines))
-    encoders = keras_uvit.encoders
-    tiny = encoders.AutoencoderKL(32, (1, 1, 1, 1), 1, scale=1.0)
-    moments = tiny.encode(np.zeros((1, 16, 16, 3), "uint8"), verbose=0)
-    tiny.scale = float(1 / np.sqrt(np.exp(moments[..., 4:]).mean()))
-    words = encoders.CLIPText.random(["a cat", "a dog"], length=8, hidden_dim=16)
-    ship, train = blocks("Text to image")
-    exec(compile(ship, "README", "exec"), {})
-    assert (tmp_path / "shapes.png").is_file()
-    monkeypatch.setattr(encoders.AutoencoderKL, "from_file", lambda path: tiny)
-    monkeypatch.setattr(encoders.CLIPText, "from_preset", lambda path: words)
-    train = smaller(
-        train,
-        ("image_size=256", "image_size=32"),
-        ("batch_size=32", "batch_size=8"),
-        ("image_shape=(32, 32, 4)", "image_shape=(4, 4, 4)"),
-        ("hidden_dim=512", "hidden_dim=16"),
-        ("num_layers=13", "num_layers=3"),
-    )
-    made = {}
-    exec(compile(train, "README", "exec"), made)
-    assert made["latents"].num_samples == 20
-    assert made["images"].shape == (2, 32, 32, 3)
-
-
-def test_readme_blocks_can_follow_one_another():
-    """Each makes all that it uses, and caches of different data have different names."""
-    caches = []
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
-        names = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Name)]
-        made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-        made |= set(re.findall(r"\w+", " ".join(re.findall(r"^.*import (.*)$", block, re.M))))
-        used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
-        assert used - made - set(dir(builtins)) == set(), block
-        caches += re.findall(r'write_latents\(\w+, "(\w+)"', block)
-    assert len(caches) == len(set(caches)) > 1
-
-
-@pytest.mark.parametrize("name", presets.names())
-def test_readme_lists_every_preset_with_its_fid(name):
-    row = presets.get(name)
-    (line,) = [line for line in README.splitlines() if line.startswith(f"| `{name}`")]
-    assert (f"{row.reported_fid:.2f}" if row.reported_fid else "-") in line
-    assert f"{row.params / 1e6:.1f}M" in line
-
-
-def test_readme_file_map_names_every_module():
-    for name in modules():
-        if not hasattr(importlib.import_module(name), "__path__"):
-            assert name.rsplit(".", 1)[1] + ".py" in README, name
 
 
 def test_digits_example_runs_to_the_end(tmp_path, monkeypatch):
