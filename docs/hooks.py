@@ -67,11 +67,10 @@ def _command_line():
         "# Command line\n",
         "`keras-uvit` is installed with the package. What follows is the help of each command.\n",
     ]
-    for name, command in {"": main, **main.commands}.items():
-        words = f"keras-uvit {name}".strip()
-        context = click.Context(command, info_name=words, **command.context_settings)
-        context.max_content_width = 98
-        context.terminal_width = 98
-        context.show_default = True
-        parts.append(f"## {words}\n\n```text\n{command.get_help(context)}\n```\n")
+    width = {"terminal_width": 98, "max_content_width": 98}
+    whole = click.Context(main, info_name="keras-uvit", **main.context_settings, **width)
+    contexts = [click.Context(part, whole, name, **width) for name, part in main.commands.items()]
+    for context in [whole, *contexts]:
+        help_text = context.command.get_help(context)
+        parts.append(f"## {context.command_path}\n\n```text\n{help_text}\n```\n")
     return "\n".join(parts)
