@@ -1,4 +1,4 @@
-"""Samplers: builders of tables (`steps.Steps`), time grids for them, and their names.
+"""Samplers: builders of tables (`loop.Steps`), time grids for them, and their names.
 
 A builder writes its paper's formula on the unit vectors of (anchor, last three denoised images);
 the vector it ends with *is* the row of the table.
