@@ -14,6 +14,7 @@ import argparse
 import gzip
 import itertools
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -88,7 +89,8 @@ OTHERS = {
     "mirrored": dict(flip=True),
     "width 96": dict(network=dict(hidden_dim=96)),
     "width 192": dict(network=dict(hidden_dim=192)),
-    "half the patch": dict(patch=0.5),
+    "16 patches": dict(patches=16),
+    "256 patches": dict(patches=256),
     "qk_norm": dict(network=dict(qk_norm=True)),
 }
 CANDIDATES = OBJECTIVES | OTHERS
@@ -98,9 +100,11 @@ BATCH = 16
 def make(task, change, seed, steps):
     """The candidate's model, compiled for a run of so many steps."""
     shape, classes = task["image"].shape[1:], int(task["label"].max()) + 1
-    patch = {8: 2, 28: 4, 32: 4, 64: 8}[shape[0]] * change.get("patch", 1)
+    patch = {8: 2, 28: 4, 32: 4, 64: 8}[shape[0]]
+    if "patches" in change:
+        patch = shape[0] // math.isqrt(change["patches"])
     network = dict(hidden_dim=128, num_layers=5, num_heads=4, position="sinusoidal")
-    network |= dict(patch_size=int(patch), num_classes=classes, **change.get("network", {}))
+    network |= dict(patch_size=patch, num_classes=classes, **change.get("network", {}))
     own = {"prediction": "x0", "schedule": COSINE}
     own |= {k: v for k, v in change.items() if k in ("prediction", "schedule", "time_sampling")}
     keras.utils.set_random_seed(seed)
@@ -124,7 +128,7 @@ def run(name, task, seed, options, judge):
         data.sources.arrays(train), batch, flip=change.get("flip", False), seed=seed, verbose=0
     )
     steps = options.steps * BATCH // batch
-    if "network" in change or "patch" in change:  # another cost a step: as long as the base
+    if "network" in change or "patches" in change:  # another cost a step: as long as the base
         ours, base = (
             own_data.seconds_per_step(make(train, c, seed, 100), own_data.facts_of(photos))
             for c in (change, {})

@@ -37,9 +37,10 @@ OBJECTIVES = {
 }
 SMALL_PATCH = 16  # numbers: smaller patches, and latents of any, learn by flow matching
 # Per device: the network, the most patches of an image, the steps of a run; and the longest side of
-# pictures that the command line chooses.
+# pictures that the command line chooses. A CPU learns more from many cheap steps than from few steps
+# with small patches: at equal time 16 patches draw better clothes than 49.
 SIZES = {
-    "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4), 64, 3_000),
+    "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4), 32, 5_000),
     "accelerator": (dict(hidden_dim=512, num_layers=13, num_heads=8), 256, 20_000),
 }
 SIDES = {"cpu": 64, "accelerator": 128}
@@ -95,7 +96,7 @@ def for_data(
     Args:
         dataset: what `data.image_folder`, `data.LatentDataset`, `data.image_shards` or
             `data.images.in_memory` return, or a dict of arrays: "image" uint8 and maybe "label".
-        steps: int, optimizer steps of the run; `None` is the table's, 3,000 on a CPU.
+        steps: int, optimizer steps of the run; `None` is the table's, 5,000 on a CPU.
         minutes: float, duration of the run instead of `steps`: a few steps are timed first.
         folder: path of the run. The steps that `minutes` came to are kept there, so that a run that
             is resumed has as many.
@@ -118,7 +119,7 @@ def for_data(
         >>> model = presets.for_data(data.digits(), verbose=0)
         >>> patch = model.network.get_config()["patch_size"]
         >>> patch, model.objective.prediction, model.planned_steps
-        (2, 'velocity', 3000)
+        (2, 'velocity', 5000)
     """
     facts = facts_of(dataset)
     if steps is not None and minutes is not None:

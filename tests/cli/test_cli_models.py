@@ -141,7 +141,7 @@ def test_train_chooses_a_model_and_a_size_for_pictures(tmp_path, asked):
     assert "2 classes have fewer than 10 pictures" in text
     assert asked["model"].network.image_shape == (16, 16, 3)
     assert asked["samples"].batch_size == 12
-    assert asked["iterations"] == asked["model"].planned_steps == 3000
+    assert asked["iterations"] == asked["model"].planned_steps == 5000
     assert asked["validation_data"] is None
 
 

@@ -39,11 +39,11 @@ def learned(model):
 @pytest.mark.parametrize(
     ("shape", "most", "patch"),
     [
-        ((8, 8, 1), 64, 2),
-        ((28, 28, 1), 64, 4),
-        ((32, 32, 3), 64, 4),
-        ((48, 32, 3), 64, 8),
-        ((64, 64, 3), 64, 8),
+        ((8, 8, 1), 32, 2),
+        ((28, 28, 1), 32, 7),
+        ((32, 32, 3), 32, 8),
+        ((48, 32, 3), 32, 8),
+        ((64, 64, 3), 32, 16),
         ((64, 64, 3), 256, 4),
         ((256, 256, 3), 256, 16),
         ((512, 512, 3), 256, 32),
@@ -72,7 +72,7 @@ def test_pixels_with_and_without_classes(classes):
     assert model.network.num_classes == classes
     assert model.condition_dropout == (0.1 if classes else 0.0)
     assert model.guidance_scale == (1.5 if classes else 1.0)
-    assert model.planned_steps == 3000
+    assert model.planned_steps == 5000
     assert model.compiled
 
 
@@ -167,7 +167,7 @@ def test_five_lines_say_what_was_chosen(capsys):
 def test_few_pictures_are_said_to_be_learned_by_heart(capsys):
     presets.for_data(pictures(20, classes=4), network=SMALL)
     said = capsys.readouterr().out
-    assert "20 pictures are few: after 3,000 visits" in said
+    assert "20 pictures are few: after 5,000 visits" in said
     assert re.search("4 of 4 classes have fewer than 10 pictures, such as class 0 with 5", said)
 
 
