@@ -37,12 +37,14 @@ OBJECTIVES = {
 }
 SMALL_PATCH = 16  # numbers: smaller patches, and latents of any, learn by flow matching
 # Per device: the network, the most patches of an image, the steps of a run; and the longest side of
-# pictures that the command line chooses. A CPU learns more from many cheap steps than from few steps
-# with small patches: at equal time 16 patches draw better clothes than 49.
+# pictures that the command line chooses. On a CPU many cheap steps with large patches draw better
+# than few steps with small ones (clothes of 28 pixels: 16 patches and 49 at equal time), as long as
+# the network is wide enough for a patch; where it is not, the second number of patches holds.
 SIZES = {
-    "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4), 32, 5_000),
-    "accelerator": (dict(hidden_dim=512, num_layers=13, num_heads=8), 256, 20_000),
+    "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4), (32, 64), 5_000),
+    "accelerator": (dict(hidden_dim=512, num_layers=13, num_heads=8), (256, 256), 20_000),
 }
+NUMBERS_PER_WIDTH = 2  # at most so many numbers of a patch for each dimension of a token
 SIDES = {"cpu": 64, "accelerator": 128}
 CONDITION_DROPOUT = 0.1
 SAMPLING = dict(sampler="dpm_solver_pp_2m", num_steps=25)
@@ -132,7 +134,8 @@ def for_data(
     widths, most_patches, usual_steps = SIZES[size]
     network = dict(network or {})
     if "patch_size" not in network:
-        network["patch_size"] = patch_size(facts.image_shape, most_patches)
+        width = network.get("hidden_dim", widths["hidden_dim"])
+        network["patch_size"] = suitable_patch(facts.image_shape, width, *most_patches)
     arguments = {
         "image_shape": facts.image_shape,
         **widths,
@@ -197,6 +200,14 @@ def condition_of(facts: Facts) -> str:
     if facts.context_shape is not None:
         return "captions"
     return "nothing" if facts.num_classes is None else "classes"
+
+
+def suitable_patch(image_shape: tuple[int, int, int], width: int, few: int, many: int) -> int:
+    """The patch size that leaves at most `few` patches, or `many` if those would be too large."""
+    patch = patch_size(image_shape, few)
+    if patch**2 * image_shape[-1] > NUMBERS_PER_WIDTH * width:
+        patch = patch_size(image_shape, many)
+    return patch
 
 
 def patch_size(image_shape: tuple[int, int, int], most_patches: int) -> int:

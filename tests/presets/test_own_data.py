@@ -54,6 +54,14 @@ def test_patches_are_as_small_as_the_machine_can_do(shape, most, patch):
     assert own_data.patch_size(shape, most) == patch
 
 
+@pytest.mark.parametrize(
+    ("shape", "patch"),
+    [((28, 28, 1), 7), ((32, 32, 3), 8), ((64, 64, 1), 16), ((64, 64, 3), 8), ((128, 128, 3), 16)],
+)
+def test_a_patch_is_not_too_large_for_the_width(shape, patch):
+    assert own_data.suitable_patch(shape, 128, 32, 64) == patch
+
+
 @pytest.mark.parametrize("shape", [(31, 31, 3), (64, 37, 3)])
 def test_sides_without_a_patch_size_are_named(shape):
     with pytest.raises(ValueError, match=f"{shape[0]}x{shape[1]} cannot be cut .*image_size="):
