@@ -16,13 +16,13 @@ from keras_uvit import backend, progress
 from keras_uvit.checks import as_int
 from keras_uvit.types import Array, PathLike
 
-# What Keras raises for a weight file that is damaged or of another network.
+# What Keras raises for a weight file that is damaged or belongs to a different network.
 DAMAGE = (OSError, RuntimeError, ValueError, KeyError, AttributeError, TypeError)
 
 
 @contextlib.contextmanager
 def naming_missing_classes(path: PathLike) -> Iterator[None]:
-    """Inside, a class that Keras does not know is told as that, and not as a fault of the file."""
+    """Inside, a class that Keras does not know is named, instead of blaming the file."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -65,7 +65,7 @@ class Frozen:
 
         Args:
             inputs: `(n, ...)` array.
-            batch_size: int. A ragged last batch is filled up, not compiled anew.
+            batch_size: int. A ragged last batch is filled up, so that nothing is compiled again.
             prepare: function of a batch to what the network takes, such as a change of range;
                 `None` leaves it.
             verbose: 0 or 1. Progress bar.
@@ -133,7 +133,7 @@ def load_keras_weights(network: keras.Model, path: PathLike, name: str | None = 
         name: what to call the network in errors; its own name.
 
     Raises:
-        ValueError: if the file is damaged or of another network.
+        ValueError: if the file is damaged or belongs to a different network.
     """
     try:
         arrays: list[Any] = []

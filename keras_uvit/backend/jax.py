@@ -49,7 +49,7 @@ def image_by_image(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
     """What one image needs in between stays in the CPU's cache; a batch's is memory that the
-    kernel maps anew at each call. With 258 tokens it takes less than half the time. The gradient
+    kernel maps again at each call. With 258 tokens it takes less than half the time. The gradient
     computes it again, which takes no longer than to keep it.
     """
     size = 4 * query.shape[1] * key.shape[1] * query.shape[2]

@@ -87,8 +87,8 @@ def normal_per_image(seeds: Tensor, step: Tensor, shape: tuple[int, ...]) -> Ten
 def images_at_once(size: int) -> int:
     if has_accelerator():
         return 64
-    # glibc maps what is larger than 32 MiB anew each time: a sixth of U-ViT-S/2's sampling. A power
-    # of two divides what people ask for.
+    # glibc maps what is larger than 32 MiB again each time, which takes a sixth of U-ViT-S/2's
+    # sampling. A power of two divides what people ask for.
     return min(64, 2 ** int(math.log2(max(1, 2**25 // size))))
 
 

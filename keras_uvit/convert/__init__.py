@@ -51,7 +51,7 @@ def load_torch_weights(network: Any, path: PathLike, key: str | None = None) -> 
     entries = list(family.entries(target))
     new = _matched(entries, tensors, Path(path).name)
     for variable, value in new:
-        # A copy: JAX would go on using the mapped file itself.
+        # A copy: JAX would keep using the mapped file itself.
         variable.assign(np.array(value))
     if target is not network:
         network.copy_weights_to_ema()

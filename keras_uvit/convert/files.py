@@ -37,8 +37,8 @@ def read_tensors(path: PathLike, key: str | None = None) -> Tensors:
     Raises:
         FileNotFoundError: if there is no such file.
         ImportError: if the library that reads this kind is missing.
-        ValueError: if the file is damaged, of another kind, holds more than tensors, or several
-            parts of which none is chosen.
+        ValueError: if the file is damaged, has the wrong format, holds more than tensors, or
+            holds several parts of which none is chosen.
     """
     path = Path(path)
     if not path.is_file():

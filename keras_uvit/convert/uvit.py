@@ -86,7 +86,7 @@ def _patch_kernel(network):
 
 
 def _positions(network):
-    """(1, L, D) to (L, D); patch positions of another, square size are resized, with a warning."""
+    """(1, L, D) to (L, D); patch positions of another size are resized, with a warning."""
     height, width, _ = network.image_shape
     patch = network.config["patch_size"]
     grid = (height // patch, width // patch)

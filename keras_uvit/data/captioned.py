@@ -74,7 +74,7 @@ def _records(content, part, keys, file):
         if not isinstance(values[0], int | str) or not isinstance(values[-1], str):
             raise ValueError(
                 f'{file} is damaged or no COCO captions: record {number} of "{part}" lacks one of '
-                f"{keys}, or it is of another type: {str(record)[:200]}."
+                f"{keys}, or it has the wrong type: {str(record)[:200]}."
             )
         yield values
 

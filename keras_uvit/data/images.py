@@ -18,7 +18,7 @@ USUAL_BATCH = {"cpu": 16, "accelerator": 128}
 
 
 class ImageDataset(ShuffledDataset):
-    """Batches of images, each mirrored left to right with probability 1/2, anew each epoch.
+    """Batches of images, each mirrored left to right with probability 1/2, drawn again each epoch.
 
     Attributes:
         images: `(n, H, W, C)` uint8.
@@ -124,7 +124,7 @@ def image_folder(
         background: "white" or "black", what is seen through transparent pixels.
         batch_size: int, at most the number of images; `None` is 16 on a CPU and 128 on an
             accelerator, or all images where there are fewer.
-        flip: bool. Mirror each image left to right with probability 1/2, anew each epoch.
+        flip: bool. Mirror each image left to right with probability 1/2, drawn again each epoch.
         corrupt: "raise" names the first damaged file; "skip" leaves such files out and lists them
             in `.skipped`.
         seed: int.

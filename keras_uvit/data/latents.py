@@ -132,7 +132,7 @@ def image_shards(
     """`ImageDataset` of a folder that `write_images` made, read from mapped files.
 
     Arguments and errors are those of `LatentDataset`; `flip` mirrors each image with probability
-    1/2, anew each epoch. `None` does so unless there are captions, which say left and right.
+    1/2, drawn again each epoch. `None` does so unless there are captions, which say left and right.
     """
     content, arrays, contexts = open_cache(Path(path), "image", labels, captions, verify, verbose)
     return ImageDataset(

@@ -44,7 +44,7 @@ KEYS = [
     "count",
     "shards",
 ]
-AGAIN = "Run the same `write_latents` or `keras-uvit encode` again: it makes just that shard anew."
+AGAIN = "Run the same `write_latents` or `keras-uvit encode` again: it rebuilds just that shard."
 
 
 class CacheError(ValueError):
@@ -156,7 +156,7 @@ def read_manifest(folder: PathLike) -> dict[str, Any]:
         done = sum((folder / f"{shard_name(i)}.json").is_file() for i in range(plan["num_shards"]))
         raise CacheError(
             f"The cache in {folder} is unfinished: {done} of {plan['num_shards']} shards are "
-            "there. Run the same `write_latents` or `keras-uvit encode` again; it goes on there."
+            "there. Run the same `write_latents` or `keras-uvit encode` again; it resumes there."
         )
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:

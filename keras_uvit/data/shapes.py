@@ -118,7 +118,7 @@ def scenes(count: int, split: str = "train", seed: int = 0) -> list[Scene]:
 
 
 def source(count: int, split: str = "train", seed: int = 0) -> Source:
-    """A `Source` of captioned pictures: scene k, drawn anew each time it is read, always the same.
+    """A `Source` of captioned pictures: scene k, drawn each time it is read, always the same.
 
     Args:
         count, split, seed: see `scenes`.

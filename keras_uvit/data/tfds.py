@@ -143,7 +143,7 @@ def tfds_images(
     Args:
         name, image_size, split, channels, labels, crop, data_dir: see `tfds_source`.
         batch_size: int, at most the number of images.
-        flip: bool. Mirror each image left to right with probability 1/2, anew each epoch.
+        flip: bool. Mirror each image left to right with probability 1/2, drawn again each epoch.
         seed: int.
         verbose: 0 or 1. Progress bar.
 

@@ -38,8 +38,8 @@ def write_latents(
 ) -> dict[str, Any] | None:
     """Encodes images once, to train on their latents.
 
-    Moments are kept, mean and log-variance, so that the posterior is sampled anew at each visit.
-    An interrupted run goes on where it was when it is called again; several processes, on one
+    Moments are kept, mean and log-variance, so that each visit draws a new sample of the posterior.
+    An interrupted run resumes when it is called again; several processes, on one
     machine or on many that share the folder, divide the shards among them. Samples keep the order
     of the source.
 
@@ -225,7 +225,8 @@ def _write(source, folder, plan, encoders, batch_size, process, corrupt, verbose
             raise OSError(
                 error.errno,
                 f"The disk of {folder} is full. Shard {manifest.shard_name(i)} was not written; "
-                "those before it are whole. Make room and run the same again: it goes on there.",
+                "earlier shards are complete. Free disk space, then run the same again: it resumes "
+                "there.",
             ) from error
     if in_job:
         backend.barrier("shards")

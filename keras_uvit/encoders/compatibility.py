@@ -1,8 +1,8 @@
 """Whose latents and whose text a model has learned: checks that two encoders agree.
 
-Latents of one autoencoder mean nothing to a model of another's, and neither do the contexts of
-another text encoder. The functions `check_...` change nothing; `adopt_...` note in a model that has
-seen no encoder yet whose latents or contexts it is going to learn.
+Latents of one autoencoder mean nothing to a model that learned those of a different one, and the
+same holds for the contexts of text encoders. The functions `check_...` change nothing; the functions
+`adopt_...` note, in a model that has seen no encoder yet, whose latents or contexts it will learn.
 """
 
 from typing import Any

@@ -149,7 +149,7 @@ class Tokenizer:
 def cleaned(text: str) -> str:
     """A caption as CLIP's own program cleans it, so that what keyboards write is what it learned.
 
-    ftfy straightens quotes, takes ligatures apart and mends wrong encodings; HTML's entities are
+    ftfy straightens quotes, takes ligatures apart and repairs wrong encodings; HTML's entities are
     resolved twice; whitespace is joined; all in lower case. (`simple_tokenizer.py` of
     https://github.com/openai/CLIP)
 
@@ -164,7 +164,7 @@ def _learned_merges(words, most):
     """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909): the commonest pair each time.
 
     Ties are broken by the text, so that equal captions give equal merges. (The library's own
-    trainer breaks them anew in each process.)
+    trainer breaks them differently in each process.)
     """
     parts = {word: (*word[:-1], word[-1] + WORD_END) for word in words}
     merges = []
@@ -239,5 +239,5 @@ def _check_vocabulary(vocabulary, merges):
     if missing := sorted({*vocabulary} - made):
         raise ValueError(
             f"{len(missing)} tokens of the vocabulary, such as {missing[0]!r}, are made by no "
-            "merge: the merges are cut short, or of another vocabulary."
+            "merge: the merges are cut short, or belong to a different vocabulary."
         )

@@ -30,7 +30,7 @@ def read_npz(path: PathLike, what: str, skip: Container[str] = ()) -> dict[str, 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or of another kind.
+        ValueError: if it is damaged or not such a file.
     """
     path = Path(path)
     if not path.is_file():

@@ -135,7 +135,7 @@ def check_inception(reference: Reference, inception: InceptionFeatures) -> None:
         if there is not None and there != here:
             raise ValueError(
                 f"The reference statistics were made with {what} {there!r}, this InceptionFeatures "
-                f"has {here!r}. Use the same, or make the reference anew."
+                f"has {here!r}. Use the same, or compute the reference again."
             )
 
 
@@ -179,7 +179,7 @@ def evaluate(
             `data.captioned.random_prompts` of 30,000 validation pictures.
         clip: `CLIPScore`, to measure how well images show their prompts; or None.
         seed: int, of labels and noise.
-        folder: keeps the images there as `.npz` files of 1,024, and goes on with them when it is
+        folder: keeps the images there as `.npz` files of 1,024, and resumes with them when it is
             called again.
         path: JSON file for the record.
         allow_few, verbose: see `scores`.

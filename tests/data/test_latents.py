@@ -341,7 +341,7 @@ def test_what_is_not_there_is_named(tmp_path, read):
 
 def test_an_unfinished_cache_says_how_many_shards_are_done(tmp_path):
     assert _write(tmp_path, process=(1, 2)) is None
-    with pytest.raises(CacheError, match="unfinished: 2 of 5 shards.*again; it goes on there"):
+    with pytest.raises(CacheError, match="unfinished: 2 of 5 shards.*again; it resumes there"):
         _read(tmp_path)
     assert _write(tmp_path, process=(0, 3)) is None  # the first and the fourth, which is there
     with pytest.raises(CacheError, match="unfinished: 3 of 5 shards"):
