@@ -1,7 +1,7 @@
 """Whose latents and whose text a model has learned: checks that two encoders agree.
 
 Latents of one autoencoder mean nothing to a model that learned those of a different one, and the
-same holds for the contexts of text encoders. The functions `check_...` change nothing; the functions
+same holds for the contexts of text encoders. `check_...` functions change nothing; those named
 `adopt_...` note, in a model that has seen no encoder yet, whose latents or contexts it will learn.
 """
 
