@@ -410,7 +410,7 @@ def test_a_disk_that_fills_up_leaves_the_older_ones(tmp_path, monkeypatch):
         real(path, variables)
 
     monkeypatch.setattr(checkpoints, "_write_pieces", write)
-    with pytest.raises(OSError, match="step 5 could not be written .*No space left.* are whole"):
+    with pytest.raises(OSError, match="step 5 could not be written .*No space left.*are complete"):
         fit(make(), tmp_path)
     assert steps_in(tmp_path) == [4, 3, 2]
     assert not list(tmp_path.glob("tmp-*"))
