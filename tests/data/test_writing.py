@@ -621,7 +621,7 @@ def test_a_disk_that_fills_up_is_named_and_the_same_run_goes_on(tmp_path, whole,
 
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "write_file", full)
-        message = f"The disk of {tmp_path} is full. Shard 00001 was not written; those before"
+        message = f"The disk of {tmp_path} is full. Shard 00001 was not written; earlier shards"
         with pytest.raises(OSError, match=message) as error:
             _write(tmp_path)
     assert error.value.errno == errno.ENOSPC
