@@ -40,8 +40,8 @@ def _rename(beside, path):
         raise PermissionError(
             error.errno,
             f"{path} cannot be replaced ({error.strerror}). On Windows a file cannot be replaced "
-            "while a program reads it, such as one that trains on this cache: close it, then run "
-            "the same command again.",
+            "while a program reads it: close the programs that use it, then run the same command "
+            "again.",
         ) from error
 
 

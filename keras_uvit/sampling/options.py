@@ -57,11 +57,14 @@ def resolve(
     Raises:
         ValueError: if one of them does not fit the model.
     """
-    steps = _steps(model, sampler, num_steps)
+    sampler = model.sampler if sampler is None else sampler
     if isinstance(sampler, samplers.Steps):
-        name, num_steps = f"Steps {hashlib.sha256(steps.packed()).hexdigest()[:8]}", None
+        _check_steps(model, sampler, num_steps)
+        steps, name = sampler, f"Steps {hashlib.sha256(sampler.packed().data).hexdigest()[:8]}"
     else:
-        name, num_steps = sampler or model.sampler, int(num_steps or model.num_steps)
+        num_steps = model.num_steps if num_steps is None else num_steps
+        steps, name = samplers.named(sampler, model.objective.schedule, num_steps), sampler
+        num_steps = int(num_steps)
     low, high = guidance_interval
     if not 0 <= low < high <= 1:
         raise ValueError(
@@ -71,21 +74,16 @@ def resolve(
     return SamplingOptions(steps, name, num_steps, scale, (low, high))
 
 
-def _steps(model, sampler, num_steps):
-    sampler = model.sampler if sampler is None else sampler
-    if not isinstance(sampler, samplers.Steps):
-        num_steps = model.num_steps if num_steps is None else num_steps
-        return samplers.named(sampler, model.objective.schedule, num_steps)
+def _check_steps(model, steps, num_steps):
     if num_steps is not None:
         raise ValueError("`Steps` already has its number of steps; leave `num_steps` out.")
     schedule = model.objective.schedule
-    if sampler.t.max() > schedule.t_start:
+    if steps.t.max() > schedule.t_start:
         raise ValueError(
-            f"These `Steps` start at t = {sampler.t.max()}, but {type(schedule).__name__}, the "
+            f"These `Steps` start at t = {steps.t.max()}, but {type(schedule).__name__}, the "
             f"schedule of this model, at {schedule.t_start} at most. Make them by "
             "`model.objective.schedule`."
         )
-    return sampler
 
 
 def _scale(model, given):

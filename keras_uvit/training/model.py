@@ -126,6 +126,7 @@ class DiffusionModel(keras.Model):
         super().__init__(name=name, dtype=network.dtype_policy, autocast=False)
         self.network = network
         self.ema_network = copy_of(network, f"ema_{network.name}")
+        self.encoders = holder.Encoders()
         self.objective = Objective(
             VPLinear() if schedule is None else schedule,
             prediction,
@@ -161,33 +162,36 @@ class DiffusionModel(keras.Model):
         self.random = keras.random.SeedGenerator(0)  # `self.seed` may be larger than Keras takes
         draws.begin(self.random, self.seed)
         self.norm_tracker = keras.metrics.Mean(name="grad_norm", dtype="float32")
-        self.encoders = holder.Encoders()
         self.sampling_loops: dict[tuple, Any] = {}  # compiled, by `sampling.generate`
         self.warned_untrained = False
         self.built = True
 
-    def set_encoders(self, **parts: Any) -> None:
-        """Gives the model its frozen parts, which are no part of its file.
+    def set_encoders(self, *, autoencoder: Any = ..., text_encoder: Any = ...) -> None:
+        """Sets the frozen parts of the model, which are no part of its file.
+
+        An argument that is left out keeps what the model has; None removes it. If one of them does
+        not fit, neither is set.
 
         Args:
             autoencoder: `encoders.AutoencoderKL`, or what has its `scale`, `fingerprint` and
-                `decode`; `generate` makes pixels of latents with it. None takes it away.
-            text_encoder: `encoders.CLIPText`, or what has its methods; `generate` makes contexts
-                of prompts with it. None takes it away.
+                `decode`; `generate` turns latents into pixels with it.
+            text_encoder: `encoders.CLIPText`, or what has its methods; `generate` turns prompts
+                into contexts with it.
 
         Raises:
-            TypeError: for another argument, or what is no such encoder.
-            ValueError: if the model has learned the latents or contexts of another encoder.
+            TypeError: for something that is not such an encoder.
+            ValueError: if the model has learned the latents or contexts of a different encoder.
         """
-        new = dataclasses.replace(self.encoders, **parts)
-        autoencoder, text_encoder = parts.get("autoencoder"), parts.get("text_encoder")
+        parts = {"autoencoder": autoencoder, "text_encoder": text_encoder}
+        given = {name: part for name, part in parts.items() if part is not ...}
+        autoencoder, text_encoder = (given.get(name) for name in parts)
         if autoencoder is not None:
             compatibility.check_autoencoder(autoencoder)
             compatibility.check_latents(self, autoencoder, "The autoencoder")
         if text_encoder is not None:
             compatibility.check_text_encoder(text_encoder)
             compatibility.check_contexts(self, text_encoder, "The text encoder")
-        self.encoders = new
+        self.encoders = dataclasses.replace(self.encoders, **given)
         if autoencoder is not None:
             compatibility.adopt_latents(self, autoencoder)
         if text_encoder is not None:
@@ -240,7 +244,18 @@ class DiffusionModel(keras.Model):
         self.ema_network.trainable = False  # Keras would set it for all layers
 
     def check_weights(self) -> None:
-        """Raises unless each weight of the network has its place in the moving average."""
+        """Raises unless each weight of the network has its place in the moving average.
+
+        And unless the encoders are where Keras does not see them: as attributes it would train and
+        save them with the model.
+        """
+        for name in vars(self.encoders):
+            if hasattr(self, name):
+                raise ValueError(
+                    f"`model.{name} = ...` makes Keras train and save the encoder with the model. "
+                    "Make or load the model again, and call "
+                    f"`model.set_encoders({name}=...)` instead."
+                )
         check_copy(self.network, self.ema_network)
 
     def copy_weights_to_ema(self) -> None:

@@ -504,3 +504,14 @@ def test_weights_saved_without_an_autoencoder_load_with_one(tmp_path, kl):
     other.set_encoders(autoencoder=kl)
     other.load_weights(tmp_path / "m.weights.h5")
     assert_same(model.get_weights(), other.get_weights())
+
+
+@pytest.mark.each_backend
+def test_an_encoder_that_is_set_as_an_attribute_is_refused(kl):
+    model, other = make(), make()
+    count = model.count_params()
+    model.autoencoder = kl
+    with pytest.raises(ValueError, match=r"again, and call `model.set_encoders\(autoencoder="):
+        model.generate(num_images=1, verbose=0)
+    other.set_encoders(autoencoder=kl)
+    assert other.count_params() == count
