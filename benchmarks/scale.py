@@ -174,7 +174,7 @@ def measure(options):
         "compile_seconds": round(time.perf_counter() - start),
         "operations": round(operations),
         "preset": options.preset,
-        "num_layers": model.network.config["num_layers"],
+        "num_layers": model.network.config.num_layers,
         "batch_size": options.batch_size,
         "mfu": options.mfu,
         "jax": jax.__version__,

@@ -47,7 +47,7 @@ def main():
     print(f"keras_uvit {keras_uvit.__version__} on {keras.config.backend()}")
     models = {}
     for model in saved(options.models) if options.models else trained(options, out):
-        models.setdefault(str(model.network.config["skip"]).lower(), []).append(model)
+        models.setdefault(str(model.network.config.skip).lower(), []).append(model)
     scans = data.digits("test")
     results = {}
     for skip, group in models.items():

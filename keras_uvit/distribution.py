@@ -29,6 +29,7 @@ import keras
 
 from keras_uvit import backend
 from keras_uvit.networks import unet, uvit
+from keras_uvit.private import layers_in
 
 DEVICES = ("one", "all", "job")
 BATCH, MODEL = "batch", "model"
@@ -218,7 +219,7 @@ def check_layouts(network: keras.Model) -> None:
             )
         distribution.get_variable_layout(weight)  # raises if it cannot be divided
     # Of all layers of attention the greatest common divisor; 0, which all divide, where none is.
-    heads = math.gcd(*(getattr(part, "num_heads", 0) for part in network._flatten_layers()))
+    heads = math.gcd(*(getattr(part, "num_heads", 0) for part in layers_in(network)))
     count = _sizes(distribution.device_mesh).get(MODEL, 1)
     if heads % count:
         raise ValueError(

@@ -19,6 +19,7 @@ from keras import ops
 from keras_uvit.backend import steps
 from keras_uvit.backend.steps import guards_itself, is_ok
 from keras_uvit.backend.steps import image_by_image as image_by_image
+from keras_uvit.private import layers_in
 from keras_uvit.types import Array, Tensor
 
 # Asked once: the answer stays, and torch.compile cannot trace the question.
@@ -55,7 +56,7 @@ def holding(
 
 
 def compile_blocks(network: keras.Model, wanted: bool) -> None:
-    blocks = [b for b in network._flatten_layers() if getattr(b, "compiles_once", False)]
+    blocks = [b for b in layers_in(network) if getattr(b, "compiles_once", False)]
     if wanted and not blocks:
         warnings.warn(
             f"On PyTorch jit_compile=True does nothing for {type(network).__name__}, whose blocks "

@@ -26,7 +26,8 @@ def entries(network: keras.Model) -> Iterator[Entry]:
         position=("learned",), patch_embed=("linear",), qk_norm=(False,), skip_norm=(False,)
     )
     published.update(norm=("layer",), mlp=("gelu",), output_conv=(True, False))
-    other = {key: c[key] for key, allowed in published.items() if c[key] not in allowed}
+    used = {key: getattr(c, key) for key in published}
+    other = {key: value for key, value in used.items() if value not in published[key]}
     if other:
         raise ValueError(
             f"Published checkpoints have none of {other}. Build the network with {published}."
@@ -35,24 +36,24 @@ def entries(network: keras.Model) -> Iterator[Entry]:
     yield "pos_embed", layer("position").embeddings, _positions(network)
     yield "patch_embed.proj.weight", layer("patch_embed").proj.kernel, _patch_kernel(network)
     yield "patch_embed.proj.bias", layer("patch_embed").proj.bias, SAME
-    if c["time_mlp"]:
+    if c.time_mlp:
         yield from linear("time_embed.0", layer("time_mlp_in"))
         yield from linear("time_embed.2", layer("time_mlp_out"))
-    if c["num_classes"] is not None:
+    if c.num_classes is not None:
         yield "label_emb.weight", layer("label_embed").embeddings, SAME
-    if c["context_shape"]:
+    if c.context_shape:
         yield from linear("context_embed", layer("context_embed"))
-    half = c["num_layers"] // 2
+    half = c.num_layers // 2
     for i in range(half):
         yield from _block(f"in_blocks.{i}", layer(f"in_block_{i}"))
     yield from _block("mid_block", layer("mid_block"))
     for i in range(half):
         yield from _block(f"out_blocks.{i}", layer(f"out_block_{i}"))
-        if c["skip"]:
+        if c.skip:
             yield from linear(f"out_blocks.{i}.skip_linear", layer(f"skip_{i}").proj)
     yield from norm("norm", layer("norm"))
     yield from linear("decoder_pred", layer("head"))
-    if c["output_conv"]:
+    if c.output_conv:
         yield from conv("final_layer", layer("output_conv"))
 
 
@@ -72,7 +73,7 @@ def _block(name, block):
 
 def _patch_kernel(network):
     """(D, C, P, P) of a convolution to (P P C, D) of a dense layer on (row, column, channel)."""
-    patch, channels = network.config["patch_size"], network.image_shape[-1]
+    patch, channels = network.config.patch_size, network.image_shape[-1]
 
     def to_keras(a):
         if a.shape[1:] != (channels, patch, patch):
@@ -87,9 +88,7 @@ def _patch_kernel(network):
 
 def _positions(network):
     """(1, L, D) to (L, D); patch positions of another size are resized, with a warning."""
-    height, width, _ = network.image_shape
-    patch = network.config["patch_size"]
-    grid = (height // patch, width // patch)
+    grid = network.config.grid
     extras = network.get_layer("position").embeddings.shape[0] - grid[0] * grid[1]
 
     def to_keras(a):

@@ -7,6 +7,7 @@ import keras
 from keras_uvit.networks.layers import Attention
 from keras_uvit.networks.patches import ConvPatchEmbedding
 from keras_uvit.networks.unet_layers import UNetAttention
+from keras_uvit.private import layers_in
 
 
 def count_parameters(network: keras.Model) -> int:
@@ -38,7 +39,7 @@ def count_macs(network: keras.Model) -> int:
             if weight.name == "kernel":
                 times = others.get(weight.path.split("/")[-2], places)
                 total += times * math.prod(weight.shape)
-        for part in layer._flatten_layers():
+        for part in layers_in(layer):
             if isinstance(part, Attention | UNetAttention):
                 total += 2 * places * keys * layer.output.shape[-1]  # Q K^T and weights V
     return total

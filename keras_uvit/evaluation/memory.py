@@ -1,12 +1,10 @@
 """What training takes of memory: estimates from a network's arguments, nothing is built."""
 
-import inspect
 from typing import NamedTuple
 
 import keras
 
-from keras_uvit.networks import UViT
-from keras_uvit.networks.uvit import num_tokens
+from keras_uvit.networks.uvit import UViTConfig
 from keras_uvit.types import Config
 
 
@@ -55,7 +53,7 @@ def activation_memory(config: Config, batch_size: int = 1) -> Activations:
     this; what XLA makes of it on a CPU is up to half more.
 
     Args:
-        config: dict, arguments of `UViT`, such as `network.config` or a preset's `network`.
+        config: dict, arguments of `UViT`, such as `network.get_config()` or a preset's `network`.
         batch_size: int, images on one device.
 
     Returns:
@@ -66,19 +64,17 @@ def activation_memory(config: Config, batch_size: int = 1) -> Activations:
         >>> kept.tokens == 19 * 257 * 512 * 4  # 13 blocks and 6 long skips, with a time token
         True
     """
-    bound = inspect.signature(UViT).bind(**config)
-    bound.apply_defaults()
-    c = bound.arguments
-    dim, blocks, length, size = c["hidden_dim"], c["num_layers"], num_tokens(c), _size(c["dtype"])
+    c = UViTConfig(**config)
+    dim, blocks, length, size = c.hidden_dim, c.num_layers, c.num_tokens, _size(c.dtype)
     skips, count = blocks // 2, batch_size * length
-    if c["remat"]:
-        inputs = blocks + skips * (c["skip"] == "concat")
+    if c.remat:
+        inputs = blocks + skips * (c.skip == "concat")
         return Activations(count * inputs * size * dim, 0)
-    mlp_dim = c["mlp_dim"] or 4 * dim
+    mlp_dim = c.mlp_dim or 4 * dim
     block = 4 * 2 * dim + size * (6 * dim + 2 * mlp_dim)
-    skip = size * dim * {"concat": 2, "add_project": 1}.get(c["skip"], 0)
+    skip = size * dim * {"concat": 2, "add_project": 1}.get(c.skip or "", 0)
     copies = 4 - size  # mixed precision: weights in both sizes; query and key in the larger one
-    attention = c["num_heads"] * length * (4 + copies) + 2 * dim * copies
+    attention = c.num_heads * length * (4 + copies) + 2 * dim * copies
     return Activations(count * (blocks * block + skips * skip), count * blocks * attention)
 
 

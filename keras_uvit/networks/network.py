@@ -1,14 +1,21 @@
 """What networks share: their conditions, and how a config makes them again."""
 
+import dataclasses
+import functools
+import inspect
 import itertools
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, Self
 
 import keras
 from keras import initializers, layers
 
 from keras_uvit import backend
 from keras_uvit.checks import plain, refuses
+from keras_uvit.networks.basics import DType
 from keras_uvit.types import Config, PathLike, Tensor
+
+Arguments = ParamSpec("Arguments")
 
 # What a `DiffusionModel` asks a network for.
 ATTRIBUTES = ("image_shape", "num_classes", "null_label", "context_shape")
@@ -21,24 +28,88 @@ _CHOSEN = (
 FORMATS = dict.fromkeys(("quantize", "half", "bfloat16", "double", "type"), _CHOSEN)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The arguments that all networks take; a subclass adds its own. Checked when it is made.
+
+    Lists become tuples, numbers of NumPy Python's own, and `dtype` the name of a policy.
+
+    Raises:
+        ValueError: if the shapes or the number of classes cannot be.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int | None = None
+    null_label: bool = True
+    context_shape: tuple[int, int] | None = None
+    dtype: DType | None = None
+    name: str
+
+    def __post_init__(self) -> None:
+        for key, value in self.arguments().items():
+            value = tuple(value) if isinstance(value, list) else value
+            object.__setattr__(self, key, plain(value))
+        object.__setattr__(self, "dtype", keras.dtype_policies.get(self.dtype).name)
+        if not _is_shape(self.image_shape, 3):
+            raise ValueError(
+                "image_shape must be (height, width, channels), channels last. Received: "
+                f"{self.image_shape}."
+            )
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(
+                "num_classes must be at least 1, or None for a network without labels. "
+                f"Received: {self.num_classes}."
+            )
+        if self.context_shape is not None and not _is_shape(self.context_shape, 2):
+            raise ValueError(
+                f"context_shape must be (length, width). Received: {self.context_shape}."
+            )
+
+    def arguments(self) -> Config:
+        """The arguments by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def _is_shape(shape, length):
+    return isinstance(shape, tuple) and len(shape) == length and min(shape) >= 1
+
+
+def arguments_of(
+    config: Callable[Arguments, Any],
+) -> Callable[[Callable[[Any, Any], None]], Callable[Concatenate[Any, Arguments], None]]:
+    """A decorator: the constructor takes the arguments of `config`, and gets the config."""
+
+    def decorate(init):
+        @functools.wraps(init)
+        def constructor(self: Any, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+            init(self, config(*args, **kwargs))
+
+        of_self, *_ = inspect.signature(init).parameters.values()
+        parameters = [of_self, *inspect.signature(config).parameters.values()]
+        constructor.__signature__ = inspect.Signature(parameters)
+        return constructor
+
+    return decorate
+
+
 @refuses(FORMATS)
 class Network(keras.Model):
     """A functional Keras model that its config makes again.
 
     Args:
-        config: arguments of the subclass, as `config_of` gives them.
+        config: the arguments of the subclass.
         inputs: of the functional graph, as `inputs_of` gives them.
         output: of the functional graph, `(B, H, W, C)` float32.
     """
 
-    def __init__(self, config: Config, inputs: dict[str, Tensor], output: Tensor) -> None:
-        super().__init__(inputs, output, name=config["name"])
-        self.dtype_policy = keras.dtype_policies.get(config["dtype"])
+    def __init__(self, config: NetworkConfig, inputs: dict[str, Tensor], output: Tensor) -> None:
+        super().__init__(inputs, output, name=config.name)
+        self.dtype_policy = keras.dtype_policies.get(config.dtype)
         self.autocast = False  # mixed precision must not round the timestep
         self.config = config
-        self.image_shape, self.context_shape = config["image_shape"], config["context_shape"]
-        self.num_classes = config["num_classes"]
-        self.null_label = self.num_classes if config["null_label"] else None
+        self.image_shape, self.context_shape = config.image_shape, config.context_shape
+        self.num_classes = config.num_classes
+        self.null_label = self.num_classes if config.null_label else None
 
     def export(self, filepath: PathLike, format: str = "tf_saved_model", **kwargs: Any) -> None:
         """As `keras.Model.export`, in the formats in which Keras can export a dict of inputs."""
@@ -51,7 +122,7 @@ class Network(keras.Model):
         super().export(filepath, format=format, **kwargs)
 
     def get_config(self) -> Config:
-        return dict(self.config)
+        return self.config.arguments()
 
     @classmethod
     def from_config(cls, config: Config, custom_objects: dict[str, Any] | None = None) -> Self:
@@ -97,54 +168,25 @@ def _not_made_again(network):
     )
 
 
-def config_of(arguments: dict[str, Any]) -> Config:
-    """The `locals()` of a constructor as a config: shapes are tuples, numbers are Python's own.
-
-    Raises:
-        ValueError: if the shapes or the number of classes cannot be.
-    """
-    config = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
-    for key, value in config.items():
-        config[key] = plain(tuple(value) if isinstance(value, list) else value)
-    config["dtype"] = keras.dtype_policies.get(config["dtype"]).name
-    image, context, classes = (config[k] for k in ("image_shape", "context_shape", "num_classes"))
-    if not _is_shape(image, 3):
-        raise ValueError(
-            f"image_shape must be (height, width, channels), channels last. Received: {image}."
-        )
-    if classes is not None and classes < 1:
-        raise ValueError(
-            "num_classes must be at least 1, or None for a network without labels. "
-            f"Received: {classes}."
-        )
-    if context is not None and not _is_shape(context, 2):
-        raise ValueError(f"context_shape must be (length, width). Received: {context}.")
-    return config
-
-
-def _is_shape(shape, length):
-    return isinstance(shape, tuple) and len(shape) == length and min(shape) >= 1
-
-
-def inputs_of(config: Config) -> dict[str, Tensor]:
+def inputs_of(config: NetworkConfig) -> dict[str, Tensor]:
     """The inputs of a network by name: "image", "timestep" and its conditions."""
     inputs = {
-        "image": keras.Input(config["image_shape"], dtype="float32", name="image"),
+        "image": keras.Input(config.image_shape, dtype="float32", name="image"),
         "timestep": keras.Input((), dtype="float32", name="timestep"),
     }
-    if config["context_shape"]:
-        inputs["context"] = keras.Input(config["context_shape"], dtype="float32", name="context")
-    if config["num_classes"] is not None:
+    if config.context_shape:
+        inputs["context"] = keras.Input(config.context_shape, dtype="float32", name="context")
+    if config.num_classes is not None:
         inputs["label"] = keras.Input((), dtype="int32", name="label")
     return inputs
 
 
-def label_embedding(config: Config, dim: int) -> layers.Embedding:
+def label_embedding(config: NetworkConfig, num_classes: int, dim: int) -> layers.Embedding:
     """The table of labels, with a last row for "no label" if `null_label`: N(0, 1) as PyTorch's."""
     return layers.Embedding(
-        config["num_classes"] + int(config["null_label"]),
+        num_classes + int(config.null_label),
         dim,
         embeddings_initializer=initializers.RandomNormal(stddev=1.0),
-        dtype=config["dtype"],
+        dtype=config.dtype,
         name="label_embed",
     )

@@ -1,13 +1,26 @@
 """Any Keras model as the network of a `DiffusionModel`."""
 
+import dataclasses
 from typing import Any, Self
 
 import keras
 from keras import layers
 
-from keras_uvit.networks.basics import DType
-from keras_uvit.networks.network import Network, config_of, inputs_of
+from keras_uvit.networks.network import Network, NetworkConfig, arguments_of, inputs_of
 from keras_uvit.types import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnNetworkConfig(NetworkConfig):
+    """The arguments of `OwnNetwork`, which explains them."""
+
+    model: keras.Model
+    name: str = dataclasses.field(default="own_network", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", self.model.dtype_policy)
+        super().__post_init__()
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
@@ -45,30 +58,21 @@ class OwnNetwork(Network):
         (None, 8, 8, 1)
     """
 
-    def __init__(
-        self,
-        model: keras.Model,
-        image_shape: tuple[int, int, int],
-        num_classes: int | None = None,
-        null_label: bool = True,
-        context_shape: tuple[int, int] | None = None,
-        dtype: DType | None = None,
-        name: str = "own_network",
-    ) -> None:
-        dtype = model.dtype_policy if dtype is None else dtype
-        config = config_of(locals())
+    @arguments_of(OwnNetworkConfig)
+    def __init__(self, config: OwnNetworkConfig) -> None:
         inputs = inputs_of(config)
-        output = layers.Activation("linear", dtype="float32", name="output")(model(inputs))
-        if tuple(output.shape[1:]) != config["image_shape"]:
+        answer = config.model(inputs)
+        output = layers.Activation("linear", dtype="float32", name="output")(answer)
+        if tuple(output.shape[1:]) != config.image_shape:
             raise ValueError(
-                f"The model must return images of shape {config['image_shape']}. Received: "
+                f"The model must return images of shape {config.image_shape}. Received: "
                 f"{tuple(output.shape[1:])}."
             )
         super().__init__(config, inputs, output)
 
     def get_config(self) -> Config:
-        model = keras.saving.serialize_keras_object(self.config["model"])
-        return {**self.config, "model": model}
+        config = super().get_config()
+        return {**config, "model": keras.saving.serialize_keras_object(config["model"])}
 
     @classmethod
     def from_config(cls, config: Config, custom_objects: dict[str, Any] | None = None) -> Self:

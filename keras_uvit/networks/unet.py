@@ -1,11 +1,18 @@
 """The U-Net that U-ViT is compared with: convolutions, halved and doubled sizes, attention."""
 
+import dataclasses
+
 from keras import layers, saving
 
 from keras_uvit.networks import unet_layers as parts
-from keras_uvit.networks.basics import DType
 from keras_uvit.networks.layers import TimeEmbedding
-from keras_uvit.networks.network import Network, config_of, inputs_of, label_embedding
+from keras_uvit.networks.network import (
+    Network,
+    NetworkConfig,
+    arguments_of,
+    inputs_of,
+    label_embedding,
+)
 
 # Which dimension of a weight each layout splits, as in `uvit.SPLITS`, which has the rows of
 # label_embed, time_mlp_in, time_mlp_out (here (4 D, 4 D)) and output_conv.
@@ -22,6 +29,62 @@ SPLITS: dict[str, tuple[int | None, int | None]] = {
     rf"{BLOCK}_(attention|context)/(query|key_value)/bias": (None, 0),
     rf"{BLOCK}_(attention|context)/proj/kernel": (0, 0),  # (out, out)
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(NetworkConfig):
+    """The arguments of `UNet`, which explains them.
+
+    Raises:
+        ValueError: if an argument does not fit; the message names values that do.
+    """
+
+    image_shape: tuple[int, int, int]
+    base_dim: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    num_blocks: int = 2
+    attention_levels: tuple[int, ...] = (1, 2)
+    head_dim: int = 64
+    remat: bool = False
+    name: str = dataclasses.field(default="unet", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shape, widths = self.image_shape, self.multipliers
+        for key in ("multipliers", "attention_levels"):
+            value = getattr(self, key)
+            if not isinstance(value, tuple) or not all(isinstance(n, int) for n in value):
+                raise ValueError(f"{key} must be a tuple of ints. Received: {value!r}.")
+        if not widths or min(widths) < 1:
+            raise ValueError(
+                f"There is at least one multiplier, all at least 1. Received: {widths}."
+            )
+        for key in ("base_dim", "num_blocks", "head_dim"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1. Received: {getattr(self, key)}.")
+        factor = 2 ** (len(widths) - 1)
+        if shape[0] % factor or shape[1] % factor:
+            levels = [n + 1 for n in range(len(widths)) if shape[0] % 2**n == shape[1] % 2**n == 0]
+            sizes = tuple(max(factor, round(n / factor) * factor) for n in shape[:2])
+            raise ValueError(
+                f"{len(widths)} multipliers halve the image {len(widths) - 1} times, and "
+                f"image_shape={shape} cannot be. Take at most {levels[-1]} multipliers; the "
+                f"nearest image size for {len(widths)} is {sizes}."
+            )
+        outside = [n for n in self.attention_levels if not 0 <= n < len(widths)]
+        if outside:
+            raise ValueError(
+                f"attention_levels are of the {len(widths)} levels that multipliers={widths} "
+                f"makes, 0 to {len(widths) - 1}. Received: {outside[0]}."
+            )
+        for level in (*self.attention_levels, len(widths) - 1):
+            dim, heads = self.base_dim * widths[level], self.head_dim
+            if dim % heads:
+                near = [n for n in range(1, dim + 1) if dim % n == 0]
+                raise ValueError(
+                    f"head_dim={heads} does not divide the width of level {level}, {dim}. Head "
+                    f"widths that do: {near}."
+                )
 
 
 @saving.register_keras_serializable("keras_uvit")
@@ -72,73 +135,23 @@ class UNet(Network):
         (None, 8, 12, 1)
     """
 
-    def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        base_dim: int = 128,
-        multipliers: tuple[int, ...] = (1, 2, 2, 2),
-        num_blocks: int = 2,
-        attention_levels: tuple[int, ...] = (1, 2),
-        head_dim: int = 64,
-        num_classes: int | None = None,
-        null_label: bool = True,
-        context_shape: tuple[int, int] | None = None,
-        remat: bool = False,
-        dtype: DType | None = None,
-        name: str = "unet",
-    ) -> None:
-        config = config_of(locals())
-        _check(config)
+    @arguments_of(UNetConfig)
+    def __init__(self, config: UNetConfig) -> None:
         super().__init__(config, *_build(config))
-
-
-def _check(config):
-    shape, widths = config["image_shape"], config["multipliers"]
-    for key in ("multipliers", "attention_levels"):
-        if not isinstance(config[key], tuple) or not all(isinstance(n, int) for n in config[key]):
-            raise ValueError(f"{key} must be a tuple of ints. Received: {config[key]!r}.")
-    if not widths or min(widths) < 1:
-        raise ValueError(f"There is at least one multiplier, all at least 1. Received: {widths}.")
-    for key in ("base_dim", "num_blocks", "head_dim"):
-        if config[key] < 1:
-            raise ValueError(f"{key} must be at least 1. Received: {config[key]}.")
-    factor = 2 ** (len(widths) - 1)
-    if shape[0] % factor or shape[1] % factor:
-        levels = [n + 1 for n in range(len(widths)) if shape[0] % 2**n == shape[1] % 2**n == 0]
-        sizes = tuple(max(factor, round(n / factor) * factor) for n in shape[:2])
-        raise ValueError(
-            f"{len(widths)} multipliers halve the image {len(widths) - 1} times, and "
-            f"image_shape={shape} cannot be. Take at most {levels[-1]} multipliers; the nearest "
-            f"image size for {len(widths)} is {sizes}."
-        )
-    outside = [n for n in config["attention_levels"] if not 0 <= n < len(widths)]
-    if outside:
-        raise ValueError(
-            f"attention_levels are of the {len(widths)} levels that multipliers={widths} makes, 0 "
-            f"to {len(widths) - 1}. Received: {outside[0]}."
-        )
-    for level in (*config["attention_levels"], len(widths) - 1):
-        dim, heads = config["base_dim"] * widths[level], config["head_dim"]
-        if dim % heads:
-            near = [n for n in range(1, dim + 1) if dim % n == 0]
-            raise ValueError(
-                f"head_dim={heads} does not divide the width of level {level}, {dim}. Head widths "
-                f"that do: {near}."
-            )
 
 
 def _build(c):
     """Inputs and output of the functional graph for a checked config."""
-    inputs, dtype, channels = inputs_of(c), c["dtype"], c["image_shape"][-1]
-    time = TimeEmbedding(c["base_dim"], dtype=dtype, name="time_embed")(inputs["timestep"])
-    time = parts.linear(4 * c["base_dim"], dtype, "time_mlp_in")(time)
+    inputs, dtype, channels = inputs_of(c), c.dtype, c.image_shape[-1]
+    time = TimeEmbedding(c.base_dim, dtype=dtype, name="time_embed")(inputs["timestep"])
+    time = parts.linear(4 * c.base_dim, dtype, "time_mlp_in")(time)
     time = layers.Activation("silu", dtype=dtype, name="time_mlp_silu")(time)
-    time = parts.linear(4 * c["base_dim"], dtype, "time_mlp_out")(time)
-    if c["num_classes"] is not None:
-        label = label_embedding(c, 4 * c["base_dim"])(inputs["label"])
+    time = parts.linear(4 * c.base_dim, dtype, "time_mlp_out")(time)
+    if c.num_classes is not None:
+        label = label_embedding(c, c.num_classes, 4 * c.base_dim)(inputs["label"])
         time = layers.Add(dtype=dtype, name="time_and_label")([time, label])
     time = layers.Activation("silu", dtype=dtype, name="modulator")(time)  # the same in all blocks
-    x = parts.conv(c["base_dim"] * c["multipliers"][0], 3, dtype, "input_conv")(inputs["image"])
+    x = parts.conv(c.base_dim * c.multipliers[0], 3, dtype, "input_conv")(inputs["image"])
     x = _trunk(x, time, inputs.get("context"), c)
     x = parts.group_norm(x.shape[-1], dtype, "norm")(x)
     x = layers.Activation("silu", dtype=dtype, name="norm_silu")(x)
@@ -147,14 +160,14 @@ def _build(c):
 
 def _trunk(x, time, context, c):
     """The U of blocks: the encoder, the middle, the decoder joined with the encoder's outputs."""
-    shared = dict(remat=c["remat"], dtype=c["dtype"])
-    widths, levels = [c["base_dim"] * n for n in c["multipliers"]], c["attention_levels"]
+    shared = dict(remat=c.remat, dtype=c.dtype)
+    widths, levels = [c.base_dim * n for n in c.multipliers], c.attention_levels
 
     def block(name, x, dim, attends=False, resample=None):
         x = parts.UNetBlock(dim, resample, **shared, name=name)(x, time)
         if not attends:
             return x
-        heads = dim // c["head_dim"]
+        heads = dim // c.head_dim
         x = parts.UNetAttention(heads, **shared, name=f"{name}_attention")(x)
         if context is None:
             return x
@@ -162,7 +175,7 @@ def _trunk(x, time, context, c):
 
     outputs = [x]
     for level, dim in enumerate(widths):
-        for i in range(c["num_blocks"]):
+        for i in range(c.num_blocks):
             x = block(f"down_{level}_{i}", x, dim, level in levels)
             outputs.append(x)
         if level < len(widths) - 1:
@@ -171,8 +184,8 @@ def _trunk(x, time, context, c):
     x = block("mid_0", x, dim, attends=True)
     x = block("mid_1", x, dim)
     for level, dim in reversed(list(enumerate(widths))):
-        for i in range(c["num_blocks"] + 1):
-            join = layers.Concatenate(dtype=c["dtype"], name=f"join_{level}_{i}")
+        for i in range(c.num_blocks + 1):
+            join = layers.Concatenate(dtype=c.dtype, name=f"join_{level}_{i}")
             x = block(f"up_{level}_{i}", join([x, outputs.pop()]), dim, level in levels)
         if level:
             x = block(f"up_{level}_double", x, dim, resample="up")

@@ -1,13 +1,19 @@
 """U-ViT: a vision transformer whose inputs are all tokens and whose layers are joined in a U."""
 
+import dataclasses
+
 import keras
 from keras import layers, ops
 
 from keras_uvit.networks import layers as parts
 from keras_uvit.networks import patches
-from keras_uvit.networks.basics import DType
-from keras_uvit.networks.network import Network, config_of, inputs_of, label_embedding
-from keras_uvit.types import Config
+from keras_uvit.networks.network import (
+    Network,
+    NetworkConfig,
+    arguments_of,
+    inputs_of,
+    label_embedding,
+)
 
 CHOICES = {
     "skip": (*parts.SKIPS, None),
@@ -54,6 +60,81 @@ SPLITS: dict[str, tuple[int | None, int | None]] = {
     r"feature_conv/kernel": (3, None),  # (3, 3, D, D)
     r"output_conv/kernel": (None, None),  # (3, 3, C, C); of a U-Net (3, 3, D, C): small
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class UViTConfig(NetworkConfig):
+    """The arguments of `UViT`, which explains them.
+
+    Raises:
+        ValueError: if an argument does not fit; the message names values that do.
+    """
+
+    image_shape: tuple[int, int, int]
+    patch_size: int = 2
+    hidden_dim: int = 512
+    num_layers: int = 13
+    num_heads: int = 8
+    mlp_dim: int | None = None
+    skip: str | None = "concat"
+    time: str = "token"
+    time_mlp: bool = False
+    qkv_bias: bool = False
+    output_conv: bool | str = True
+    position: str | None = "learned"
+    patch_embed: str = "linear"
+    qk_norm: bool = False
+    skip_norm: bool = False
+    norm: str = "layer"
+    mlp: str = "gelu"
+    remat: bool = False
+    name: str = dataclasses.field(default="uvit", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shape, patch, dim = self.image_shape, self.patch_size, self.hidden_dim
+        if patch < 1 or shape[0] % patch or shape[1] % patch:
+            near = [n for n in range(1, min(shape[:2]) + 1) if shape[0] % n == shape[1] % n == 0]
+            sizes = tuple(max(patch, round(n / max(patch, 1)) * patch) for n in shape[:2])
+            raise ValueError(
+                f"patch_size={patch} does not divide image_shape={shape}. Patch sizes that do: "
+                f"{near}; the nearest image size for patch_size={patch} is {sizes}."
+            )
+        if self.num_layers < 1 or self.num_layers % 2 == 0:
+            raise ValueError(
+                "num_layers counts every block, the middle one too, so it must be odd (the "
+                f"published `depth` + 1). Received: {self.num_layers}; use "
+                f"{max(self.num_layers - 1, 1)} or {self.num_layers + 1}."
+            )
+        if self.num_heads < 1 or dim % self.num_heads:
+            near = [n for n in range(1, dim + 1) if dim % n == 0]
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide hidden_dim={dim}. Head counts that "
+                f"do: {near}."
+            )
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"{key} must be one of {allowed}. Received: {getattr(self, key)!r}."
+                )
+        if self.skip_norm and self.skip is None:
+            raise ValueError(
+                "skip_norm=True norms what the long skips join, and skip=None has none. Received "
+                f"both; leave skip_norm out, or choose skip from {parts.SKIPS}."
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The rows and columns of patches."""
+        height, width, _ = self.image_shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image: patches, context, time and label."""
+        extras = (self.time == "token") + (self.num_classes is not None)
+        context = self.context_shape[0] if self.context_shape else 0
+        return self.grid[0] * self.grid[1] + extras + context
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
@@ -119,106 +200,48 @@ class UViT(Network):
         (None, 8, 8, 1)
     """
 
-    def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        patch_size: int = 2,
-        hidden_dim: int = 512,
-        num_layers: int = 13,
-        num_heads: int = 8,
-        mlp_dim: int | None = None,
-        num_classes: int | None = None,
-        null_label: bool = True,
-        context_shape: tuple[int, int] | None = None,
-        skip: str | None = "concat",
-        time: str = "token",
-        time_mlp: bool = False,
-        qkv_bias: bool = False,
-        output_conv: bool | str = True,
-        position: str | None = "learned",
-        patch_embed: str = "linear",
-        qk_norm: bool = False,
-        skip_norm: bool = False,
-        norm: str = "layer",
-        mlp: str = "gelu",
-        remat: bool = False,
-        dtype: DType | None = None,
-        name: str = "uvit",
-    ) -> None:
-        config = config_of(locals())
-        _check(config)
+    @arguments_of(UViTConfig)
+    def __init__(self, config: UViTConfig) -> None:
         super().__init__(config, *_build(config))
-
-
-def _check(config):
-    shape, patch = config["image_shape"], config["patch_size"]
-    if patch < 1 or shape[0] % patch or shape[1] % patch:
-        near = [n for n in range(1, min(shape[:2]) + 1) if shape[0] % n == shape[1] % n == 0]
-        sizes = tuple(max(patch, round(n / max(patch, 1)) * patch) for n in shape[:2])
-        raise ValueError(
-            f"patch_size={patch} does not divide image_shape={shape}. Patch sizes that do: {near}; "
-            f"the nearest image size for patch_size={patch} is {sizes}."
-        )
-    layers_count, heads, dim = config["num_layers"], config["num_heads"], config["hidden_dim"]
-    if layers_count < 1 or layers_count % 2 == 0:
-        raise ValueError(
-            "num_layers counts every block, the middle one too, so it must be odd (the published "
-            f"`depth` + 1). Received: {layers_count}; use {max(layers_count - 1, 1)} or "
-            f"{layers_count + 1}."
-        )
-    if heads < 1 or dim % heads:
-        near = [n for n in range(1, dim + 1) if dim % n == 0]
-        raise ValueError(
-            f"num_heads={heads} does not divide hidden_dim={dim}. Head counts that do: {near}."
-        )
-    for key, allowed in CHOICES.items():
-        if config[key] not in allowed:
-            raise ValueError(f"{key} must be one of {allowed}. Received: {config[key]!r}.")
-    if config["skip_norm"] and config["skip"] is None:
-        raise ValueError(
-            "skip_norm=True norms what the long skips join, and skip=None has none. Received both; "
-            f"leave skip_norm out, or choose skip from {parts.SKIPS}."
-        )
 
 
 def _build(c):
     """Inputs and output of the functional graph for a checked config."""
-    dtype, dim, adaln = c["dtype"], c["hidden_dim"], c["time"] == "adaln"
-    (height, width, channels), patch = c["image_shape"], c["patch_size"]
-    grid = (height // patch, width // patch)
+    dtype, dim, adaln = c.dtype, c.hidden_dim, c.time == "adaln"
+    grid, patch, channels = c.grid, c.patch_size, c.image_shape[-1]
     inputs = inputs_of(c)
-    embed = patches.PatchEmbedding if c["patch_embed"] == "linear" else patches.ConvPatchEmbedding
+    embed = patches.PatchEmbedding if c.patch_embed == "linear" else patches.ConvPatchEmbedding
     tokens = [embed(dim, patch, dtype=dtype, name="patch_embed")(inputs["image"])]
-    if c["context_shape"]:
+    if c.context_shape:
         tokens.insert(0, parts.dense(dim, dtype, "context_embed")(inputs["context"]))
     time = parts.TimeEmbedding(dim, dtype=dtype, name="time_embed")(inputs["timestep"])
-    if c["time_mlp"]:
+    if c.time_mlp:
         hidden = parts.dense(4 * dim, dtype, "time_mlp_in")(time)
         time = parts.dense(dim, dtype, "time_mlp_out")(ops.silu(hidden))
     if not adaln:
         tokens.insert(0, layers.Reshape((1, dim), dtype=dtype, name="time_token")(time))
-    if c["num_classes"] is not None:
-        label = label_embedding(c, dim)(inputs["label"])
+    if c.num_classes is not None:
+        label = label_embedding(c, c.num_classes, dim)(inputs["label"])
         tokens.insert(0, layers.Reshape((1, dim), dtype=dtype, name="label_token")(label))
     x = tokens[0]
     if len(tokens) > 1:
         x = layers.Concatenate(axis=1, dtype=dtype, name="tokens")(tokens)  # (B, L, D)
-    if c["position"] == "learned":
+    if c.position == "learned":
         x = parts.PositionEmbedding(dtype=dtype, name="position")(x)
-    elif c["position"] == "sinusoidal":
+    elif c.position == "sinusoidal":
         x = parts.SinusoidalPositions(grid, dtype=dtype, name="position")(x)
-    x = _trunk(x, time, c, grid if c["position"] == "rotary" else None)
+    x = _trunk(x, time, c, grid if c.position == "rotary" else None)
     # The norm and the head work token by token, so the extra tokens are dropped before them.
     extras = x.shape[1] - grid[0] * grid[1]
     x = layers.Cropping1D((extras, 0), dtype=dtype, name="patches")(x)
-    x = parts.NORMS[c["norm"]](dtype, "norm")(x)
-    if c["output_conv"] == "before":
+    x = parts.NORMS[c.norm](dtype, "norm")(x)
+    if c.output_conv == "before":
         x = layers.Reshape((*grid, dim), dtype=dtype, name="feature_map")(x)
         x = _smoothing(dim, dtype, "feature_conv")(x)
         x = layers.Reshape((-1, dim), dtype=dtype, name="features")(x)
     x = parts.dense(patch * patch * channels, dtype, "head")(x)
-    x = patches.Unpatchify(patch, c["image_shape"], dtype=dtype, name="unpatchify")(x)
-    if c["output_conv"] is True:
+    x = patches.Unpatchify(patch, c.image_shape, dtype=dtype, name="unpatchify")(x)
+    if c.output_conv is True:
         x = _smoothing(channels, "float32", "output_conv")(x)
     return inputs, layers.Activation("linear", dtype="float32", name="output")(x)
 
@@ -239,21 +262,20 @@ def _smoothing(channels, dtype, name):
 
 def _trunk(x, time, c, grid):
     """The U of blocks: shallow ones, the middle one, deep ones joined by long skips."""
-    adaln, half = c["time"] == "adaln", c["num_layers"] // 2
-    mlp_dim = c["mlp_dim"] or 4 * c["hidden_dim"]
+    adaln, half = c.time == "adaln", c.num_layers // 2
 
     def block(name, x):
         layer = parts.TransformerBlock(
-            c["num_heads"],
-            mlp_dim,
-            c["qkv_bias"],
-            adaln,
-            c["qk_norm"],
-            c["remat"],
-            c["norm"],
-            c["mlp"],
-            grid,
-            dtype=c["dtype"],
+            num_heads=c.num_heads,
+            mlp_dim=c.mlp_dim or 4 * c.hidden_dim,
+            qkv_bias=c.qkv_bias,
+            adaln=adaln,
+            qk_norm=c.qk_norm,
+            remat=c.remat,
+            norm=c.norm,
+            mlp=c.mlp,
+            grid=grid,
+            dtype=c.dtype,
             name=name,
         )
         return layer(x, time) if adaln else layer(x)
@@ -264,23 +286,8 @@ def _trunk(x, time, c, grid):
         shallow.append(x)
     x = block("mid_block", x)
     for i in range(half):
-        if c["skip"] is not None:
-            skip = parts.LongSkip(
-                c["skip"], c["skip_norm"], c["remat"], dtype=c["dtype"], name=f"skip_{i}"
-            )
+        if c.skip is not None:
+            skip = parts.LongSkip(c.skip, c.skip_norm, c.remat, dtype=c.dtype, name=f"skip_{i}")
             x = skip(x, shallow.pop())
         x = block(f"out_block_{i}", x)
     return x
-
-
-def num_tokens(config: Config) -> int:
-    """Tokens of one image: patches, context, time and label.
-
-    Args:
-        config: all arguments of `UViT`, such as `network.config`.
-    """
-    height, width, _ = config["image_shape"]
-    extras = (config["time"] == "token") + (config["num_classes"] is not None)
-    context = config["context_shape"][0] if config["context_shape"] else 0
-    patch = config["patch_size"]
-    return (height // patch) * (width // patch) + extras + context

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import keras
 
+from keras_uvit.private import built_for, layers_in
 from keras_uvit.training.optimizers import unscaled
 
 
@@ -20,13 +21,13 @@ def freeze(network: keras.Model, paths: Collection[str]) -> None:
 
 def _parts(network):
     """From the outside in, because a layer passes on to its parts what is set on it."""
-    parts = [*network._flatten_layers(), *network.weights]
+    parts = [*layers_in(network), *network.weights]
     return [part for part in parts if part.path]  # such as inputs have none
 
 
 def check_compiled(model: keras.Model) -> None:
     """Raises unless the optimizer was built for the weights that are trained now."""
-    built = unscaled(model.optimizer)._trainable_variables
+    built = built_for(unscaled(model.optimizer))
     if [v.path for v in built] != [v.path for v in model.trainable_variables]:
         raise ValueError(
             f"The optimizer was built for {len(built)} weights, and the model now trains "

@@ -16,6 +16,7 @@ from keras_uvit.diffusion.schedules import VPLinear
 from keras_uvit.encoders import compatibility, holder
 from keras_uvit.inference import own_defaults
 from keras_uvit.networks.network import check_copy, copy_of
+from keras_uvit.private import loss_mean
 from keras_uvit.training import arguments, batches, draws, fit, frozen, optimizers
 from keras_uvit.training.batches import Batch
 from keras_uvit.training.checkpoints import atomically
@@ -488,7 +489,7 @@ class DiffusionModel(keras.Model):
     def report(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
         """Logs of a training step; skipped steps do not enter the means."""
         ok = ops.logical_and(ops.isfinite(norm), ops.isfinite(loss))
-        means = {"loss": self._loss_tracker, "grad_norm": self.norm_tracker}
+        means = {"loss": loss_mean(self), "grad_norm": self.norm_tracker}
         for tracker, value in zip(means.values(), (loss, norm)):
             tracker.update_state(ops.where(ok, value, 0.0), ops.cast(ok, "float32"))
         return {
@@ -500,8 +501,9 @@ class DiffusionModel(keras.Model):
         }
 
     def test_report(self, batch: Batch, loss: Tensor) -> dict[str, Tensor]:
-        self._loss_tracker.update_state(loss, ops.shape(next(iter(batch.values())))[0])
-        return {"loss": self._loss_tracker.result()}
+        mean = loss_mean(self)
+        mean.update_state(loss, ops.shape(next(iter(batch.values())))[0])
+        return {"loss": mean.result()}
 
     # Sampling and files ---------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend
+from keras_uvit.private import decays
 from keras_uvit.types import Config, Tensor
 
 MAX_RATE = 2e-3
@@ -177,7 +178,7 @@ def without_decay(model: keras.Model) -> list[str]:
     optimizer = unscaled(model.optimizer)
     if not getattr(optimizer, "weight_decay", None):
         return []
-    return [v.path for v in model.trainable_variables if not optimizer._use_weight_decay(v)]
+    return [v.path for v in model.trainable_variables if not decays(optimizer, v)]
 
 
 def exclude(model: keras.Model, optimizer: Any, paths: Collection[str]) -> None:
