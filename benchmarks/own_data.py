@@ -129,8 +129,9 @@ def run(name, task, seed, options, judge):
     )
     steps = options.steps * BATCH // batch
     if "network" in change or "patches" in change:  # another cost a step: as long as the base
-        ours, base = (
-            own_data.seconds_per_step(make(train, c, seed, 100), own_data.facts_of(photos))
+        facts = own_data.facts_of(photos)
+        ours, base = (  # of CPU time, which other work does not disturb
+            own_data.seconds_per_step(make(train, c, seed, 100), facts, time.process_time)
             for c in (change, {})
         )
         steps = round(steps * base / ours)

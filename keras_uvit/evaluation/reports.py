@@ -96,7 +96,8 @@ def report(
     if asked is not None:
         say("2/4 Training a classifier on the real pictures, or taking the one that is there")
         judge = _classifier(images, labels, second, model.network.num_classes, folder, seed)
-        real, floor = judge.features(images[second]), judge.features(images[first])
+        # As many as are drawn: the distance of fewer images is larger, whatever they show.
+        real, floor = judge.features(images[second]), judge.features(images[first[:num_images]])
         drawn = judge.features(samples)
         found |= {
             "agreement": (judge.classes(samples) == asked).mean(),
@@ -110,7 +111,7 @@ def report(
     pixels = _shrunk(samples)
     found |= {
         "distance_pixels": frechet_distance(pixels, small["real"]),
-        "distance_pixels_floor": frechet_distance(small["train"], small["real"]),
+        "distance_pixels_floor": frechet_distance(small["train"][:num_images], small["real"]),
     }
     every = _shrunk(images)
     nearest, gaps = _nearest(pixels[:SHOWN], every)
