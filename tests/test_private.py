@@ -22,6 +22,8 @@ KERAS = {
     "_loss_tracker": (keras.Model.compile, "private.loss_mean: the mean that the bar shows"),
     "_use_cached_eval_dataset": (keras.Model.fit, "evaluate: whether `fit` is who calls it"),
 }
+# What `DiffusionModel` overrides, so that Keras calls it there.
+OVERRIDDEN = {"tensorflow": "_maybe_symbolic_build", "torch": "_should_torch_compile"}
 TORCH = {
     "_foreach_norm": "the norm of all gradients at once",
     "_foreach_lerp_": "the moving average of all weights at once",
@@ -51,6 +53,13 @@ def test_pytorch_still_has_it():
     optimizer.build([])
     for name in OPTIMIZER:
         assert hasattr(optimizer, name), f"Keras' AdamW for PyTorch has no {name} any more."
+
+
+@pytest.mark.each_backend
+@pytest.mark.skipif(keras.config.backend() == "jax", reason="nothing is overridden there")
+def test_keras_still_calls_what_is_overridden():
+    name = OVERRIDDEN[keras.config.backend()]
+    assert hasattr(keras.Model, name), f"Keras does not call {name} any more."
 
 
 def test_no_other_private_name_is_used():
