@@ -11,15 +11,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from caches import grey, read_cache, write_cache
 from PIL import Image
+from tiny import refused
 
-from keras_uvit import DiffusionModel, UViT, data
-from keras_uvit.data import LatentDataset, tfds_images, tfds_source
+from keras_uvit import data
+from keras_uvit.data import tfds_images, tfds_source
 from keras_uvit.encoders import SpaceToDepth
 
 pytestmark = pytest.mark.once
-
-BACKEND = keras.config.backend()
 
 
 @pytest.fixture
@@ -29,14 +29,9 @@ def mocked(tmp_path):
         yield {"data_dir": tmp_path}
 
 
-def _originals(name, crop=None):
-    """The mocked images, straight from the data set."""
-    builder = tfds.builder(name, file_format="array_record")
-    images = [np.asarray(record["image"]) for record in builder.as_data_source("train")]
-    if crop is not None:
-        top, left, height, width = crop
-        images = [image[top : top + height, left : left + width] for image in images]
-    return images
+def _records(name):
+    """The mocked records, straight from the data set."""
+    return list(tfds.builder(name, file_format="array_record").as_data_source("train"))
 
 
 # Sets of images -----------------------------------------------------------------------------------
@@ -44,89 +39,15 @@ def _originals(name, crop=None):
 
 def test_images_and_labels_are_those_of_the_set(mocked):
     source = tfds_source("cifar10", **mocked)
-    records = list(tfds.builder("cifar10", file_format="array_record").as_data_source("train"))
     assert (source.name, len(source)) == ("tfds:cifar10/train", 6)
     assert (source.shape, source.num_classes) == ((32, 32, 3), 10)
     assert len(source.class_names) == 10
-    for i, record in enumerate(records):
+    for i, record in enumerate(_records("cifar10")):
         sample = source.read(i)
         assert sample["image"].dtype == np.uint8
         np.testing.assert_array_equal(sample["image"], record["image"])
         assert sample["label"] == record["label"]
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "num_classes"),
-    [
-        ("cifar10", None, 10),
-        ("imagenet_resized/64x64", None, 1000),
-        ("downsampled_imagenet/64x64", 64, None),
-        ("celeb_a_hq/256", None, None),
-        ("celeb_a", None, None),
-        ("imagenet2012", 48, 1000),
-    ],
-)
-def test_a_set_has_labels_where_it_has_classes(mocked, name, size, num_classes):
-    source = tfds_source(name, image_size=size, **mocked)
-    assert source.num_classes == num_classes
-    assert (source.class_names is None) == (num_classes is None)
-    for i in range(len(source)):
-        sample = source.read(i)
-        assert sample["image"].shape == source.shape
-        assert ("label" in sample) == (num_classes is not None)
-        assert num_classes is None or 0 <= sample["label"] < num_classes
-
-
-def test_labels_can_be_left_out(mocked):
-    source = tfds_source("cifar10", labels=None, **mocked)
-    assert (source.num_classes, source.class_names) == (None, None)
-    assert sorted(source.read(0)) == ["image"]
-
-
-def test_the_papers_crop_of_celeba_is_its_middle_and_halved(mocked):
-    crop = (57, 25, 128, 128)
-    source = tfds_source("celeb_a", image_size=64, crop=crop, **mocked)
-    assert source.shape == (64, 64, 3)
-    for i, original in enumerate(_originals("celeb_a", crop)):
-        halved = original.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
-        # Pillow's box filter goes along rows, then columns, and rounds each time.
-        np.testing.assert_allclose(source.read(i)["image"], halved, atol=1)
-
-
-def test_a_crop_of_the_final_size_is_the_pixels_themselves(mocked):
-    crop = (57, 25, 128, 96)
-    source = tfds_source("celeb_a", image_size=(128, 96), crop=crop, **mocked)
-    for i, original in enumerate(_originals("celeb_a", crop)):
-        np.testing.assert_array_equal(source.read(i)["image"], original)
-
-
-def test_grey_sets_stay_grey_or_get_three_equal_channels(mocked):
-    originals = _originals("mnist")
-    grey = tfds_source("mnist", channels=1, **mocked)
-    colour = tfds_source("mnist", **mocked)
-    assert (grey.shape, colour.shape) == ((28, 28, 1), (28, 28, 3))
-    for i, original in enumerate(originals):
-        np.testing.assert_array_equal(grey.read(i)["image"], original)
-        np.testing.assert_array_equal(colour.read(i)["image"], np.repeat(original, 3, axis=2))
-
-
-def test_colour_sets_can_be_made_grey(mocked):
-    source = tfds_source("cifar10", channels=1, **mocked)
-    assert source.shape == source.read(0)["image"].shape == (32, 32, 1)
-    weights = [0.299, 0.587, 0.114]  # ITU-R 601
-    expected = _originals("cifar10")[0] @ weights
-    # Pillow computes it in integers, and rounds.
-    np.testing.assert_allclose(source.read(0)["image"][..., 0], expected, atol=1)
-
-
-def test_images_are_resized_where_a_size_is_given(mocked):
-    source = tfds_source("cifar10", image_size=(8, 16), **mocked)
-    assert source.shape == source.read(0)["image"].shape == (8, 16, 3)
-
-
-def test_a_set_in_memory_is_the_same_images(mocked):
     images = tfds_images("cifar10", batch_size=4, flip=False, seed=3, verbose=0, **mocked)
-    source = tfds_source("cifar10", **mocked)
     assert (images.num_classes, images.num_samples, len(images)) == (10, 6, 1)
     assert images.class_names == source.class_names
     for i, row in enumerate(images.rows(0, 0)):
@@ -134,61 +55,92 @@ def test_a_set_in_memory_is_the_same_images(mocked):
         assert images[0]["label"][i] == source.read(row)["label"]
 
 
-# Errors -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "num_classes"),
+    [
+        ("cifar10", {"labels": None}, (32, 32, 3), None),
+        ("cifar10", {"image_size": (8, 16)}, (8, 16, 3), 10),
+        ("imagenet_resized/64x64", {}, (64, 64, 3), 1000),
+        ("downsampled_imagenet/64x64", {"image_size": 64}, (64, 64, 3), None),
+        ("celeb_a", {}, (218, 178, 3), None),
+        ("imagenet2012", {"image_size": 48}, (48, 48, 3), 1000),
+    ],
+)
+def test_a_set_has_labels_where_it_has_classes(mocked, name, options, shape, num_classes):
+    source = tfds_source(name, **options, **mocked)
+    assert (source.shape, source.num_classes) == (shape, num_classes)
+    assert (source.class_names is None) == (num_classes is None)
+    for i in range(len(source)):
+        sample = source.read(i)
+        assert sample["image"].shape == shape
+        assert ("label" in sample) == (num_classes is not None)
+        assert num_classes is None or 0 <= sample["label"] < num_classes
+
+
+def test_the_papers_crop_of_celeba_is_its_middle_and_halved(mocked):
+    crop = dict(crop=(57, 25, 128, 128))
+    halved = tfds_source("celeb_a", image_size=64, **crop, **mocked)
+    whole = tfds_source("celeb_a", image_size=128, **crop, **mocked)
+    for i, record in enumerate(_records("celeb_a")):
+        part = np.asarray(record["image"])[57:185, 25:153]
+        np.testing.assert_array_equal(whole.read(i)["image"], part)
+        means = part.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
+        # Pillow's box filter goes along rows, then columns, and rounds each time.
+        np.testing.assert_allclose(halved.read(i)["image"], means, atol=1)
+
+
+def test_grey_sets_stay_grey_or_get_three_equal_channels(mocked):
+    grey, colour = (tfds_source("mnist", channels=k, **mocked) for k in (1, 3))
+    assert (grey.shape, colour.shape) == ((28, 28, 1), (28, 28, 3))
+    for i, record in enumerate(_records("mnist")):
+        np.testing.assert_array_equal(grey.read(i)["image"], record["image"])
+        threefold = np.repeat(record["image"], 3, axis=2)
+        np.testing.assert_array_equal(colour.read(i)["image"], threefold)
+
+
+def test_colour_sets_can_be_made_grey(mocked):
+    source = tfds_source("cifar10", channels=1, **mocked)
+    assert source.shape == source.read(0)["image"].shape == (32, 32, 1)
+    luminance = _records("cifar10")[0]["image"] @ [0.299, 0.587, 0.114]  # ITU-R 601
+    # Pillow computes it in integers, and rounds.
+    np.testing.assert_allclose(source.read(0)["image"][..., 0], luminance, atol=1)
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("cifar11", {}, ["no 'cifar11'", "list_builders"]),
+        ("imagenet_resized/7x7", {}, ["7x7", "64x64"]),
+        ("imagenet2012", {}, ["imagenet2012 differ in size", "which image_size"]),
+        ("imdb_reviews", {}, ["imdb_reviews has no images", "'text'"]),
+        ("cifar10", {"image_size": 0}, ["image_size", "0"]),
+        ("cifar10", {"crop": (0, 0, 8, 8)}, ["which image_size"]),
+        ("cifar10", {"channels": 4}, ["channels", "4"]),
+        ("cifar10", {"labels": "ids"}, ["labels", "ids"]),
+    ],
+)
+def test_sets_and_arguments_that_do_not_fit_are_refused(mocked, name, options, words):
+    refused(ValueError, lambda: tfds_source(name, **options, **mocked), *words)
 
 
 def test_a_missing_package_names_the_pip_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "keras-uvit\[tfds\]"'):
-        tfds_source("cifar10")
-
-
-def test_an_unknown_set_is_named(mocked):
-    with pytest.raises(ValueError, match="no 'cifar11'.*list_builders"):
-        tfds_source("cifar11", **mocked)
-
-
-def test_an_unknown_configuration_lists_those_there_are(mocked):
-    with pytest.raises(ValueError, match="7x7(.|\n)*64x64"):
-        tfds_source("imagenet_resized/7x7", **mocked)
-
-
-@pytest.mark.parametrize("name", ["imagenet2012", "downsampled_imagenet/64x64"])
-def test_sets_of_differing_sizes_ask_for_one(mocked, name):
-    with pytest.raises(ValueError, match=f"{name} differ in size.*which image_size"):
-        tfds_source(name, **mocked)
-
-
-def test_a_set_without_images_says_what_it_has(mocked):
-    with pytest.raises(ValueError, match=r"imdb_reviews has no images; .*'text'"):
-        tfds_source("imdb_reviews", **mocked)
-
-
-def test_a_size_that_means_nothing_is_refused(mocked):
-    with pytest.raises(ValueError, match="image_size.*0"):
-        tfds_source("cifar10", image_size=0, **mocked)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"channels": 4}, "channels must be 1 or 3.*4"), ({"labels": "ids"}, "labels must be.*ids")],
-)
-def test_arguments_that_mean_nothing_are_refused(mocked, options, message):
-    with pytest.raises(ValueError, match=message):
-        tfds_source("cifar10", **options, **mocked)
+    refused(ImportError, lambda: tfds_source("cifar10"), 'pip install "keras-uvit[tfds]"')
 
 
 def test_more_images_than_fit_in_memory_are_refused_before_reading(mocked, monkeypatch):
     monkeypatch.setattr(data.images, "MAX_BYTES", 6 * 32 * 32 * 3 - 1)
-    with pytest.raises(ValueError, match="6 images of 32x32x3 need .* GiB.*write_images"):
-        tfds_images("cifar10", batch_size=2, verbose=0, **mocked)
+    words = "6 images of 32x32x3", "write_images"
+    refused(ValueError, lambda: tfds_images("cifar10", batch_size=2, **mocked), *words)
 
 
 # ImageNet, from tar files to training -------------------------------------------------------------
 
 SYNSETS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}  # tench, goldfish, toilet tissue
-VALIDATION = [65, 970, 230]  # of the first images in the order of their names
-FIRST_VALIDATION_SYNSETS = ["n01751748", "n09193705", "n02105855"]
+FIRST_VALIDATION_SYNSETS = ["n01751748", "n09193705", "n02105855"]  # in the order of their names
 
 
 def _ramp(number):
@@ -275,15 +227,11 @@ def test_validation_labels_go_by_name_and_not_by_place_in_the_tar_file(imagenet)
 
 def test_imagenet_goes_from_tar_files_to_a_cache_of_latents(imagenet, tmp_path):
     source = tfds_source("imagenet2012", "train", 32, data_dir=imagenet)
-    autoencoder = SpaceToDepth(4)
-    content = data.write_latents(
-        source, tmp_path, autoencoder, flip=True, shard_size=4, batch_size=2, verbose=0
-    )
+    content = write_cache(tmp_path, source, SpaceToDepth(4), flip=True)
     assert (content["count"], content["source_length"]) == (18, 9)
     assert content["class_names"][:2] == list(SYNSETS)[:2]
-    batch = LatentDataset(tmp_path, 18, verbose=0)[0]
-    mean = batch["moments"][..., :48].astype("float32")
-    images = autoencoder.decode(mean)
+    batch = read_cache(tmp_path, 18)[0]
+    images = SpaceToDepth(4).decode(batch["moments"][..., :48].astype("float32"))
     for i in range(9):
         sample = source.read(i)
         # float16 has steps of 1/2048 below 1, 0.06 of a grey level.
@@ -292,19 +240,17 @@ def test_imagenet_goes_from_tar_files_to_a_cache_of_latents(imagenet, tmp_path):
         assert batch["label"][2 * i : 2 * i + 2].tolist() == [sample["label"]] * 2
 
 
-@pytest.mark.parametrize("split", ["nope", "train[:x]", "test"])
-def test_an_unknown_split_lists_those_there_are(imagenet, split):
-    with pytest.raises(ValueError, match=r"imagenet2012 has the splits \['train', 'validation'\]"):
+def test_a_split_can_be_cut_and_joined_and_an_unknown_one_is_named(imagenet):
+    whole, part, both = (
         tfds_source("imagenet2012", split, 32, data_dir=imagenet)
-
-
-def test_a_split_can_be_cut_and_joined(imagenet):
-    whole = tfds_source("imagenet2012", "train", 32, data_dir=imagenet)
-    part = tfds_source("imagenet2012", "train[2:5]", 32, data_dir=imagenet)
-    both = tfds_source("imagenet2012", "train+validation", 32, data_dir=imagenet)
+        for split in ("train", "train[2:5]", "train+validation")
+    )
     assert (len(part), len(both)) == (3, 12)
     for i in range(3):
         np.testing.assert_array_equal(part.read(i)["image"], whole.read(i + 2)["image"])
+    for split in ("nope", "train[:x]", "test"):
+        with pytest.raises(ValueError, match=r"has the splits \['train', 'validation'\]"):
+            tfds_source("imagenet2012", split, 32, data_dir=imagenet)
 
 
 def test_missing_tar_files_are_named(tmp_path):
@@ -312,10 +258,7 @@ def test_missing_tar_files_are_named(tmp_path):
         tfds_source("imagenet2012", "train", 32, data_dir=tmp_path)
 
 
-def test_what_was_prepared_is_read_without_tensorflow(imagenet, alone):
-    if BACKEND == "tensorflow":
-        pytest.skip("Keras itself needs it on this backend.")
-    code = f"""
+WITHOUT_TENSORFLOW = """
 import json, sys
 from importlib.machinery import PathFinder
 
@@ -327,31 +270,26 @@ class WithoutTensorFlow(PathFinder):  # as if it were not installed
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTensorFlow
 del sys.modules["tensorflow"]  # where `alone` has put that Keras finds none
 from keras_uvit import data
-source = data.tfds_source("imagenet2012", "train", 32, data_dir={os.fspath(imagenet)!r})
-print(json.dumps([source.read(i)["label"] for i in range(len(source))]))
+sys.modules["tensorflow_datasets"] = None
+cache = data.LatentDataset(sys.argv[2], 9, verbose=0)
+cached = cache[0]["label"].tolist()
+del sys.modules["tensorflow_datasets"]
+source = data.tfds_source("imagenet2012", "train", 32, data_dir=sys.argv[1])
+print(json.dumps([cached, [source.read(i)["label"] for i in range(len(source))]]))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=alone,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="Keras itself needs it there.")
+def test_what_was_prepared_is_read_without_tensorflow_and_a_cache_without_both(
+    imagenet, alone, tmp_path
+):
     source = tfds_source("imagenet2012", "train", 32, data_dir=imagenet)
-    assert json.loads(result.stdout) == [source.read(i)["label"] for i in range(9)]
-
-
-def test_a_model_trains_a_step_on_a_set_in_memory(imagenet):
-    images = tfds_images("imagenet2012", 8, data_dir=imagenet, batch_size=9, verbose=0)
-    network = UViT(
-        (8, 8, 3), patch_size=4, hidden_dim=8, num_layers=1, num_heads=1, num_classes=1000
-    )
-    model = DiffusionModel(network)
-    model.compile()
-    losses = model.fit(images, epochs=1, verbose=0).history["loss"]
-    assert np.isfinite(losses).all()
-    assert int(keras.ops.convert_to_numpy(model.ema_step)) == 1  # a step of the optimizer
+    write_cache(tmp_path, source)
+    command = [sys.executable, "-c", WITHOUT_TENSORFLOW, os.fspath(imagenet), os.fspath(tmp_path)]
+    result = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    labels = [source.read(i)["label"] for i in range(9)]
+    assert json.loads(result.stdout) == [labels, labels]
 
 
 # Captions -----------------------------------------------------------------------------------------
@@ -363,16 +301,12 @@ class TinyCaptions(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                    "image/filename": tfds.features.Text(),
-                    "captions": tfds.features.Sequence({"id": np.int64, "text": np.str_}),
-                }
-            ),
-        )
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "image/filename": tfds.features.Text(),
+            "captions": tfds.features.Sequence({"id": np.int64, "text": np.str_}),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples(4), "val": self._generate_examples(3)}
@@ -380,32 +314,26 @@ class TinyCaptions(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count):
         for k in range(count):
             captions = [{"id": 10 * k + j, "text": f"café {k} {j}"} for j in range(1 + k)]
-            image = np.full((20 + k, 30, 3), 50 * k, "uint8")
+            image = grey(50 * k, 20 + k, 30)
             yield k, {"image": image, "image/filename": f"{k}.jpg", "captions": captions}
 
 
-def test_captions_are_those_of_the_set(tmp_path):
+def test_captions_are_those_of_the_set_and_its_pictures_fitted_by_lanczos(tmp_path, monkeypatch):
     source = tfds_source("tiny_captions", "train+val", 16, data_dir=tmp_path)
-    assert len(source) == 7
+    assert (len(source), source.num_classes) == (7, None)
     for k in range(7):
         own = source.read(k)["image"]
         assert own.shape == (16, 16, 3)
         number = own[0, 0, 0] // 50  # records come in an order of their own
         assert source.captions[k] == [f"café {number} {j}" for j in range(1 + number)]
-    assert source.num_classes is None
-    assert (
-        tfds_source("tiny_captions", "val", 16, captions=None, data_dir=tmp_path).captions is None
-    )
     images = tfds_images("tiny_captions", 16, "val", data_dir=tmp_path, batch_size=2, verbose=0)
     assert set(images[0]) == {"image"}
-
-
-def test_captioned_pictures_are_fitted_by_lanczos(tmp_path, monkeypatch):
-    methods = []
-    fitted = data.pictures.fitted
+    plain = tfds_source("tiny_captions", "val", 16, captions=None, data_dir=tmp_path)
+    assert plain.captions is None
+    methods, fitted = [], data.pictures.fitted
     monkeypatch.setattr(
         data.pictures, "fitted", lambda *given: methods.append(given[-1]) or fitted(*given)
     )
-    for captions in ("auto", None):
-        tfds_source("tiny_captions", "val", 16, captions=captions, data_dir=tmp_path).read(0)
+    for each in (source, plain):
+        each.read(0)
     assert methods == ["lanczos", "adm"]
