@@ -41,7 +41,7 @@ def killed(path, after):
     child = os.fork()
     if not child:
         synchronize = os.fsync
-        os.fsync = lambda file: (work(), synchronize(file))  # longer in write_file
+        os.fsync = lambda file: (work(0.0005), synchronize(file))  # longer in write_file
         signal.setitimer(signal.ITIMER_PROF, after)  # whose signal nobody handles
         try:
             write(path, Slow())
@@ -72,7 +72,7 @@ clock, kills, halves, folders = random.Random(0), 0, 0, 0
 while kills < wanted:
     path, before = out / f"killed-{folders}", 0
     folders += 1
-    while killed(path, clock.uniform(0.001, 0.03)):
+    while killed(path, clock.uniform(0.005, 0.08)):
         kills += 1
         halves += path.is_dir() and any(path.glob("tmp-*"))
         now = done(path)
