@@ -73,16 +73,18 @@ def stored(folder, field="moments"):
     return np.concatenate([np.load(path) for path in sorted(Path(folder).glob(f"*-{field}.npy"))])
 
 
-def put(folder, files):
-    """Writes the files of a folder anew."""
-    for name, own in files.items():
-        (folder / name).write_bytes(own)
-
-
-def change(path, *without, **changes):
-    """Gives keys of the dict in a JSON file other values, or takes them away."""
-    about = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: about[key] for key in about if key not in without}))
+def replace(file, made):
+    """Puts other content into a file: none, bytes, or a function of its bytes or its JSON."""
+    if made is None:
+        file.unlink()
+    elif isinstance(made, bytes):
+        file.write_bytes(made)
+    elif file.suffix == ".json":
+        about = json.loads(file.read_text())
+        made(about)
+        file.write_text(json.dumps(about))
+    else:
+        file.write_bytes(made(file.read_bytes()))
 
 
 def one_bit(content, bit=None):

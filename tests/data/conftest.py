@@ -1,14 +1,14 @@
 """Finished caches and folders of pictures that several files of tests read."""
 
 import pytest
-from caches import IMAGES, content, grey, save, write_cache
+from caches import IMAGES, content, grey, save, write_captioned
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """What is in a finished cache, by name of file."""
+    """What is in a finished cache of three shards, with labels and captions, by name of file."""
     path = tmp_path_factory.mktemp("whole")
-    write_cache(path)
+    write_captioned(path)
     return content(path)
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from caches import IMAGES, change, grey, noise, save
+from caches import IMAGES, grey, noise, replace, save
 from PIL import Image
 from tiny import refused
 
@@ -64,47 +64,43 @@ def test_what_is_not_there_names_the_zip(coco, tmp_path):
 
 def _without(part, key):
     """COCO's content without the records of picture 5 in a part."""
-    return lambda content: {part: [record for record in content[part] if record[key] != 5]}
+    return lambda content: content.update({part: [r for r in content[part] if r[key] != 5]})
 
 
 def _lacking(part, key):
-    """Without a key of a record."""
-    return lambda content: {part: [content[part][0], {**content[part][1], key: None}]}
+    return lambda content: content[part][1].pop(key)
+
+
+def _as_texts(content):
+    for image in content["images"]:
+        image["id"] = str(image["id"])
 
 
 # What a file of annotations holds instead, or how its content is changed, and what is said of it.
 ANNOTATIONS = [
-    ("", "damaged"),
-    ("{", "damaged"),
-    ("[]", "expected an object"),
-    ("{}", 'expected a list "images"'),
-    ('{"images": 3}', 'expected a list "images"'),
-    ('{"images": [], "annotations": []}', "no picture"),
-    ('{"images": [3], "annotations": []}', "record 0"),
-    ('{"images": [{"id": 1, "file_name": 7}], "annotations": []}', "record 0"),
-    ('{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}', "None"),
+    (b"", "damaged"),
+    (b"{", "damaged"),
+    (b"[]", "expected an object"),
+    (b"{}", 'expected a list "images"'),
+    (b'{"images": 3}', 'expected a list "images"'),
+    (b'{"images": [], "annotations": []}', "no picture"),
+    (b'{"images": [3], "annotations": []}', "record 0"),
+    (b'{"images": [{"id": 1, "file_name": 7}], "annotations": []}', "record 0"),
+    (b'{"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}', "None"),
     (_without("images", "id"), "caption of image_id 5"),
     (_without("annotations", "image_id"), "000000000005.jpg has no caption"),
     (_lacking("images", "id"), 'record 1 of "images" lacks'),
     (_lacking("images", "file_name"), 'record 1 of "images" lacks'),
     (_lacking("annotations", "image_id"), 'record 1 of "annotations" lacks'),
     (_lacking("annotations", "caption"), 'record 1 of "annotations" lacks'),
-    (
-        lambda content: {
-            "images": [{**image, "id": str(image["id"])} for image in content["images"]]
-        },
-        "no record with this id among its 3",
-    ),
+    (_as_texts, "no record with this id among its 3"),
 ]
 
 
 @pytest.mark.parametrize(("content", "word"), ANNOTATIONS)
 def test_damaged_or_cut_down_annotations_are_named(coco, content, word):
     file = coco / "annotations" / "captions_train2014.json"
-    if isinstance(content, str):
-        file.write_text(content)
-    else:
-        change(file, **content(json.loads(file.read_text())))
+    replace(file, content)
     refused(ValueError, lambda: captioned.coco(coco), word)
 
 

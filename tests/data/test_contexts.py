@@ -10,7 +10,7 @@ from tiny import numpy, refused, uvit
 from words import Words
 
 from keras_uvit import DiffusionModel
-from keras_uvit.data import LatentDataset, image_shards, sources, writing
+from keras_uvit.data import LatentDataset, image_shards, sources, write_images
 from keras_uvit.data.contexts import Contexts
 from keras_uvit.data.images import in_memory
 from keras_uvit.data.manifest import read_manifest
@@ -27,7 +27,7 @@ def half(captions):
 
 def write_pixels(path):
     options = dict(text_encoder=Words(), shard_size=4, verbose=0)
-    writing.write_images(sources.arrays(CAPTIONED), path, **options)
+    write_images(sources.arrays(CAPTIONED), path, **options)
 
 
 def test_every_caption_is_kept_in_half_precision(tmp_path):
@@ -123,24 +123,6 @@ def test_damaged_images_take_their_captions_along(tmp_path):
     assert contexts.rows[:, 1].tolist() == [*EACH[:1], *EACH[2:6], *EACH[7:]]
     first = contexts.array[contexts.rows[1, 0]]
     np.testing.assert_array_equal(first, half(CAPTIONS[2][:1])[0])
-
-
-def test_a_disk_must_hold_the_contexts_too_and_their_size_is_said_first(
-    tmp_path, monkeypatch, capsys
-):
-    moments, contexts = 10 * 2 * 3 * 24 * 2, (sum(COUNTS) + 3) * 6 * 2
-
-    def free(size):
-        usage = type("Usage", (), {"free": size})
-        monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage)
-
-    free(moments + contexts - 1)
-    refused(OSError, lambda: write_captioned(tmp_path), "Nothing was encoded")
-    free(moments + contexts)
-    write_captioned(tmp_path, verbose=1)
-    said = capsys.readouterr().out
-    assert "GB float16 moments" in said
-    assert f"GB float16 contexts of {sum(COUNTS)} captions" in said
 
 
 def test_a_model_trains_on_a_captioned_cache(tmp_path):

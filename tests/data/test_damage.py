@@ -1,12 +1,11 @@
 """Damaged caches: whatever is damaged is named, and the same run again mends just that."""
 
-import json
 import os
 
 import caches
 import numpy as np
 import pytest
-from caches import content, one_bit, read_cache, times, write_captioned
+from caches import content, one_bit, read_cache, replace, times, write_captioned
 from tiny import refused
 
 from keras_uvit.data.manifest import CacheError
@@ -14,18 +13,11 @@ from keras_uvit.data.manifest import CacheError
 pytestmark = pytest.mark.once
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """What is in a finished cache of three shards, with labels and captions."""
-    path = tmp_path_factory.mktemp("sound")
-    write_captioned(path)
-    return content(path)
-
-
 @pytest.fixture
-def cache(sound, tmp_path):
-    """Such a cache, to be damaged."""
-    caches.put(tmp_path, sound)
+def cache(whole, tmp_path):
+    """A finished cache, to be damaged."""
+    for name, own in whole.items():
+        (tmp_path / name).write_bytes(own)
     return tmp_path
 
 
@@ -34,20 +26,6 @@ def _mended(folder):
     autoencoder = caches.Counting()
     write_captioned(folder, autoencoder=autoencoder)
     return autoencoder.count
-
-
-def _replace(file, made):
-    """A file with other content: None, bytes, or a function of its bytes or of its JSON."""
-    if made is None:
-        file.unlink()
-    elif isinstance(made, bytes):
-        file.write_bytes(made)
-    elif file.suffix == ".json":
-        about = json.loads(file.read_text())
-        made(about)
-        file.write_text(json.dumps(about))
-    else:
-        file.write_bytes(made(file.read_bytes()))
 
 
 # Arrays of shards ---------------------------------------------------------------------------------
@@ -66,10 +44,10 @@ ARRAYS = {
 
 @pytest.mark.parametrize("damage", ARRAYS)
 @pytest.mark.parametrize("field", ["moments", "label", "context", "captions"])
-def test_a_damaged_array_is_named_and_only_its_shard_made_again(cache, sound, field, damage):
+def test_a_damaged_array_is_named_and_only_its_shard_made_again(cache, whole, field, damage):
     made, checked, unchecked = ARRAYS[damage]
     name = f"00001-{field}.npy"
-    _replace(cache / name, made)
+    replace(cache / name, made)
     refused(CacheError, lambda: read_cache(cache), name, checked, "just that shard")
     if unchecked is None:
         read_cache(cache, verify=False)
@@ -78,7 +56,7 @@ def test_a_damaged_array_is_named_and_only_its_shard_made_again(cache, sound, fi
         refused(CacheError, lambda: read_cache(cache, verify=False), *words)
     others = times(cache, "0000[02]*")
     assert _mended(cache) == 4
-    assert content(cache) == sound
+    assert content(cache) == whole
     assert times(cache, "0000[02]*") == others
     read_cache(cache)
 
@@ -98,7 +76,9 @@ def test_a_flipped_bit_in_a_header_is_an_error_or_does_no_harm_without_checksums
     for bit in range(8 * 128):
         file.write_bytes(one_bit(array, bit))
         try:
-            rows = read_cache(cache, captions=None, verify=False).arrays["moments"][4:8]
+            rows = read_cache(cache, labels=None, captions=None, verify=False).arrays["moments"][
+                4:8
+            ]
         except CacheError:
             rows = expected
         np.testing.assert_array_equal(rows, expected)
@@ -142,7 +122,7 @@ def test_captions_beyond_their_shard_are_refused_even_without_checksums(cache, r
 
 
 def test_while_a_damaged_shard_is_made_again_the_cache_is_unfinished(cache):
-    _replace(cache / "00001-moments.npy", one_bit)
+    replace(cache / "00001-moments.npy", one_bit)
     seen = []
 
     class Looking(caches.Counting):
@@ -172,10 +152,10 @@ def test_while_a_damaged_shard_is_made_again_the_cache_is_unfinished(cache):
         lambda record: record["files"]["label"].update(file="no.npy"),
     ],
 )
-def test_a_shard_whose_record_is_damaged_is_made_again(cache, sound, made):
-    _replace(cache / "00001.json", made)
+def test_a_shard_whose_record_is_damaged_is_made_again(cache, whole, made):
+    replace(cache / "00001.json", made)
     assert _mended(cache) == 4
-    assert content(cache) == sound
+    assert content(cache) == whole
 
 
 DAMAGED = "manifest.json is damaged"
@@ -209,38 +189,39 @@ DAMAGED = "manifest.json is damaged"
         (lambda about: about["shards"][1]["files"].pop("context"), [DAMAGED, "has no context"]),
     ],
 )
-def test_a_damaged_manifest_is_named_and_written_again(cache, sound, made, words):
-    _replace(cache / "manifest.json", made)
+def test_a_damaged_manifest_is_named_and_written_again(cache, whole, made, words):
+    replace(cache / "manifest.json", made)
     refused(CacheError, lambda: read_cache(cache, verify=False), *words)
     assert _mended(cache) == 0
-    assert content(cache) == sound
+    assert content(cache) == whole
 
 
 @pytest.mark.parametrize(
     ("made", "left"),
     [(b"", None), (b"{", "00001-moments.npy"), (b"[]", "tmp-123-00001-moments.npy")],
 )
-def test_a_damaged_plan_is_named_and_can_be_deleted_as_the_error_says(tmp_path, sound, made, left):
+def test_a_damaged_plan_is_named_and_can_be_deleted_as_the_error_says(tmp_path, whole, made, left):
     write_captioned(tmp_path, process=(0, 2))
     (tmp_path / "plan.json").write_bytes(made)
     for call in (lambda: write_captioned(tmp_path), lambda: read_cache(tmp_path)):
         refused(CacheError, call, "plan.json is damaged", "Delete it and run the same")
     if left:  # by a kill
-        (tmp_path / left).write_bytes(sound["00001-moments.npy"])
+        (tmp_path / left).write_bytes(whole["00001-moments.npy"])
     (tmp_path / "plan.json").unlink()
     assert _mended(tmp_path) == 4
-    assert content(tmp_path) == sound
+    assert content(tmp_path) == whole
 
 
 def test_a_plan_of_a_later_version_is_refused_but_another_release_does_not_matter(tmp_path):
-    caches.write_cache(tmp_path, process=(0, 2))
-    caches.change(tmp_path / "plan.json", version=2)
-    refused(CacheError, lambda: caches.write_cache(tmp_path), "version was 2, is 1")
-    caches.change(tmp_path / "plan.json", version=1, keras_uvit="0.0.7")
-    assert caches.write_cache(tmp_path)["keras_uvit"] == "0.0.7"
+    write_captioned(tmp_path, process=(0, 2))
+    plan = tmp_path / "plan.json"
+    replace(plan, lambda plan: plan.update(version=2))
+    refused(CacheError, lambda: write_captioned(tmp_path), "version was 2, is 1")
+    replace(plan, lambda plan: plan.update(version=1, keras_uvit="0.0.7"))
+    assert write_captioned(tmp_path)["keras_uvit"] == "0.0.7"
 
 
-def test_a_finished_cache_needs_no_plan_and_no_records(cache, sound):
+def test_a_finished_cache_needs_no_plan_and_no_records(cache):
     for path in (cache / "plan.json", *cache.glob("0000?.json")):
         path.unlink()
     assert read_cache(cache).num_samples == 10

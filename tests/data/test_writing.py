@@ -16,7 +16,7 @@ from pathlib import Path
 import caches
 import numpy as np
 import pytest
-from caches import IMAGES, LABELLED, content, read_cache, stored, write_cache, write_moments
+from caches import IMAGES, LABELLED, content, read_cache, stored, write_cache, write_captioned
 from tiny import refused
 from words import Words
 
@@ -75,7 +75,7 @@ def test_the_manifest_says_how_the_cache_was_made(tmp_path):
 
 
 def test_moments_are_stored_as_they_are_with_the_autoencoder_that_made_them(tmp_path):
-    write_moments(tmp_path / "unknown", range(10))
+    caches.write_moments(tmp_path / "unknown", range(10))
     cache = read_cache(tmp_path / "unknown", 10)
     assert cache[0]["moments"][:, 0, 0, 0].tolist() == list(range(10))
     about = (cache.scale, cache.fingerprint, cache.autoencoder_id, cache.image_size)
@@ -93,7 +93,7 @@ def test_processes_make_the_cache_of_one_and_the_last_finishes_it(tmp_path, whol
     counts = {}
     for index in order:  # one more than there are shards
         autoencoder = caches.Counting()
-        made = write_cache(tmp_path, autoencoder=autoencoder, process=(index, 4))
+        made = write_captioned(tmp_path, autoencoder=autoencoder, process=(index, 4))
         counts[index] = autoencoder.count
         done = set(range(3)) <= set(counts)
         assert (made is not None) == (tmp_path / "manifest.json").exists() == done
@@ -111,12 +111,12 @@ def test_processes_that_finish_at_the_same_time_do_not_disturb_each_other(
             monkeypatch.setattr(os, "replace", replace)
             with monkeypatch.context() as other:
                 other.setattr(os, "getpid", lambda: 1)
-                write_cache(tmp_path, process=(1, 2))  # its shards are there: it only finishes
+                write_captioned(tmp_path, process=(1, 2))  # its shards are there: it only finishes
         replace(beside, path)
 
-    write_cache(tmp_path, process=(1, 2))
+    write_captioned(tmp_path, process=(1, 2))
     monkeypatch.setattr(os, "replace", other_process_first)
-    assert write_cache(tmp_path, process=(0, 2))["count"] == 10
+    assert write_captioned(tmp_path, process=(0, 2))["count"] == 10
     assert content(tmp_path) == whole
 
 
@@ -131,7 +131,7 @@ def test_a_process_that_begins_a_moment_later_agrees(tmp_path, whole, monkeypatc
         return look(folder, plan)
 
     monkeypatch.setattr(writing, "_foreign", late)
-    write_cache(tmp_path)
+    write_captioned(tmp_path)
     assert content(tmp_path) == whole
 
 
@@ -152,17 +152,17 @@ def test_a_cache_that_was_killed_again_and_again_is_the_same_to_the_bit(tmp_path
 
 def test_a_failing_source_leaves_whole_shards_to_go_on_from(tmp_path):
     values = [*range(6), RuntimeError("the disk went away"), *range(7, 10)]
-    refused(RuntimeError, lambda: write_moments(tmp_path, values), "the disk went away")
+    refused(RuntimeError, lambda: caches.write_moments(tmp_path, values), "the disk went away")
     assert sorted(content(tmp_path)) == ["00000-moments.npy", "00000.json", "plan.json"]
     values[6] = 6
-    assert write_moments(tmp_path, values)["count"] == 10
+    assert caches.write_moments(tmp_path, values)["count"] == 10
     assert stored(tmp_path)[:, 0, 0, 0].tolist() == list(range(10))
 
 
 def test_a_finished_cache_is_left_as_it_is(tmp_path, whole):
-    write_cache(tmp_path)
+    write_captioned(tmp_path)
     before, autoencoder = caches.times(tmp_path, "0*"), caches.Counting()
-    assert write_cache(tmp_path, autoencoder=autoencoder)["count"] == 10
+    assert write_captioned(tmp_path, autoencoder=autoencoder)["count"] == 10
     assert autoencoder.count == 0
     assert caches.times(tmp_path, "0*") == before
     assert content(tmp_path) == whole
@@ -205,7 +205,9 @@ def test_a_cache_that_was_made_in_another_way_names_what_differs(tmp_path, optio
 
 def test_another_source_or_kind_of_cache_is_named(tmp_path):
     write_cache(tmp_path)
-    refused(CacheError, lambda: write_moments(tmp_path, range(10)), "source was arrays, is some")
+    refused(
+        CacheError, lambda: caches.write_moments(tmp_path, range(10)), "source was arrays, is some"
+    )
     refused(CacheError, lambda: write_images(tmp_path), "field was moments, is image")
 
 
@@ -228,30 +230,30 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path):
 
 # Disks --------------------------------------------------------------------------------------------
 
-ONE = 2 * 3 * 24 * 2  # bytes of an image's moments
 
-
-@pytest.mark.parametrize(("there", "needed"), [(0, 10), (1, 6), (2, 2)])
+@pytest.mark.parametrize(
+    ("there", "images"), [(0, range(10)), (1, range(4, 10)), (2, range(8, 10))]
+)
 @pytest.mark.parametrize("verbose", [0, 1])
 def test_what_is_missing_must_fit_the_disk_or_nothing_is_encoded(
-    tmp_path, monkeypatch, there, needed, verbose
+    tmp_path, monkeypatch, there, images, verbose
 ):
     for k in range(there):
-        write_cache(tmp_path, process=(k, 3))
+        write_captioned(tmp_path, process=(k, 3))
     before, full, autoencoder = content(tmp_path), shutil.disk_usage(tmp_path), caches.Counting()
+    contexts = sum(caches.COUNTS[k] for k in images) + 3 - there  # and the empty prompts
+    needed = len(images) * 2 * 3 * 24 * 2 + contexts * 2 * 3 * 2
 
     def write(free):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: full._replace(free=free))
-        return write_cache(tmp_path, autoencoder=autoencoder, verbose=verbose)
+        return write_captioned(tmp_path, autoencoder=autoencoder, verbose=verbose)
 
     with pytest.raises(OSError, match=f"{tmp_path} needs .* GB more.*Nothing was encoded") as error:
-        write(needed * ONE - 1)
-    assert error.value.errno == errno.ENOSPC
-    assert autoencoder.count == 0
-    assert {**content(tmp_path), **before} == content(tmp_path)
-    assert set(content(tmp_path)) - set(before) <= {"plan.json"}
-    write(needed * ONE)
-    assert autoencoder.count == needed
+        write(needed - 1)
+    assert (error.value.errno, autoencoder.count) == (errno.ENOSPC, 0)
+    assert {"plan.json": None, **content(tmp_path)} == {**content(tmp_path), **before}
+    write(needed)
+    assert autoencoder.count == len(images)
 
 
 @pytest.mark.parametrize("file", ["00001-label.npy", "00001.json"])
@@ -267,12 +269,12 @@ def test_a_disk_that_fills_up_is_named_and_the_same_run_goes_on(tmp_path, whole,
         patch.setattr(manifest, "write_file", full)
         message = f"The disk of {tmp_path} is full. Shard 00001 was not written; earlier shards"
         with pytest.raises(OSError, match=message) as error:
-            write_cache(tmp_path)
+            write_captioned(tmp_path)
     assert error.value.errno == errno.ENOSPC
     assert "00001.json" not in content(tmp_path)
     refused(CacheError, lambda: read_cache(tmp_path), "unfinished: 1 of 3 shards")
     autoencoder = caches.Counting()
-    write_cache(tmp_path, autoencoder=autoencoder)
+    write_captioned(tmp_path, autoencoder=autoencoder)
     assert autoencoder.count == 6
     assert content(tmp_path) == whole
 
@@ -281,10 +283,10 @@ def test_other_errors_of_the_disk_are_not_called_full(tmp_path, monkeypatch):
     def refuse(path, write):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    write_cache(tmp_path, process=(1, 2))
+    write_captioned(tmp_path, process=(1, 2))
     monkeypatch.setattr(manifest, "write_file", refuse)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)) as error:
-        write_cache(tmp_path)
+        write_captioned(tmp_path)
     assert error.value.errno == errno.EIO
     assert "full" not in str(error.value)
 
@@ -321,11 +323,11 @@ def test_an_array_that_does_not_fit_is_named_and_leaves_nothing_but_whole_shards
 
 @pytest.mark.parametrize("limit", [600, 1279])
 def test_an_array_whose_end_does_not_fit_is_not_taken_for_whole(tmp_path, whole, limit):
-    write_cache(tmp_path, process=(1, 2))
+    write_captioned(tmp_path, process=(1, 2))
     # Files of 1,280 bytes: their arrays wait in a buffer until the file is closed.
     with _files_of_at_most(limit), contextlib.suppress(OSError):
-        write_cache(tmp_path)
-    write_cache(tmp_path)
+        write_captioned(tmp_path)
+    write_captioned(tmp_path)
     assert content(tmp_path) == whole
 
 
@@ -357,17 +359,17 @@ def test_moments_that_cannot_be_stored_name_their_sample(tmp_path, index, bad, d
     values = [float(k) for k in range(10)]
     values[index] = bad
     words = f"Sample {index} of some", f"not finite or beyond {dtype}"
-    refused(ValueError, lambda: write_moments(tmp_path, values, dtype=dtype), *words)
+    refused(ValueError, lambda: caches.write_moments(tmp_path, values, dtype=dtype), *words)
     assert not (tmp_path / "manifest.json").exists()
     assert len(list(tmp_path.glob("0000?.json"))) == index // 4  # those before are kept
     values[index] = 1.0
-    assert write_moments(tmp_path, values, dtype=dtype)["count"] == 10
+    assert caches.write_moments(tmp_path, values, dtype=dtype)["count"] == 10
 
 
 def test_large_moments_are_stored_where_they_fit(tmp_path):
-    write_moments(tmp_path / "16", [65_472.0, -65_472.0, 6e-8])
+    caches.write_moments(tmp_path / "16", [65_472.0, -65_472.0, 6e-8])
     assert stored(tmp_path / "16")[:, 0, 0, 0].tolist() == [65_472.0, -65_472.0, 2.0**-24]
-    write_moments(tmp_path / "32", [1e30, -70_000.0], dtype="float32")
+    caches.write_moments(tmp_path / "32", [1e30, -70_000.0], dtype="float32")
     assert stored(tmp_path / "32")[:, 0, 0, 0].tolist() == [np.float32(1e30), -70_000.0]
 
 
@@ -385,7 +387,7 @@ def test_one_bad_number_of_a_mirror_image_names_the_image(tmp_path):
 
 def test_the_sample_is_named_behind_skipped_ones_too(tmp_path):
     values = [0.0, ValueError("1.png cannot be read"), 2.0, np.nan]
-    write = lambda: write_moments(tmp_path, values, batch_size=4, corrupt="skip")  # noqa: E731
+    write = lambda: caches.write_moments(tmp_path, values, batch_size=4, corrupt="skip")  # noqa: E731
     refused(ValueError, write, "Sample 3 of some")
 
 
@@ -422,7 +424,7 @@ def test_damaged_images_are_named_or_left_out_and_listed(
 
 def test_where_all_images_are_damaged_there_is_no_cache(tmp_path):
     values = [ValueError(f"{k}.png cannot be read") for k in range(10)]
-    write = lambda: write_moments(tmp_path, values, corrupt="skip")  # noqa: E731
+    write = lambda: caches.write_moments(tmp_path, values, corrupt="skip")  # noqa: E731
     refused(CacheError, write, "Not one image of some could be read")
     assert not (tmp_path / "manifest.json").exists()
     refused(CacheError, lambda: read_cache(tmp_path), "unfinished")
@@ -433,11 +435,7 @@ def test_where_all_images_are_damaged_there_is_no_cache(tmp_path):
 
 @pytest.mark.parametrize(
     ("write", "options"),
-    [
-        (write_cache, {"flip": True}),
-        (write_cache, {"dtype": "float32"}),
-        (write_images, {}),
-    ],
+    [(write_cache, {"flip": True}), (write_cache, {"dtype": "float32"}), (write_images, {})],
 )
 def test_the_printed_size_is_that_of_the_files(tmp_path, capsys, write, options):
     images = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype="uint8")
@@ -455,13 +453,19 @@ def test_the_printed_size_is_that_of_the_files(tmp_path, capsys, write, options)
 
 @pytest.mark.parametrize("verbose", [0, 1])
 def test_nothing_is_printed_unless_asked_for_and_what_is_there_is_counted(tmp_path, capfd, verbose):
-    write_cache(tmp_path / "latents", process=(0, 2), verbose=verbose)
-    write_cache(tmp_path / "latents", verbose=verbose)
+    write_captioned(tmp_path / "latents", process=(0, 2), verbose=verbose)
+    write_captioned(tmp_path / "latents", verbose=verbose)
     read_cache(tmp_path / "latents", verbose=verbose)
     write_images(tmp_path / "images", verbose=verbose)
     read_cache(tmp_path / "images", reader=data.image_shards, verbose=verbose)
     out, _ = capfd.readouterr()
-    assert bool(out) == ("2 of 3 shards are there" in out) == bool(verbose)
+    words = (
+        "2 of 3 shards are there",
+        "GB float16 moments + ",
+        f"contexts of {sum(caches.COUNTS[4:8])} captions",
+    )
+    assert all((word in out) == bool(verbose) for word in words)
+    assert bool(out) == bool(verbose)
 
 
 # Refusals -----------------------------------------------------------------------------------------
