@@ -73,31 +73,31 @@ def test_the_autoencoder_that_made_the_files_can_be_named(features, tmp_path):
     assert (cache.fingerprint, cache.image_size) == ("space-to-depth-8", [16, 24])
 
 
-@pytest.mark.parametrize("protocol", range(5))
-@pytest.mark.parametrize("label", [5, np.int64(5), np.array(5)], ids=repr)
-@pytest.mark.parametrize("content", [_pair, lambda *pair: pair], ids=["array", "tuple"])
-def test_every_protocol_that_numpy_has_saved_with_is_read(features, protocol, label, content):
-    moments = np.ascontiguousarray(MOMENTS[0].transpose(1, 2, 0)).transpose(2, 0, 1)  # a view
-    _save(features / "0.npy", content(moments, label), protocol)
-    sample = published_pickles(features, 7).read(0)
-    np.testing.assert_array_equal(sample["moments"], MOMENTS[0].transpose(1, 2, 0))
-    assert (sample["label"], type(sample["label"])) == (5, int)
-
-
-def test_moments_of_the_other_byte_order_are_read_as_they_are(features):
-    np.save(features / "3.npy", _pair(MOMENTS[3].astype(">f4"), 1))
-    moments = published_pickles(features, 7).read(3)["moments"]
-    np.testing.assert_array_equal(moments, MOMENTS[3].transpose(1, 2, 0))
-
-
-@pytest.mark.parametrize("core", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
-def test_files_of_numpy_1_and_2_are_read(features, core):
+def _numpy(core):
+    """A pair pickled by NumPy 1 or 2."""
     content = pickle.dumps(_pair(MOMENTS[0], np.int64(5)), protocol=2)  # names end with a newline
     module = np.ndarray.__reduce__(MOMENTS[0])[0].__module__.encode()
     assert module + b"\n" in content
-    _save(features / "0.npy", content.replace(module + b"\n", core + b"\n"))
+    return content.replace(module + b"\n", core + b"\n")
+
+
+VIEW = np.ascontiguousarray(MOMENTS[0].transpose(1, 2, 0)).transpose(2, 0, 1)
+PAIRS = {
+    **{f"{type(label)}": _pair(VIEW, label) for label in (5, np.int64(5), np.array(5))},
+    "a tuple": (VIEW, np.int64(5)),
+    "the other byte order": _pair(MOMENTS[0].astype(">f4"), 5),
+    "NumPy 1": _numpy(b"numpy.core.multiarray"),
+    "NumPy 2": _numpy(b"numpy._core.multiarray"),
+}
+
+
+@pytest.mark.parametrize("protocol", range(5))
+@pytest.mark.parametrize("pair", PAIRS)
+def test_whatever_numpy_has_saved_is_read(features, protocol, pair):
+    _save(features / "0.npy", PAIRS[pair], protocol)
     sample = published_pickles(features, 7).read(0)
     np.testing.assert_array_equal(sample["moments"], MOMENTS[0].transpose(1, 2, 0))
+    assert (sample["label"], type(sample["label"])) == (5, int)
 
 
 def test_threads_do_not_share_pythons_parser(features, monkeypatch):
@@ -158,19 +158,18 @@ def test_the_traps_do_spring_where_pickles_are_trusted(tmp_path):
     assert mark.exists()
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        b"cnumpy\nndarray.tofile\n.",
-        b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.__new__\x93.",
-        b"c_codecs\nopen\n.",
-        b"cbuiltins\neval\n.",
-        b"c__builtin__\neval\n.",
-        b"cnumpy\nload\n.",
-        b"\x80\x02\x82\x01.",  # a name from the extension registry
-        b"Pid\n.",  # a persistent id
-    ],
-)
+CODES = [
+    b"cnumpy\nndarray.tofile\n.",
+    b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.__new__\x93.",
+    b"c_codecs\nopen\n.",
+    b"c__builtin__\neval\n.",
+    b"cnumpy\nload\n.",
+    b"\x80\x02\x82\x01.",  # a name from the extension registry
+    b"Pid\n.",  # a persistent id
+]
+
+
+@pytest.mark.parametrize("code", CODES)
 def test_names_are_allowed_one_by_one(features, code):
     _save(features / "0.npy", code)
     refused(ValueError, lambda: published_pickles(features, 7), "0.npy is not a pickled pair")
@@ -206,16 +205,13 @@ def test_no_dtype_can_turn_bytes_into_pointers(features, dtype):
 # Damage -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gap", [0, 4])
-def test_a_missing_file_is_named(features, gap):
-    (features / f"{gap}.npy").unlink()
-    refused(ValueError, lambda: published_pickles(features, 7), f"{gap}.npy is missing")
-
-
-def test_what_is_not_there_is_named(tmp_path):
+def test_what_is_not_there_is_named(features, tmp_path):
     refused(FileNotFoundError, lambda: published_pickles(tmp_path / "nowhere"), "nowhere")
     np.save(tmp_path / "features.npy", np.zeros(3))
     refused(FileNotFoundError, lambda: published_pickles(tmp_path), "No 0.npy, 1.npy, ... in")
+    for name in ("4.npy", "0.npy"):
+        (features / name).unlink()
+        refused(ValueError, lambda: published_pickles(features), "is missing", name)
 
 
 def test_a_file_truncated_anywhere_is_named(features):
