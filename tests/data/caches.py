@@ -73,6 +73,14 @@ def stored(folder, field="moments"):
     return np.concatenate([np.load(path) for path in sorted(Path(folder).glob(f"*-{field}.npy"))])
 
 
+def assert_resumes(folder, whole, images):
+    """The same run again encodes so many images, and makes the whole cache of them."""
+    autoencoder = Counting()
+    assert write_captioned(folder, autoencoder=autoencoder)["count"] == 10
+    assert autoencoder.count == images
+    assert content(folder) == whole
+
+
 def replace(file, made):
     """Puts other content into a file: none, bytes, or a function of its bytes or its JSON."""
     if made is None:

@@ -15,9 +15,6 @@ pytestmark = pytest.mark.once
 TEXTS = {7: ["a dog", "a small dog "], 3: ["a cat"], 5: ["a bird", "birds", "a bird."]}
 
 
-# COCO ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def coco(tmp_path):
     """COCO as its zips unpack, three pictures."""
@@ -104,9 +101,6 @@ def test_damaged_or_cut_down_annotations_are_named(coco, content, word):
     refused(ValueError, lambda: captioned.coco(coco), word)
 
 
-# captions.jsonl -----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def folder(tmp_path):
     rows = []
@@ -183,9 +177,6 @@ def test_missing_captions_and_damaged_pictures_are_named(folder):
         assert len(captioned.captioned_folder(folder / "sub", 8)) == 1
 
 
-# Pairs --------------------------------------------------------------------------------------------
-
-
 def test_pairs_of_files_and_of_arrays(folder):
     pairs = [(folder / "sub" / "1.png", "one"), (str(folder / "sub" / "3.png"), ["three", "3"])]
     source = captioned.pairs(pairs, 8)
@@ -212,9 +203,6 @@ def test_pairs_of_files_and_of_arrays(folder):
 )
 def test_bad_pairs_are_refused(pairs, size, error, word):
     refused(error, lambda: captioned.pairs(pairs, size), word)
-
-
-# Prompts ------------------------------------------------------------------------------------------
 
 
 def test_random_prompts_are_one_each_of_different_pictures():

@@ -5,7 +5,7 @@ import os
 import caches
 import numpy as np
 import pytest
-from caches import content, one_bit, read_cache, replace, times, write_captioned
+from caches import assert_resumes, one_bit, read_cache, replace, times, write_captioned
 from tiny import refused
 
 from keras_uvit.data.manifest import CacheError
@@ -20,15 +20,6 @@ def cache(whole, tmp_path):
         (tmp_path / name).write_bytes(own)
     return tmp_path
 
-
-def _mended(folder):
-    """How many images the same run encodes again."""
-    autoencoder = caches.Counting()
-    write_captioned(folder, autoencoder=autoencoder)
-    return autoencoder.count
-
-
-# Arrays of shards ---------------------------------------------------------------------------------
 
 # What is in the file instead; what its reader says with checksums, and without.
 ARRAYS = {
@@ -55,8 +46,7 @@ def test_a_damaged_array_is_named_and_only_its_shard_made_again(cache, whole, fi
         words = name, unchecked, "just that shard"
         refused(CacheError, lambda: read_cache(cache, verify=False), *words)
     others = times(cache, "0000[02]*")
-    assert _mended(cache) == 4
-    assert content(cache) == whole
+    assert_resumes(cache, whole, 4)
     assert times(cache, "0000[02]*") == others
     read_cache(cache)
 
@@ -135,9 +125,6 @@ def test_while_a_damaged_shard_is_made_again_the_cache_is_unfinished(cache):
     assert seen == [3, 1]
 
 
-# Records, manifest, plan --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "made",
     [
@@ -154,8 +141,7 @@ def test_while_a_damaged_shard_is_made_again_the_cache_is_unfinished(cache):
 )
 def test_a_shard_whose_record_is_damaged_is_made_again(cache, whole, made):
     replace(cache / "00001.json", made)
-    assert _mended(cache) == 4
-    assert content(cache) == whole
+    assert_resumes(cache, whole, 4)
 
 
 DAMAGED = "manifest.json is damaged"
@@ -192,8 +178,7 @@ DAMAGED = "manifest.json is damaged"
 def test_a_damaged_manifest_is_named_and_written_again(cache, whole, made, words):
     replace(cache / "manifest.json", made)
     refused(CacheError, lambda: read_cache(cache, verify=False), *words)
-    assert _mended(cache) == 0
-    assert content(cache) == whole
+    assert_resumes(cache, whole, 0)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +193,7 @@ def test_a_damaged_plan_is_named_and_can_be_deleted_as_the_error_says(tmp_path, 
     if left:  # by a kill
         (tmp_path / left).write_bytes(whole["00001-moments.npy"])
     (tmp_path / "plan.json").unlink()
-    assert _mended(tmp_path) == 4
-    assert content(tmp_path) == whole
+    assert_resumes(tmp_path, whole, 4)
 
 
 def test_a_plan_of_a_later_version_is_refused_but_another_release_does_not_matter(tmp_path):

@@ -92,12 +92,6 @@ def test_a_size_need_not_be_square(tmp_path, size):
     np.testing.assert_array_equal(_read_one(tmp_path, size), cut)
 
 
-def test_halving_averages_blocks(tmp_path):
-    image = noise(8, 8)
-    save(tmp_path / "0.png", np.repeat(np.repeat(image, 4, axis=0), 4, axis=1))
-    np.testing.assert_array_equal(_read_one(tmp_path), image)
-
-
 @pytest.mark.parametrize(
     ("shape", "size"), [((40, 30), (16, 16)), ((33, 50), (16, 16)), ((40, 40), (8, 16))]
 )

@@ -49,9 +49,6 @@ def _convert(features, folder, autoencoder=None, **options):
     return write_cache(folder, published_pickles(features, 7), autoencoder, **options)
 
 
-# Conversion ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_cache_is_the_files_in_the_order_of_their_numbers(features, tmp_path, dtype):
     for k in (10, 11):
@@ -110,9 +107,6 @@ def test_threads_do_not_share_pythons_parser(features, monkeypatch):
 
     monkeypatch.setattr(ast, "literal_eval", parser)
     assert source.read(3)["label"] == LABELS[3]
-
-
-# Pickles that ask for more ------------------------------------------------------------------------
 
 
 class _Calls:
@@ -200,9 +194,6 @@ def test_no_dtype_can_turn_bytes_into_pointers(features, dtype):
     with contextlib.suppress(pickle.UnpicklingError):
         named = published._ArraysOnly(io.BytesIO(pickle.dumps(dtype, 2))).load()
         assert not isinstance(named, np.dtype)  # NumPy is never given the file's word
-
-
-# Damage -------------------------------------------------------------------------------------------
 
 
 def test_what_is_not_there_is_named(features, tmp_path):

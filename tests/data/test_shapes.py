@@ -94,9 +94,6 @@ def test_what_shows_not_two_things_is_not_read():
         assert shapes.read_back(image) is None
 
 
-# Scores -------------------------------------------------------------------------------------------
-
-
 def test_true_pictures_score_one_from_either_side():
     scenes = shapes.scenes(20)
     for captions in ([str(s) for s in scenes], [str(s.inverse()) for s in scenes]):
@@ -130,8 +127,6 @@ def test_shuffled_captions_score_chance():
     assert score["scene"] < 0.03
     assert score["attributes"] < 0.5
 
-
-# Refusals -----------------------------------------------------------------------------------------
 
 THING, BLACK = "a small red circle", np.zeros((2, 32, 32, 3), "uint8")
 

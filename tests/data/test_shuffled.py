@@ -28,9 +28,6 @@ def _flat(batches):
     return list(itertools.chain.from_iterable(batches))
 
 
-# A function of seed and epoch ---------------------------------------------------------------------
-
-
 def test_batches_do_not_depend_on_what_was_read_before():
     data = _dataset(n=20, batch_size=3, epoch=5)
     forward = _epoch(data)
@@ -80,27 +77,6 @@ def test_each_epoch_has_full_batches_without_repeats(n, batch_size):
     assert seen == set(range(n))
 
 
-def test_every_sample_is_left_out_equally_often():
-    n, epochs = 5, 2000
-    left_out = np.zeros(n)
-    for epoch in range(epochs):
-        left_out[list(set(range(n)) - set(_flat(_epoch(_dataset(n, 4, epoch)))))] += 1
-    # One of five an epoch: 400 +- 18 each; five deviations.
-    np.testing.assert_allclose(left_out, epochs / n, atol=90)
-
-
-def test_rows_of_a_batch_ascend_and_keys_stay_together():
-    data = _dataset(n=40, batch_size=8)
-    for i in range(len(data)):
-        batch = data[i]
-        assert (np.diff(batch["index"]) > 0).all()
-        np.testing.assert_array_equal(batch["label"], 3 * batch["index"])
-        assert batch["label"].dtype == np.int32
-
-
-# Processes ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("count", [2, 6])
 def test_the_parts_of_all_processes_are_the_batch_of_one(count):
     order = dict(n=30, batch_size=12, seed=5, epoch=3)
@@ -144,9 +120,6 @@ def test_images_are_mirrored_alike_whatever_the_number_of_processes():
 )
 def test_batches_and_processes_that_do_not_fit_are_refused(batch_size, process, words):
     refused(ValueError, lambda: _dataset(batch_size=batch_size, process=process), *words)
-
-
-# Keras' calls -------------------------------------------------------------------------------------
 
 
 def test_keras_goes_on_from_the_epoch_that_was_set():

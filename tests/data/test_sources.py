@@ -26,9 +26,6 @@ def _groups(read=_number, rows=range(20), batch_size=4, corrupt="raise"):
     return source.batches(np.array(rows), batch_size, corrupt)
 
 
-# Batches ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("batch_size", [1, 4, 1000])
 @pytest.mark.parametrize("rows", [range(20), [7, 3, 3, 19, 0], []])
 def test_batches_are_the_rows_in_their_order(rows, batch_size):
@@ -75,9 +72,6 @@ def test_several_samples_are_read_at_once(monkeypatch):
     assert len(list(_groups(read, range(2), 2))) == 1
 
 
-# Damaged samples ----------------------------------------------------------------------------------
-
-
 def _damaged(*bad, error=ValueError):
     def read(i):
         if i in bad:
@@ -103,9 +97,6 @@ def test_damaged_samples_are_handed_out_as_the_reason():
 @pytest.mark.parametrize("error", [OSError, KeyError])
 def test_other_errors_are_nobodys_damaged_sample(error):
     refused(error, lambda: list(_groups(_damaged(5, error=error), corrupt="skip")), "5.png")
-
-
-# Arrays -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", [{}, {"label": [2, 0, 1, 1, 0, 2, 0, 0, 0, 0]}])
@@ -138,18 +129,6 @@ def test_arrays_are_read_one_by_one(more):
 )
 def test_arrays_that_do_not_fit_are_refused(data, error, words):
     refused(error, lambda: sources.arrays(data), *words)
-
-
-# Folders ------------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_read_when_it_is_asked_for(tmp_path):
-    for k, image in enumerate(IMAGES):
-        save(tmp_path / f"{k}.png", image)
-    source = sources.folder(tmp_path, (4, 6))
-    (tmp_path / "3.png").write_text("changed since")
-    np.testing.assert_array_equal(source.read(2)["image"], IMAGES[2])
-    refused(ValueError, lambda: source.read(3), "3.png cannot be read")
 
 
 def test_an_image_too_large_for_pillow_is_named(numbered, monkeypatch):

@@ -11,13 +11,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from caches import grey, read_cache, write_cache
+from caches import grey, write_cache
 from PIL import Image
 from tiny import refused
 
 from keras_uvit import data
 from keras_uvit.data import tfds_images, tfds_source
-from keras_uvit.encoders import SpaceToDepth
 
 pytestmark = pytest.mark.once
 
@@ -32,9 +31,6 @@ def mocked(tmp_path):
 def _records(name):
     """The mocked records, straight from the data set."""
     return list(tfds.builder(name, file_format="array_record").as_data_source("train"))
-
-
-# Sets of images -----------------------------------------------------------------------------------
 
 
 def test_images_and_labels_are_those_of_the_set(mocked):
@@ -98,17 +94,6 @@ def test_grey_sets_stay_grey_or_get_three_equal_channels(mocked):
         np.testing.assert_array_equal(colour.read(i)["image"], threefold)
 
 
-def test_colour_sets_can_be_made_grey(mocked):
-    source = tfds_source("cifar10", channels=1, **mocked)
-    assert source.shape == source.read(0)["image"].shape == (32, 32, 1)
-    luminance = _records("cifar10")[0]["image"] @ [0.299, 0.587, 0.114]  # ITU-R 601
-    # Pillow computes it in integers, and rounds.
-    np.testing.assert_allclose(source.read(0)["image"][..., 0], luminance, atol=1)
-
-
-# Refusals -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
@@ -130,14 +115,6 @@ def test_a_missing_package_names_the_pip_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     refused(ImportError, lambda: tfds_source("cifar10"), 'pip install "keras-uvit[tfds]"')
 
-
-def test_more_images_than_fit_in_memory_are_refused_before_reading(mocked, monkeypatch):
-    monkeypatch.setattr(data.images, "MAX_BYTES", 6 * 32 * 32 * 3 - 1)
-    words = "6 images of 32x32x3", "write_images"
-    refused(ValueError, lambda: tfds_images("cifar10", batch_size=2, **mocked), *words)
-
-
-# ImageNet, from tar files to training -------------------------------------------------------------
 
 SYNSETS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}  # tench, goldfish, toilet tissue
 FIRST_VALIDATION_SYNSETS = ["n01751748", "n09193705", "n02105855"]  # in the order of their names
@@ -206,19 +183,6 @@ def test_a_split_can_be_cut_and_joined_and_an_unknown_one_is_named(imagenet):
             imagenet(split)
 
 
-def test_imagenet_goes_from_tar_files_to_a_cache_of_latents(imagenet, tmp_path):
-    source, autoencoder = imagenet("train"), SpaceToDepth(4)
-    made = write_cache(tmp_path, source, autoencoder)
-    assert (made["count"], made["class_names"][:2]) == (9, list(SYNSETS)[:2])
-    batch = read_cache(tmp_path, 9)[0]
-    images = autoencoder.decode(batch["moments"][..., :48].astype("float32"))
-    for i in range(9):
-        sample = source.read(i)
-        # float16 has steps of 1/2048 below 1, 0.06 of a grey level.
-        np.testing.assert_array_equal(images[i], sample["image"])
-        assert batch["label"][i] == sample["label"]
-
-
 def test_missing_tar_files_are_named(tmp_path):
     with pytest.raises((ValueError, OSError), match=r"downloads/manual(.|\n)*img_train\.tar"):
         tfds_source("imagenet2012", "train", 32, data_dir=tmp_path)
@@ -257,9 +221,6 @@ def test_what_was_prepared_is_read_without_tensorflow_and_a_cache_without_both(
     assert result.returncode == 0, result.stderr
     labels = [label for _, label in _numbers(source)]
     assert json.loads(result.stdout) == [labels, labels]
-
-
-# Captions -----------------------------------------------------------------------------------------
 
 
 class TinyCaptions(tfds.core.GeneratorBasedBuilder):
