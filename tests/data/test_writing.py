@@ -17,7 +17,16 @@ from pathlib import Path
 import caches
 import numpy as np
 import pytest
-from caches import IMAGES, LABELLED, content, read_cache, stored, write_cache, write_captioned
+from caches import (
+    CAPTIONED,
+    CAPTIONS,
+    IMAGES,
+    content,
+    read_cache,
+    stored,
+    write_cache,
+    write_captioned,
+)
 from tiny import refused
 from words import Words
 
@@ -30,7 +39,7 @@ from keras_uvit.encoders import SpaceToDepth
 pytestmark = pytest.mark.once
 
 
-def write_images(path, source=LABELLED, shard_size=4, verbose=0, batch_size=None, **options):
+def write_images(path, source=caches.LABELLED, shard_size=4, verbose=0, batch_size=None, **options):
     return data.write_images(source, path, shard_size=shard_size, verbose=verbose, **options)
 
 
@@ -38,28 +47,31 @@ def write_images(path, source=LABELLED, shard_size=4, verbose=0, batch_size=None
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shard_size", "batch_size"),
-    [("float32", 4, 3), ("float16", 10, 16), ("float16", 1, 1), ("float16", 100, 4)],
+    ("flip", "dtype", "shard_size", "batch_size"),
+    [
+        (False, "float32", 4, 3),
+        (False, "float16", 10, 16),
+        (False, "float16", 100, 4),
+        (True, "float16", 4, 3),
+        (True, "float16", 1, 1),
+    ],
 )
-def test_the_cache_is_the_encoded_images_in_their_order(tmp_path, dtype, shard_size, batch_size):
-    made = write_cache(tmp_path, dtype=dtype, shard_size=shard_size, batch_size=batch_size)
+def test_the_cache_is_the_encoded_images_in_their_order_each_with_its_mirror_image(
+    tmp_path, flip, dtype, shard_size, batch_size
+):
+    options = dict(flip=flip, dtype=dtype, shard_size=shard_size, batch_size=batch_size)
+    made = write_cache(tmp_path, **options)
+    images, labels = IMAGES, caches.LABELS
+    if flip:
+        images = np.stack([IMAGES, IMAGES[:, :, ::-1]], axis=1).reshape(-1, 4, 6, 3)
+        labels = np.repeat(labels, 2)
     assert stored(tmp_path).dtype == dtype
-    np.testing.assert_array_equal(stored(tmp_path), SpaceToDepth().encode(IMAGES).astype(dtype))
-    np.testing.assert_array_equal(stored(tmp_path, "label"), caches.LABELS)
+    np.testing.assert_array_equal(stored(tmp_path), SpaceToDepth().encode(images).astype(dtype))
     assert len(made["shards"]) == made["num_shards"] == math.ceil(10 / shard_size)
-    assert made["count"] == read_cache(tmp_path, 10).num_samples == 10
-
-
-@pytest.mark.parametrize(("shard_size", "batch_size"), [(4, 3), (1, 1)])
-def test_flip_stores_each_mirror_image_after_its_image(tmp_path, shard_size, batch_size):
-    made = write_cache(tmp_path, flip=True, shard_size=shard_size, batch_size=batch_size)
-    mirrored = SpaceToDepth().encode(IMAGES[:, :, ::-1]).astype("float16")
-    np.testing.assert_array_equal(stored(tmp_path)[::2], caches.MOMENTS)
-    np.testing.assert_array_equal(stored(tmp_path)[1::2], mirrored)
-    assert (made["count"], made["flip"]) == (20, "stored")
-    batch = read_cache(tmp_path, 20)[0]
+    assert (made["count"], made["flip"]) == (len(images), "stored" if flip else "none")
+    batch = read_cache(tmp_path, len(images))[0]
     np.testing.assert_array_equal(batch["moments"], stored(tmp_path))
-    np.testing.assert_array_equal(batch["label"], np.repeat(caches.LABELS, 2))
+    np.testing.assert_array_equal(batch["label"], labels)
 
 
 def test_the_manifest_says_how_the_cache_was_made(tmp_path):
@@ -169,9 +181,10 @@ def test_a_finished_cache_is_left_as_it_is(tmp_path, whole):
 
 # A folder of something else -----------------------------------------------------------------------
 
+SOME = caches.moments_source(range(10))
 OTHER_WEIGHTS = SpaceToDepth()
 OTHER_WEIGHTS.fingerprint = "0123abcd"
-EDITED = [*caches.CAPTIONS[:3], ["a better caption", *caches.CAPTIONS[3][1:]], *caches.CAPTIONS[4:]]
+EDITED = [["a better caption"], *CAPTIONS[1:]]
 
 
 @pytest.mark.parametrize(
@@ -182,19 +195,17 @@ EDITED = [*caches.CAPTIONS[:3], ["a better caption", *caches.CAPTIONS[3][1:]], *
         ({"shard_size": 5}, "shard_size was 4, is 5"),
         ({"autoencoder": SpaceToDepth(scale=0.5)}, "'scale': 0.5"),
         ({"autoencoder": OTHER_WEIGHTS}, "'0123abcd'"),
-        (
-            {"source": {"image": IMAGES[:9], "captions": caches.CAPTIONS[:9]}},
-            "source_length was 10, is 9",
-        ),
-        ({"source": {"image": IMAGES, "captions": caches.CAPTIONS}}, "num_classes was 4, is None"),
-        ({"source": {**caches.CAPTIONED, "image": IMAGES[:, :2]}}, "shape was [2, 3, 24], is"),
-        ({"source": {**caches.CAPTIONED, "captions": EDITED}}, "text was"),
+        ({"source": {"image": IMAGES[:9], "captions": CAPTIONS[:9]}}, "source_length was 10, is 9"),
+        ({"source": {"image": IMAGES, "captions": CAPTIONS}}, "num_classes was 4, is None"),
+        ({"source": {**CAPTIONED, "image": IMAGES[:, :2]}}, "shape was [2, 3, 24], is"),
+        ({"source": {**CAPTIONED, "captions": EDITED}}, "text was"),
         ({"text_encoder": Words(fingerprint="other")}, "text was"),
+        ({"source": SOME, "autoencoder": None, "text_encoder": None}, "source was arrays, is some"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:flip=True")
 def test_a_cache_that_was_made_in_another_way_names_what_differs(tmp_path, options, words):
-    usual = {"path": tmp_path, "source": caches.CAPTIONED, "text_encoder": Words()}
+    usual = {"path": tmp_path, "source": CAPTIONED, "text_encoder": Words()}
     write_cache(**usual, process=(0, 2))
     before = content(tmp_path)
     write = lambda: write_cache(**{**usual, **options})  # noqa: E731
@@ -202,10 +213,8 @@ def test_a_cache_that_was_made_in_another_way_names_what_differs(tmp_path, optio
     assert content(tmp_path) == before
 
 
-def test_another_source_or_kind_of_cache_is_named(tmp_path):
+def test_another_kind_of_cache_is_named(tmp_path):
     write_cache(tmp_path)
-    moments = lambda: caches.write_moments(tmp_path, range(10))  # noqa: E731
-    refused(CacheError, moments, "source was arrays, is some")
     refused(CacheError, lambda: write_images(tmp_path), "field was moments, is image")
 
 
@@ -451,26 +460,38 @@ def test_nothing_is_printed_unless_asked_for_and_what_is_there_is_counted(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("source", "autoencoder", "options", "error", "words"),
+    ("options", "error", "words"),
     [
-        (LABELLED, SpaceToDepth(), {"dtype": "bfloat16"}, ValueError, ["dtype", "bfloat16"]),
-        (LABELLED, SpaceToDepth(), {"shard_size": 0}, ValueError, ["shard_size", "0"]),
-        (LABELLED, SpaceToDepth(), {"corrupt": "ignore"}, ValueError, ["corrupt", "ignore"]),
-        *(
-            (LABELLED, SpaceToDepth(), {"process": process}, ValueError, ["process", str(process)])
-            for process in [(2, 2), (-1, 2), (0, 0)]
-        ),
-        (LABELLED, SpaceToDepth(4), {}, ValueError, ["multiples of 4", "4 x 6"]),
-        (LABELLED, "vae.h5", {}, TypeError, ["AutoencoderKL.from_file", "vae.h5"]),
-        (LABELLED, None, {}, ValueError, ["needs an autoencoder"]),
-        (IMAGES / 255.0, SpaceToDepth(), {}, TypeError, ["uint8", "float64"]),
-        (caches.moments_source([1.0]), None, {"flip": True}, ValueError, ["cannot be mirrored"]),
+        ({"dtype": "bfloat16"}, ValueError, ["dtype", "bfloat16"]),
+        ({"shard_size": 0}, ValueError, ["shard_size", "0"]),
+        ({"corrupt": "ignore"}, ValueError, ["corrupt", "ignore"]),
+        ({"process": (2, 2)}, ValueError, ["process", "(2, 2)"]),
+        ({"process": (-1, 2)}, ValueError, ["process", "(-1, 2)"]),
+        ({"process": (0, 0)}, ValueError, ["process", "(0, 0)"]),
+        ({"autoencoder": SpaceToDepth(4)}, ValueError, ["multiples of 4", "4 x 6"]),
+        ({"autoencoder": "vae.h5"}, TypeError, ["AutoencoderKL.from_file", "vae.h5"]),
+        ({"autoencoder": None}, ValueError, ["needs an autoencoder"]),
+        ({"source": IMAGES / 255.0}, TypeError, ["uint8", "float64"]),
+        ({"source": SOME, "flip": True}, ValueError, ["cannot be mirrored"]),
+        ({"source": CAPTIONED}, ValueError, ["has captions", "text_encoder"]),
+        ({"text_encoder": Words()}, ValueError, ["text_encoder", "this source has none"]),
+        ({"source": CAPTIONED, "text_encoder": "clip"}, TypeError, ["encoders.CLIPText", "clip"]),
     ],
 )
-def test_what_cannot_be_written_is_refused(tmp_path, source, autoencoder, options, error, words):
-    write = lambda: write_cache(tmp_path / "cache", source, autoencoder, **options)  # noqa: E731
-    refused(error, write, *words)
+def test_what_cannot_be_written_is_refused(tmp_path, options, error, words):
+    refused(error, lambda: write_cache(tmp_path / "cache", **options), *words)
     assert not (tmp_path / "cache").exists() or not content(tmp_path / "cache")
+
+
+def test_contexts_that_half_precision_cannot_hold_name_the_image(tmp_path):
+    class Loud(Words):
+        def encode(self, tokens, *options):
+            values = super().encode(tokens, *options)
+            values[tokens[:, 0] == self.tokenize("caption 4 0")[0, 0]] *= 1e6
+            return values
+
+    write = lambda: write_captioned(tmp_path, text_encoder=Loud())  # noqa: E731
+    refused(ValueError, write, "Sample 4 of arrays", "float16")
 
 
 def test_moments_are_no_images(tmp_path):
