@@ -22,7 +22,7 @@ def drawn(scenes):
 
 @pytest.mark.parametrize(("split", "seed"), [("train", 0), ("test", 1)])
 def test_read_back_undoes_draw_and_parse_undoes_str(split, seed):
-    for k, scene in enumerate(shapes.scenes(150, split, seed)):
+    for k, scene in enumerate(shapes.scenes(100, split, seed)):
         found = shapes.read_back(shapes.draw(scene, [seed, k]))
         assert found in (scene, scene.inverse())
         assert found.relation in ("left of", "above")
@@ -119,8 +119,8 @@ def test_one_wrong_attribute_is_counted_as_that():
 def test_shuffled_captions_score_chance():
     """Attributes at random agree in 1/3, 1/4, 1/2; more here, as the better of two readings counts,
     of which an attribute gains at most what both readings have in common."""
-    scenes = shapes.scenes(400)
-    captions = [str(scenes[k]) for k in np.random.default_rng(0).permutation(400)]
+    scenes = shapes.scenes(300)
+    captions = [str(scenes[k]) for k in np.random.default_rng(0).permutation(300)]
     score = shapes.score(drawn(scenes), captions)
     for name, chance in [("shape", 1 / 3), ("colour", 1 / 4), ("size", 1 / 2), ("relation", 1 / 4)]:
         assert chance < score[name] < chance + 0.25
