@@ -56,7 +56,7 @@ test-training-%: $(VENV)/installed-test
 
 # The core tests: what each backend does itself, without the packages that results are compared with.
 CORE := tests/networks tests/diffusion tests/training tests/test_distribution.py \
-	tests/test_distribution_layouts.py tests/data/test_latents.py
+	tests/test_distribution_layouts.py
 
 # PINS="keras==3.12.4 jax==0.7.2" are installed on top, to try a set of versions in between.
 test-lowest: $(VENV)-lowest/installed

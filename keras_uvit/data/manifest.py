@@ -152,10 +152,14 @@ def read_manifest(folder: PathLike) -> dict[str, Any]:
             raise FileNotFoundError(
                 f"No cache in {folder}: it has no {MANIFEST}. `keras-uvit encode --help` makes one."
             )
-        plan = read_json(folder / PLAN)
-        done = sum((folder / f"{shard_name(i)}.json").is_file() for i in range(plan["num_shards"]))
+        count = read_json(folder / PLAN).get("num_shards")
+        if not isinstance(count, int):
+            raise CacheError(
+                f"{folder / PLAN} is damaged: it lacks 'num_shards'. Delete it and run the same again."
+            )
+        done = sum((folder / f"{shard_name(i)}.json").is_file() for i in range(count))
         raise CacheError(
-            f"The cache in {folder} is unfinished: {done} of {plan['num_shards']} shards are "
+            f"The cache in {folder} is unfinished: {done} of {count} shards are "
             "there. Run the same `write_latents` or `keras-uvit encode` again; it resumes there."
         )
     manifest = read_json(folder / MANIFEST)

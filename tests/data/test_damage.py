@@ -195,6 +195,11 @@ def test_a_damaged_plan_is_named_and_can_be_deleted_as_the_error_says(tmp_path, 
     assert_resumes(tmp_path, whole, 4)
 
 
+def test_a_plan_that_says_nothing_is_damaged_too(tmp_path):
+    (tmp_path / "plan.json").write_text("{}")
+    refused(CacheError, lambda: read_cache(tmp_path), "plan.json is damaged", "Delete it")
+
+
 def test_a_plan_of_a_later_version_is_refused_but_another_release_does_not_matter(tmp_path):
     write_captioned(tmp_path, process=(0, 2))
     plan = tmp_path / "plan.json"
