@@ -155,7 +155,8 @@ def read_manifest(folder: PathLike) -> dict[str, Any]:
         count = read_json(folder / PLAN).get("num_shards")
         if not isinstance(count, int):
             raise CacheError(
-                f"{folder / PLAN} is damaged: it lacks 'num_shards'. Delete it and run the same again."
+                f"{folder / PLAN} is damaged: it lacks 'num_shards'. Delete it and run the same "
+                "again."
             )
         done = sum((folder / f"{shard_name(i)}.json").is_file() for i in range(count))
         raise CacheError(
