@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from shell import PICTURES, SCENES, misused, refused, run, save_pngs
+from shell import PICTURES, SCENES, refused, run, save_pngs
 
-from keras_uvit import data
+from keras_uvit import data, presets
 from keras_uvit.data import captioned
 from keras_uvit.encoders import AutoencoderKL, SpaceToDepth
 from keras_uvit.inference import fingerprint
@@ -24,7 +24,7 @@ def latents(folder, batch_size=4):
 # encode -------------------------------------------------------------------------------------------
 
 
-def test_encode_digits_with_mirror_images_by_two_processes(tmp_path):
+def test_encode_digits_with_mirror_images_by_two_processes_and_no_other_options(tmp_path):
     words = ("encode", "digits", tmp_path, *STAND_IN, "--flip")
     words += ("--shard-size", 400, "--batch-size", 256)
     assert "the shares of others are still missing" in run(*words, "--process", "0/2")
@@ -37,19 +37,11 @@ def test_encode_digits_with_mirror_images_by_two_processes(tmp_path):
     expected = SpaceToDepth().encode(np.concatenate([image, image[:, :, ::-1]]))
     # float16: half a unit in the last of 11 bits, of values up to 1 (the log-variance is exact).
     np.testing.assert_allclose(cache.arrays["moments"][:2], expected, atol=2**-12)
-
-
-def test_encode_resumes_and_refuses_other_options(tmp_path):
-    words = ("encode", "digits", tmp_path, *STAND_IN, "--shard-size", 500, "--batch-size", 256)
-    assert "0 of 3 shards" in run(*words)
-    (tmp_path / "00001.json").unlink()
-    assert "2 of 3 shards" in run(*words)
     assert "dtype was float16, is float32" in refused(*words, "--dtype", "float32")
 
 
 def test_encode_a_folder_of_pictures_with_classes(tmp_path):
     photos = save_pngs(tmp_path / "photos", classes=("cats", "dogs"))
-    assert "needs --image-size" in misused("encode", photos, tmp_path / "cache", "--pixels")
     run("encode", photos, tmp_path / "cache", *STAND_IN, "--image-size", 4)
     found = latents(tmp_path / "cache")
     assert found.manifest["class_names"] == ["cats", "dogs"]
@@ -65,8 +57,6 @@ def test_encode_an_npz_into_pixels(tmp_path):
     found = data.image_shards(tmp_path / "cache", 4, flip=False, verbose=0)
     np.testing.assert_array_equal(found.images[:], PICTURES)
     assert found.num_classes == 3
-    more = ("--pixels", "--image-size", 4)
-    assert "omit --image-size" in misused("encode", tmp_path / "a.npz", tmp_path / "other", *more)
 
 
 @pytest.mark.usefixtures("small_autoencoder")
@@ -81,17 +71,6 @@ def test_encode_with_a_file_of_weights(tmp_path):
     assert found.fingerprint == autoencoder.fingerprint
 
 
-@pytest.mark.parametrize("source", ["gone", "gone.npz", "coco:gone"])
-def test_a_missing_source_is_named(tmp_path, monkeypatch, source):
-    monkeypatch.chdir(tmp_path)
-    # It is looked at before CLIP is loaded, which takes long.
-    assert "gone" in refused("encode", source, "cache", "--pixels", "--text", "nowhere")
-    assert not list(tmp_path.iterdir())
-
-
-# Captions -----------------------------------------------------------------------------------------
-
-
 def test_encode_coco(coco, clip, tmp_path):
     words = ("encode", f"coco:{coco}", tmp_path / "cache", "--split", "train", "--image-size", 16)
     text = run(*words, *STAND_IN, "--text", clip)
@@ -100,13 +79,7 @@ def test_encode_coco(coco, clip, tmp_path):
     cache = latents(tmp_path / "cache", 6)
     assert list(cache.contexts.rows[:, 1]) == [1, 2, 3, 1, 2, 3]
     assert (cache.contexts.context_shape, cache.contexts.id) == ((12, 64), "words")
-
-
-def test_captions_go_with_an_encoder(coco, tmp_path):
-    words = ("encode", f"coco:{coco}", tmp_path / "cache", "--image-size", 16, "--pixels")
-    assert "has captions: pass --text, or --no-captions" in misused(*words)
-    assert "No folder at nowhere" in refused(*words, "--text", "nowhere")
-    assert "has no captions: omit --text" in misused(*words, "--no-captions", "--text", "nowhere")
+    words = ("encode", f"coco:{coco}", tmp_path / "other", "--image-size", 16, "--pixels")
     assert "6 samples" in run(*words, "--no-captions")
 
 
@@ -118,11 +91,6 @@ def test_encode_a_folder_with_captions(clip, tmp_path):
     cache = data.image_shards(tmp_path / "cache", 3, verbose=0)
     assert set(cache[0]) == {"image", "context"}
     assert not cache.flip
-
-
-@pytest.mark.parametrize("spec", ["shapes:", "shapes:0", "shapes:many"])
-def test_a_number_of_shapes_is_needed(spec, tmp_path):
-    assert "such as shapes:20000" in misused("encode", spec, tmp_path / "c", "--pixels")
 
 
 # convert ------------------------------------------------------------------------------------------
@@ -146,8 +114,6 @@ def test_convert_there_and_back_is_exact(tmp_path, name):
 
 
 def test_convert_the_weights_of_a_preset(tmp_path):
-    from keras_uvit import presets
-
     network = presets.get("uvit_nano_digits").new_network()
     network.save_weights(tmp_path / "a.weights.h5")
     run("convert", "uvit_nano_digits", tmp_path / "a.weights.h5", tmp_path / "a.safetensors")
@@ -155,6 +121,3 @@ def test_convert_the_weights_of_a_preset(tmp_path):
     assert fingerprint(model.network) == fingerprint(network)
     line = refused("convert", "uvit_nano_colour", tmp_path / "a.safetensors", tmp_path / "b.pth")
     assert "a.safetensors" in line
-    (tmp_path / "w.txt").write_text("x")
-    line = refused("convert", "uvit_nano_digits", tmp_path / "w.txt", tmp_path / "b.pth")
-    assert "w.txt: unknown kind" in line

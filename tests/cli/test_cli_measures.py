@@ -5,45 +5,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shell import PICTURES, RNG, SCENES, misused, refused, run, save_pngs
+from shell import PICTURES, SCENES, refused, run, save_pngs
+from stubs import StubInception, random_images
 
 from keras_uvit import evaluation
 from keras_uvit_cli.inputs import open_prompts
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore:FID")]  # of few images
 
 SCORES = {"fid", "sfid", "inception_score", "precision", "recall"}
 
 
-class StubInception:
-    """Fixed random projections, with the attributes and keys of `InceptionFeatures`."""
-
-    fingerprint = "stub"
-
-    def __init__(self, weights=None, resize="half_pixel"):
-        assert Path(weights).is_file()
-        self.resize = resize
-
-    def __call__(self, images, batch_size=None, verbose=0):
-        flat = images.reshape(len(images), -1) / 255.0
-        widths = {"pool": 16, "spatial": 12, "logits": 10, "logits_unbiased": 10}
-        rng = np.random.default_rng(0)
-        return {
-            key: (flat @ rng.standard_normal((flat.shape[1], width))).astype("float32")
-            for key, width in widths.items()
-        }
-
-
 @pytest.fixture
 def inception(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "InceptionFeatures", StubInception)
+    def stub(weights, resize):
+        assert Path(weights).is_file()
+        return StubInception(resize)
+
+    monkeypatch.setattr(evaluation, "InceptionFeatures", stub)
     (tmp_path / "inception.pth").write_bytes(b"weights")
     return ("--inception", tmp_path / "inception.pth")
 
 
 @pytest.fixture
 def reference(tmp_path, inception):
-    photos = save_pngs(tmp_path / "photos", RNG.integers(0, 256, (40, 8, 8, 3)).astype("uint8"))
+    photos = save_pngs(tmp_path / "photos", random_images(40))
     text = run("statistics", photos, tmp_path / "ref.npz", "--image-size", 8, *inception)
     known = evaluation.Reference.load(tmp_path / "ref.npz")
     assert f"{tmp_path / 'ref.npz'}: 40 images of (8, 8), {known.hash}" in text
@@ -59,11 +45,10 @@ def test_statistics_are_of_the_sources_images(tmp_path, inception):
     run("statistics", tmp_path / "a.npz", tmp_path / "r.npz", *inception, "--resize", "tf1")
     known = evaluation.Reference.load(tmp_path / "r.npz")
     assert (known.count, known.image_size, known.resize) == (12, (8, 8), "tf1")
-    pool = StubInception(tmp_path / "inception.pth")(PICTURES)["pool"]
+    pool = StubInception()(PICTURES)["pool"]
     np.testing.assert_allclose(known.pool[0], pool.mean(axis=0), atol=1e-5)  # float32 rounding
 
 
-@pytest.mark.filterwarnings("ignore")  # few images
 def test_evaluate_a_model_keeps_images_and_record(tmp_path, reference):
     words = ("evaluate", "uvit_nano_colour", *reference, "--num-images", 30, "--num-steps", 3)
     words += ("--folder", tmp_path / "drawn", "--out", tmp_path / "fid.json", "--seed", 2)
@@ -79,7 +64,6 @@ def test_evaluate_a_model_keeps_images_and_record(tmp_path, reference):
     assert all(ready[key] == pytest.approx(record[key], abs=1e-4) for key in SCORES)  # rounded
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_evaluate_ready_images_of_an_npz_or_a_folder(tmp_path, reference):
     evaluation.write_npz(tmp_path / "a.npz", PICTURES)
     folder = save_pngs(tmp_path / "pictures")
@@ -90,16 +74,13 @@ def test_evaluate_ready_images_of_an_npz_or_a_folder(tmp_path, reference):
         assert records[-1] == json.loads((tmp_path / "out.json").read_text())
         assert (records[-1]["num_images"], records[-1]["images"]) == (12, str(images))
     assert {k: records[0][k] for k in SCORES} == {k: records[1][k] for k in SCORES}
-    assert "omit --prompts" in misused("evaluate", folder, *reference, "--num-images", 5)
 
 
-def test_a_wrong_name_or_a_damaged_file_is_told(tmp_path, reference):
-    assert "uvit_nano_colour" in refused("evaluate", "uvit_nano_color", *reference)
+def test_a_damaged_file_is_told(tmp_path, reference):
     (tmp_path / "bad.npz").write_bytes((tmp_path / "ref.npz").read_bytes()[:500])
     assert "bad.npz" in refused("evaluate", tmp_path / "bad.npz", *reference)
     words = ("evaluate", "uvit_nano_colour", "--inception", tmp_path / "inception.pth")
     assert "bad.npz" in refused(*words, "--reference", tmp_path / "bad.npz")
-    assert "ref.json' does not exist" in misused(*words, "--reference", tmp_path / "ref.json")
 
 
 def test_prompts_from_a_file_or_from_captions(coco, tmp_path):
@@ -107,7 +88,7 @@ def test_prompts_from_a_file_or_from_captions(coco, tmp_path):
     file.write_text(" one \n\ntwo\n")
     assert open_prompts(str(file), None, None, 0) == ["one", "two"]
     assert open_prompts(str(file), None, 1, 0) == ["one"]
-    with pytest.raises(ValueError, match="has 2 prompts, fewer than 3"):
+    with pytest.raises(ValueError, match="2 prompts, fewer than 3"):
         open_prompts(str(file), None, 3, 0)
     file.write_bytes("\ufeffone\r\nzwölf".encode())  # as Windows writes it
     assert open_prompts(str(file), None, None, 0) == ["one", "zwölf"]
@@ -115,6 +96,3 @@ def test_prompts_from_a_file_or_from_captions(coco, tmp_path):
     drawn = open_prompts(f"coco:{coco}", "train2014", 4, 0)
     assert len(drawn) == 4
     assert set(drawn) <= set(SCENES)
-    file.write_text("\n")
-    with pytest.raises(ValueError, match="no prompts"):
-        open_prompts(str(file), None, None, 0)

@@ -3,21 +3,26 @@
 import json
 import sys
 import types
+import warnings
 
 import keras
 import numpy as np
 import pytest
 from PIL import Image
-from stubs import StubInception, random_images, reference
+from stubs import StubInception, random_images
+from tiny import assert_equal, fit, randomize, refused, uvit
+from words import Words
 
-from keras_uvit import DiffusionModel, UViT
+from keras_uvit import DiffusionModel
 from keras_uvit.evaluation import FIDCallback, SampleGridCallback, evaluate, image_grid
+from keras_uvit.evaluation import read_images as pictures
 from keras_uvit.inference import fingerprint
 
 pytestmark = pytest.mark.once
 
 LABELS = (0, 1, 1)
 DATA = {"image": random_images(8), "label": np.arange(8) % 2}
+SHAPE = dict(image_shape=(8, 8, 3), patch_size=4)
 OPTIONS = dict(allow_few=True, batch_size=4)
 
 
@@ -25,42 +30,34 @@ class Trainee:
     """One compiled model, which every fit starts afresh from the same weights."""
 
     def __init__(self):
-        keras.utils.set_random_seed(0)
-        shape = dict(image_shape=(8, 8, 3), patch_size=4, hidden_dim=16, num_layers=1, num_heads=2)
-        model = self.model = DiffusionModel(UViT(**shape, num_classes=2), num_steps=2)
-        rng = np.random.default_rng(0)
-        for weight in model.network.weights:
-            weight.assign(rng.normal(size=weight.shape, scale=0.2))
+        model = self.model = DiffusionModel(uvit(**SHAPE, num_classes=2), num_steps=2)
+        randomize(model.network, 0.2)
         model.copy_weights_to_ema()
         model.compile(keras.optimizers.SGD(0.0))
+        self.variables = model.variables + model.optimizer.variables
         self.start = self.values()
 
     def values(self):
-        variables = self.model.variables + self.model.optimizer.variables
-        return [keras.ops.convert_to_numpy(variable).copy() for variable in variables]
+        return [keras.ops.convert_to_numpy(variable).copy() for variable in self.variables]
 
     def fit(self, callbacks, learning_rate=0.05, epochs=3):
         """Two steps an epoch."""
-        model = self.model
-        for variable, value in zip(model.variables + model.optimizer.variables, self.start):
+        for variable, value in zip(self.variables, self.start):
             variable.assign(value)
-        model.optimizer.learning_rate = learning_rate
+        self.model.optimizer.learning_rate = learning_rate
         keras.utils.set_random_seed(0)
-        return model.fit(DATA, batch_size=4, epochs=epochs, verbose=0, callbacks=callbacks).history
+        return fit(self.model, DATA, batch_size=4, epochs=epochs, callbacks=callbacks)
 
-
-def picture(folder, epoch):
-    with Image.open(folder / f"epoch-{epoch:04d}.png") as image:
-        return np.asarray(image)
+    def grid(self, **options):
+        return image_grid(self.model.generate(labels=LABELS, verbose=0, **options))
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(scope="module")
-def inception():
-    return StubInception()
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +66,9 @@ def trainee():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, trainee, inception):
+def run(tmp_path_factory, trainee, real):
     """One fit with everything: pictures of each epoch, FID, the best by it, TensorBoard."""
-    folder, real = tmp_path_factory.mktemp("run"), reference(inception)
+    folder, inception = tmp_path_factory.mktemp("run"), StubInception()
     grids = SampleGridCallback(
         folder / "grids", labels=LABELS, columns=2, zoom=2, log_dir=folder / "a"
     )
@@ -81,13 +78,11 @@ def run(tmp_path_factory, trainee, inception):
         folder / "best.keras", monitor="fid", mode="min", save_best_only=True
     )
     history = trainee.fit([grids, measured, best])
-    for callback in (grids, measured):
-        callback.writer.close()  # tensorboardX writes in a thread, which `flush` does not wait for
     model = trainee.model
     return types.SimpleNamespace(
         folder=folder,
         history=history,
-        records=[json.loads(line) for line in path.read_text().splitlines()],
+        records=lines(path),
         values=trainee.values(),
         average=model.generate(labels=LABELS, verbose=0),
         raw=model.generate(labels=LABELS, use_ema=False, verbose=0),
@@ -95,19 +90,13 @@ def run(tmp_path_factory, trainee, inception):
     )
 
 
-def test_every_epoch_has_a_picture(run):
+def test_every_epoch_has_a_picture_of_what_the_average_generates(run):
+    found = pictures(run.folder / "grids")
     assert names(run.folder / "grids") == [f"epoch-000{k}.png" for k in (1, 2, 3)]
-    pictures = [picture(run.folder / "grids", k) for k in (1, 2, 3)]
     # Three images of 8 pixels twice as large in two columns, 2 pixels apart.
-    assert [p.shape for p in pictures] == [(34, 34, 3)] * 3
-    assert (pictures[0][18:, 18:] == 255).all()
-    assert (pictures[0] != pictures[2]).any()
-
-
-def test_the_last_picture_is_what_the_average_generates(run):
-    np.testing.assert_array_equal(
-        picture(run.folder / "grids", 3), image_grid(run.average, columns=2, zoom=2)
-    )
+    assert found.shape == (3, 34, 34, 3)
+    assert (found[0] != found[2]).any()
+    np.testing.assert_array_equal(found[2], image_grid(run.average, columns=2, zoom=2))
     assert (run.average != run.raw).any()
 
 
@@ -115,9 +104,8 @@ def test_the_last_picture_is_what_the_average_generates(run):
 def test_the_callbacks_do_not_disturb_training(run, trainee):
     history = trainee.fit([])
     alone = trainee.values()
-    assert len(alone) == len(run.values) > 30
-    for a, b in zip(alone, run.values):
-        np.testing.assert_array_equal(a, b)
+    assert len(alone) > 30
+    assert_equal(alone, run.values)
     assert any((a != b).any() for a, b in zip(alone, trainee.start))
     assert history["loss"] == run.history["loss"]
 
@@ -127,11 +115,7 @@ def test_each_epoch_has_a_record_of_the_final_evaluation(run):
     assert [record["step"] for record in run.records] == [2, 4, 6]
     assert len({record["weights"] for record in run.records}) == 3
     assert {record["global_batch"] for record in run.records} == {4}
-    assert {record["num_images"] for record in run.records} == {8}
     assert run.records[-1] == {"epoch": 3, **run.again}
-
-
-def test_fid_is_in_the_logs(run):
     assert run.history["fid"] == [record["fid"] for record in run.records]
     assert len(set(run.history["fid"])) == 3
 
@@ -159,34 +143,52 @@ def events(folder):
 
 
 def test_tensorboard_gets_pictures_and_fid(run):
-    pictures, scalars = events(run.folder / "a"), events(run.folder / "b")
-    assert [(step, value.tag) for step, value in pictures] == [(k, "samples") for k in (1, 2, 3)]
-    assert {(value.image.height, value.image.width) for _, value in pictures} == {(34, 34)}
+    grids, scalars = events(run.folder / "a"), events(run.folder / "b")
+    assert [(step, value.tag) for step, value in grids] == [(k, "samples") for k in (1, 2, 3)]
+    assert {(value.image.height, value.image.width) for _, value in grids} == {(34, 34)}
     assert [(step, value.tag) for step, value in scalars] == [(k, "fid") for k in (1, 2, 3)]
     values = [value.simple_value for _, value in scalars]
     np.testing.assert_array_equal(values, np.asarray(run.history["fid"], "float32"))
 
 
-def test_an_unchanging_model_draws_the_same_every_epoch(tmp_path, trainee, inception):
+def test_an_unchanging_model_draws_the_same_every_epoch(tmp_path, trainee, real, inception):
     grid = SampleGridCallback(tmp_path / "grids", every=2, labels=LABELS, seed=7)
     path = tmp_path / "fid.jsonl"
     path.write_text('{"epoch": 0, "fid": 1.0}\n')
-    measured = FIDCallback(
-        reference(inception), inception, path, every=2, num_images=4, seed=7, **OPTIONS
-    )
-    history = trainee.fit([grid, measured], learning_rate=0.0, epochs=5)
+    measured = FIDCallback(real, inception, path, every=2, num_images=4, seed=7, **OPTIONS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "FID")  # of few images: that is meant
+        history = trainee.fit([grid, measured], learning_rate=0.0, epochs=5)
     # Every second epoch, and the last.
     assert names(tmp_path / "grids") == [f"epoch-000{k}.png" for k in (2, 4, 5)]
-    drawn = image_grid(trainee.model.generate(labels=LABELS, seed=7, verbose=0))
-    for epoch in (2, 4, 5):
-        np.testing.assert_array_equal(picture(tmp_path / "grids", epoch), drawn)
-    assert (drawn != image_grid(trainee.model.generate(labels=LABELS, verbose=0))).any()
-    old, *records = [json.loads(line) for line in path.read_text().splitlines()]
+    drawn = trainee.grid(seed=7)
+    assert_equal(pictures(tmp_path / "grids"), [drawn] * 3)
+    assert (drawn != trainee.grid()).any()
+    old, *records = lines(path)
     assert old == {"epoch": 0, "fid": 1.0}  # a run that goes on adds to the file
     assert [record["epoch"] for record in records] == [2, 4, 5]
     assert len({record["fid"] for record in records}) == 1
     assert {record["seed"] for record in records} == {7}
     assert len(history["fid"]) == 3
+
+
+class Stop(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch == 2
+
+
+def test_the_last_epoch_of_a_fit_that_stops_early_is_drawn(tmp_path, trainee, real, inception):
+    path = tmp_path / "fid.jsonl"
+    grids = SampleGridCallback(tmp_path / "grids", every=2, labels=LABELS)
+    measured = FIDCallback(real, inception, path, every=3, num_images=4, **OPTIONS)
+    trainee.fit([grids, measured, Stop()], epochs=9)
+    assert names(tmp_path / "grids") == ["epoch-0002.png", "epoch-0003.png"]
+    np.testing.assert_array_equal(pictures(tmp_path / "grids")[1], trainee.grid())
+    # Due by itself: once, not again at the end.
+    assert [record["epoch"] for record in lines(path)] == [3]
+
+
+# Without a fit ------------------------------------------------------------------------------------
 
 
 class Painter:
@@ -198,63 +200,45 @@ class Painter:
         return random_images(2)[..., :1]
 
 
-def attached(callback, epochs):
-    callback.set_params({"epochs": epochs})
-    callback.set_model(Painter())
-    return callback
+def after_one_epoch(callback, model):
+    callback.set_params({"epochs": 1})
+    callback.set_model(model)
+    callback.on_epoch_end(0)
+    callback.on_train_end()
 
 
 def test_grey_pictures_are_drawn_and_logged(tmp_path):
-    callback = attached(SampleGridCallback(tmp_path / "a", log_dir=tmp_path / "b"), epochs=1)
-    callback.on_epoch_end(0)
-    callback.writer.close()
-    np.testing.assert_array_equal(
-        picture(tmp_path / "a", 1), image_grid(Painter().generate())[..., 0]
-    )
+    after_one_epoch(SampleGridCallback(tmp_path / "a", log_dir=tmp_path / "b"), Painter())
+    with Image.open(tmp_path / "a" / "epoch-0001.png") as image:
+        np.testing.assert_array_equal(image, image_grid(Painter().generate())[..., 0])
     assert [step for step, _ in events(tmp_path / "b")] == [1]
 
 
-class Stop(keras.callbacks.Callback):
-    def on_epoch_end(self, epoch, logs=None):
-        self.model.stop_training = epoch == 2
-
-
-def test_the_last_epoch_of_a_fit_that_stops_early_is_drawn(tmp_path, trainee, inception):
-    path = tmp_path / "fid.jsonl"
-    callbacks = [
-        SampleGridCallback(tmp_path / "grids", every=2, labels=LABELS),
-        FIDCallback(reference(inception), inception, path, every=3, num_images=4, **OPTIONS),
-        Stop(),
-    ]
-    trainee.fit(callbacks, epochs=9)
-    assert names(tmp_path / "grids") == ["epoch-0002.png", "epoch-0003.png"]
-    drawn = trainee.model.generate(labels=LABELS, verbose=0)
-    np.testing.assert_array_equal(picture(tmp_path / "grids", 3), image_grid(drawn))
-    # Due by itself: once, not again at the end.
-    assert [json.loads(line)["epoch"] for line in path.read_text().splitlines()] == [3]
+@pytest.mark.parametrize("prompts", ["a dog", ["a dog"]])
+def test_prompts_stand_below_their_images(tmp_path, prompts):
+    model = DiffusionModel(uvit(**SHAPE, context_shape=(2, 3)), num_steps=2)
+    model.set_encoders(text_encoder=Words())
+    after_one_epoch(SampleGridCallback(tmp_path, prompts=prompts, zoom=10), model)
+    grid = pictures(tmp_path)[0]
+    assert grid.shape[1] == 80
+    assert grid.shape[0] > 80
+    assert (grid[80:] < 128).any()  # the text, black
 
 
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda **logs: SampleGridCallback("grids", **logs),
-        lambda **logs: FIDCallback(None, None, "fid.jsonl", **logs),
-    ],
-    ids=["grid", "fid"],
+    "options", [dict(prompts=["a dog"]), dict(num_images=2, num_stepz=3), dict(labels=[7])]
 )
-def test_missing_tensorboardx_is_named_when_the_callback_is_made(monkeypatch, make):
+def test_what_cannot_be_drawn_is_refused_before_training(tmp_path, trainee, options):
+    with pytest.raises((ValueError, TypeError)):
+        trainee.fit([SampleGridCallback(tmp_path, **options)])
+    assert int(trainee.model.step) == 0
+
+
+@pytest.mark.parametrize(
+    "make", [SampleGridCallback, lambda x, **o: FIDCallback(None, None, x, **o)]
+)
+def test_bad_arguments_are_refused_when_a_callback_is_made(monkeypatch, make):
+    refused(ValueError, lambda: make("a", every=0), "every", "0")
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match=r'tensorboardX: pip install "keras-uvit\[eval\]"'):
-        make(log_dir="logs")
-    make()  # not needed without log_dir
-
-
-def test_fid_of_few_images_is_not_warned_about_in_training(trainee, recwarn, inception, tmp_path):
-    path = tmp_path / "fid.jsonl"
-    callback = FIDCallback(reference(inception), inception, path, num_images=4, **OPTIONS)
-    callback.set_params({"epochs": 1})
-    callback.set_model(trainee.model)
-    logs = {}
-    callback.on_epoch_end(0, logs)
-    assert logs["fid"] > 0
-    assert not [w for w in recwarn if "FID" in str(w.message)]
+    refused(ImportError, lambda: make("a", log_dir="logs"), 'pip install "keras-uvit[eval]"')
+    make("a")  # not needed without log_dir

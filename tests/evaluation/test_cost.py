@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import torch_unet
+from tiny import uvit
 from torch.utils.flop_counter import FlopCounterMode
 
 from keras_uvit import UNet, UViT
@@ -12,7 +13,7 @@ from keras_uvit.evaluation import count_macs, count_parameters
 pytestmark = pytest.mark.once
 
 PATCHES, DIM, PIXELS = 16, 16, 64  # an 8x8x3 image in 2x2 patches
-TINY = dict(image_shape=(8, 8, 3), patch_size=2, hidden_dim=DIM, num_layers=3, num_heads=2)
+PICTURE = dict(image_shape=(8, 8, 3), hidden_dim=DIM)
 
 
 def block(tokens, mlp_dim=4 * DIM, kernels=2):
@@ -20,115 +21,70 @@ def block(tokens, mlp_dim=4 * DIM, kernels=2):
     return tokens * (3 * DIM**2 + DIM**2 + kernels * DIM * mlp_dim) + 2 * tokens**2 * DIM
 
 
-def by_hand(
-    tokens, *, patch_embed=PATCHES * 12 * DIM, blocks=None, skip=2 * DIM**2, conv=True, extra=0
-):
-    blocks = 3 * block(tokens) if blocks is None else blocks
+def by_hand(tokens=PATCHES + 1, skip=2 * DIM**2, conv=True, extra=0, patch_embed=None, **mlp):
     head = PATCHES * DIM * 12
+    patch_embed = PATCHES * 12 * DIM if patch_embed is None else patch_embed
     output_conv = PIXELS * 9 * 3 * 3 if conv else 0
-    return patch_embed + blocks + tokens * skip + head + output_conv + extra
+    return patch_embed + 3 * block(tokens, **mlp) + tokens * skip + head + output_conv + extra
 
 
 CASES = {
-    "time token": ({}, by_hand(PATCHES + 1)),
+    "time token": ({}, by_hand()),
     "label token": (dict(num_classes=5), by_hand(PATCHES + 2)),
     "context tokens": (dict(context_shape=(3, 7)), by_hand(PATCHES + 4, extra=3 * 7 * DIM)),
     "adaln": (dict(time="adaln"), by_hand(PATCHES, extra=3 * DIM * 4 * DIM)),
-    "time mlp": (dict(time_mlp=True), by_hand(PATCHES + 1, extra=2 * DIM * 4 * DIM)),
-    "biases are free": (dict(qkv_bias=True), by_hand(PATCHES + 1)),
-    "positions are free": (dict(position="sinusoidal"), by_hand(PATCHES + 1)),
-    "heads are free": (dict(num_heads=4), by_hand(PATCHES + 1)),
-    "turning is free": (dict(position="rotary"), by_hand(PATCHES + 1)),
-    "norms are free": (dict(qk_norm=True, skip_norm=True, norm="rms"), by_hand(PATCHES + 1)),
-    # 40: 2/3 of 64, to a multiple of 8.
-    "gated mlp": (
-        dict(mlp="swiglu"),
-        by_hand(PATCHES + 1, blocks=3 * block(PATCHES + 1, 40, kernels=3)),
+    "time mlp": (dict(time_mlp=True), by_hand(extra=2 * DIM * 4 * DIM)),
+    "biases, heads and a recomputation are free": (
+        dict(qkv_bias=True, num_heads=4, remat=True),
+        by_hand(),
     ),
-    "recomputing is not counted": (dict(remat=True), by_hand(PATCHES + 1)),
-    "mlp width": (dict(mlp_dim=24), by_hand(PATCHES + 1, blocks=3 * block(PATCHES + 1, 24))),
-    "no output conv": (dict(output_conv=False), by_hand(PATCHES + 1, conv=False)),
+    "positions are free": (dict(position="sinusoidal"), by_hand()),
+    "turning is free": (dict(position="rotary"), by_hand()),
+    "norms are free": (dict(qk_norm=True, skip_norm=True, norm="rms"), by_hand()),
+    "precision": (dict(dtype="mixed_bfloat16"), by_hand()),
+    "gated mlp": (dict(mlp="swiglu"), by_hand(mlp_dim=40, kernels=3)),  # 2/3 of 64, in eights
+    "mlp width": (dict(mlp_dim=24), by_hand(mlp_dim=24)),
+    "no output conv": (dict(output_conv=False), by_hand(conv=False)),
     "conv of the features": (
         dict(output_conv="before"),
-        by_hand(PATCHES + 1, conv=False, extra=PATCHES * 9 * DIM * DIM),
+        by_hand(conv=False, extra=PATCHES * 9 * DIM * DIM),
     ),
-    "skip add_project": (dict(skip="add_project"), by_hand(PATCHES + 1, skip=DIM**2)),
-    "skip project_sum": (dict(skip="project_sum"), by_hand(PATCHES + 1, skip=DIM**2)),
-    "skip add": (dict(skip="add"), by_hand(PATCHES + 1, skip=0)),
-    "no skip": (dict(skip=None), by_hand(PATCHES + 1, skip=0)),
+    "skip add_project": (dict(skip="add_project"), by_hand(skip=DIM**2)),
+    "skip project_sum": (dict(skip="project_sum"), by_hand(skip=DIM**2)),
+    "skip add": (dict(skip="add"), by_hand(skip=0)),
+    "no skip": (dict(skip=None), by_hand(skip=0)),
     # One 3x3 convolution of stride 2 to the full width, then 1x1.
     "conv patches": (
         dict(patch_embed="conv"),
-        by_hand(PATCHES + 1, patch_embed=PATCHES * (9 * 3 * DIM + DIM * DIM)),
+        by_hand(patch_embed=PATCHES * (9 * 3 * DIM + DIM * DIM)),
     ),
-}
-
-
-@pytest.mark.parametrize(("arguments", "expected"), CASES.values(), ids=CASES.keys())
-def test_macs_are_those_counted_by_hand(arguments, expected):
-    assert count_macs(UViT(**{**TINY, **arguments})) == expected
-
-
-def test_conv_patches_of_four_halve_twice():
-    network = UViT(**{**TINY, "patch_size": 4, "num_layers": 1, "patch_embed": "conv"})
     # 8x8x3 -> 4x4x8 -> 2x2x16, then 1x1; 4 patches of 48 numbers.
-    embed = 16 * 9 * 3 * 8 + 4 * 9 * 8 * DIM + 4 * DIM * DIM
-    assert count_macs(network) == embed + block(5) + 4 * DIM * 48 + PIXELS * 9 * 3 * 3
+    "conv patches of four halve twice": (
+        dict(patch_embed="conv", patch_size=4, num_layers=1),
+        16 * 9 * 3 * 8 + 4 * 9 * 8 * DIM + 4 * DIM * DIM
+        + block(5) + 4 * DIM * 48 + PIXELS * 9 * 3 * 3,
+    ),
+    "conv patches of one keep the size": (
+        dict(patch_embed="conv", patch_size=1, num_layers=1),
+        PIXELS * (9 * 3 * DIM + DIM * DIM) + block(65) + PIXELS * DIM * 3 + PIXELS * 9 * 3 * 3,
+    ),
+}  # fmt: skip
 
 
-def test_conv_patches_of_one_keep_the_size():
-    network = UViT(**{**TINY, "patch_size": 1, "num_layers": 1, "patch_embed": "conv"})
-    embed = PIXELS * (9 * 3 * DIM + DIM * DIM)
-    assert count_macs(network) == embed + block(65) + PIXELS * DIM * 3 + PIXELS * 9 * 3 * 3
-
-
-def test_macs_do_not_depend_on_the_compute_dtype():
-    assert count_macs(UViT(**TINY, dtype="mixed_bfloat16")) == CASES["time token"][1]
-
-
-@pytest.mark.parametrize("arguments", [c[0] for c in CASES.values()], ids=CASES.keys())
-def test_parameters_are_the_ones_keras_counts(arguments):
-    network = UViT(**{**TINY, **arguments})
+@pytest.mark.parametrize(("arguments", "macs"), CASES.values(), ids=CASES.keys())
+def test_macs_are_those_counted_by_hand_and_parameters_those_of_keras(arguments, macs):
+    network = uvit(**{**PICTURE, "num_layers": 3, **arguments})
+    assert count_macs(network) == macs
     assert count_parameters(network) == network.count_params()
-
-
-def unet_block(pixels, width, dim, embedding=64):
-    """Two convolutions at the size of the result, scale and shift, and what changes the width."""
-    shortcut = width * dim if width != dim else 0
-    return pixels * (9 * width * dim + 9 * dim * dim + shortcut) + embedding * 2 * dim
-
-
-def unet_attention(pixels, dim, keys=None, key_width=None):
-    """Query and projection a pixel, key and value a key, Q K^T and weights V."""
-    keys, key_width = keys or pixels, key_width or dim
-    return pixels * 2 * dim**2 + keys * key_width * 2 * dim + 2 * pixels * keys * dim
 
 
 SMALL_UNET = dict(image_shape=(4, 8, 3), base_dim=16, multipliers=(1, 2), num_blocks=1)
 SMALL_UNET |= dict(attention_levels=(1,), head_dim=8, num_classes=5, context_shape=(3, 7))
 
 
-def test_macs_of_a_unet_are_those_counted_by_hand():
-    fine, coarse = 4 * 8, 2 * 4
-    both = unet_attention(coarse, 32) + unet_attention(coarse, 32, keys=3, key_width=7)
-    blocks = [
-        unet_block(fine, 16, 16),  # the encoder
-        unet_block(coarse, 16, 16),  # halves
-        unet_block(coarse, 16, 32) + both,
-        unet_block(coarse, 32, 32) + both,  # the middle
-        unet_block(coarse, 32, 32),
-        unet_block(coarse, 32 + 32, 32) + both,  # the decoder
-        unet_block(coarse, 32 + 16, 32) + both,
-        unet_block(fine, 32, 32),  # doubles
-        unet_block(fine, 32 + 16, 16),
-        unet_block(fine, 16 + 16, 16),
-    ]
-    others = 16 * 64 + 64 * 64 + 2 * fine * 9 * 3 * 16  # time, first and last convolution
-    assert count_macs(UNet(**SMALL_UNET)) == sum(blocks) + others
-
-
-def test_macs_of_a_unet_are_those_that_torch_counts():
-    network = UNet(**{**SMALL_UNET, "num_blocks": 2, "attention_levels": (0,), "remat": True})
+@pytest.mark.parametrize("change", [{}, dict(num_blocks=2, attention_levels=(0,), remat=True)])
+def test_macs_of_a_unet_are_those_that_torch_counts(change):
+    network = UNet(**{**SMALL_UNET, **change})
     twin = torch_unet.take(torch_unet.UNet(network.config), network)
     inputs = {name: np.zeros((1, *x.shape[1:]), x.dtype) for name, x in network.input.items()}
     with FlopCounterMode(display=False) as counter:
@@ -140,33 +96,18 @@ def test_macs_of_a_unet_are_those_that_torch_counts():
 S = dict(patch_size=2, hidden_dim=512, num_layers=13, num_heads=8)
 H = dict(patch_size=2, hidden_dim=1152, num_layers=29, num_heads=16, num_classes=1000)
 H = dict(H, output_conv=False)
+M = dict(image_shape=(64, 64, 3), patch_size=4, hidden_dim=768, num_layers=17, num_heads=12)
+L = dict(image_shape=(32, 32, 4), patch_size=2, hidden_dim=1024, num_layers=21, num_heads=16)
+COCO = dict(S, image_shape=(32, 32, 4), context_shape=(77, 768))
 TABLE = {
     "small cifar10": (dict(S, image_shape=(32, 32, 3)), 44_255_328, 12.2),
-    "small coco": (dict(S, image_shape=(32, 32, 4), context_shape=(77, 768)), None, 16.2),
-    "small deep coco": (
-        dict(S, image_shape=(32, 32, 4), context_shape=(77, 768), num_layers=17),
-        None,
-        21.2,
-    ),
-    "mid imagenet64": (
-        dict(
-            image_shape=(64, 64, 3), patch_size=4, hidden_dim=768, num_layers=17, num_heads=12,
-            num_classes=1000, null_label=False,
-        ),
-        None,
-        35.2,
-    ),
-    "large imagenet256": (
-        dict(
-            image_shape=(32, 32, 4), patch_size=2, hidden_dim=1024, num_layers=21, num_heads=16,
-            num_classes=1000,
-        ),
-        None,
-        76.5,
-    ),
+    "small coco": (COCO, None, 16.2),
+    "small deep coco": (dict(COCO, num_layers=17), None, 21.2),
+    "mid imagenet64": (dict(M, num_classes=1000, null_label=False), None, 35.2),
+    "large imagenet256": (dict(L, num_classes=1000), None, 76.5),
     "huge imagenet256": (dict(H, image_shape=(32, 32, 4)), None, 133.2),
     "huge, 64x64 latent in 2x2 patches": (dict(H, image_shape=(64, 64, 4)), None, 582),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("arguments", "parameters", "gmacs"), TABLE.values(), ids=TABLE.keys())

@@ -1,4 +1,4 @@
-"""Samples on disk: what is written is read, whole or not at all; grids."""
+"""Samples on disk: what is written is read, whole or not at all; grids, with captions too."""
 
 from pathlib import Path
 
@@ -6,59 +6,62 @@ import numpy as np
 import pytest
 from PIL import Image
 from stubs import random_images
+from tiny import refused
 
 from keras_uvit import data
-from keras_uvit.evaluation import files, image_grid, read_images, write_npz, write_png, write_pngs
+from keras_uvit.evaluation import (
+    captioned_grid,
+    image_grid,
+    read_images,
+    write_npz,
+    write_png,
+    write_pngs,
+)
 
 pytestmark = pytest.mark.once
 
 
-def grey_images(n=3):
-    return random_images(n)[..., :1]
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_npz_is_the_adm_suites(tmp_path):
-    images, labels = random_images(5), [3, 1, 4, 1, 5]
-    path = tmp_path / "deep" / "samples.npz"
-    write_npz(path, images, labels)
+@pytest.mark.parametrize("labels", [[3, 1, 4, 1, 5], None])
+def test_npz_is_the_adm_suites(tmp_path, labels):
+    images, path = random_images(5), tmp_path / "deep" / "samples.npz"
+    write_npz(str(path), images[::-1], labels)
+    write_npz(path, images, labels)  # replaces it
     np.testing.assert_array_equal(read_images(path), images)
     with np.load(path) as file:
-        assert sorted(file.files) == ["arr_0", "arr_1"]
         assert file["arr_0"].dtype == np.uint8
-        assert np.issubdtype(file["arr_1"].dtype, np.integer)
-        np.testing.assert_array_equal(file["arr_1"], labels)
+        assert file.files == ["arr_0"] + ["arr_1"] * (labels is not None)
+        if labels:
+            assert np.issubdtype(file["arr_1"].dtype, np.integer)
+            np.testing.assert_array_equal(file["arr_1"], labels)
+    assert names(path.parent) == ["samples.npz"]
 
 
-def test_npz_without_labels_has_images_alone(tmp_path):
-    write_npz(str(tmp_path / "samples.npz"), random_images(2))
-    with np.load(tmp_path / "samples.npz") as file:
-        assert file.files == ["arr_0"]
-
-
-def test_png_keeps_every_bit_of_colour(tmp_path):
-    images = random_images(4)[:, :, :6]  # taller than wide
-    write_pngs(tmp_path / "deep" / "images", images)
-    found = read_images(tmp_path / "deep" / "images")
+def test_pngs_keep_every_bit_and_are_numbered(tmp_path):
+    images, folder = random_images(5)[:, :, :6], tmp_path / "deep" / "images"  # taller than wide
+    write_pngs(folder, images[[4, 1]])
+    write_pngs(folder, images[:1])  # replaces it
+    write_pngs(folder, images[2:], first=2)
+    assert names(folder) == [f"00000{k}.png" for k in range(5)]
+    found = read_images(folder)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, images)
+    # Of a process that was killed.
+    (folder / "000001.png").rename(folder / "tmp-123-000001.png")
+    np.testing.assert_array_equal(read_images(folder), images[[0, 2, 3, 4]])
 
 
-def test_png_keeps_every_bit_of_grey(tmp_path):
-    images = grey_images()
+def test_grey_pngs_are_read_in_colour(tmp_path):
+    images = random_images(3)[..., :1]
     write_pngs(tmp_path, images)
     with Image.open(tmp_path / "000001.png") as picture:
         assert picture.mode == "L"
         np.testing.assert_array_equal(np.asarray(picture), images[1, ..., 0])
-    # Read for Inception, which wants three channels.
+    # Inception wants three channels.
     np.testing.assert_array_equal(read_images(tmp_path), images.repeat(3, axis=-1))
-
-
-def test_pngs_are_numbered_from_first(tmp_path):
-    images = random_images(5)
-    write_pngs(tmp_path, images[:2])
-    write_pngs(tmp_path, images[2:], first=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"00000{k}.png" for k in range(5)]
-    np.testing.assert_array_equal(read_images(tmp_path), images)
 
 
 def test_the_order_of_a_folder_is_that_of_the_names(tmp_path):
@@ -69,24 +72,17 @@ def test_the_order_of_a_folder_is_that_of_the_names(tmp_path):
     np.testing.assert_array_equal(read_images(tmp_path), images[[2, 0, 1]])
 
 
-def test_what_a_killed_process_left_is_no_image(tmp_path):
-    write_pngs(tmp_path, random_images(2))
-    (tmp_path / "000001.png").rename(tmp_path / "tmp-123-000001.png")
-    assert len(read_images(tmp_path)) == 1
-
-
+@pytest.mark.parametrize("old", [[b"old"], []])
 @pytest.mark.parametrize(
     ("write", "name", "method"),
     [
-        (lambda path: write_npz(path, random_images(3, seed=5)), "a.npz", (np, "savez")),
-        (lambda path: write_png(path, random_images(1, seed=5)[0]), "a.png", (Image.Image, "save")),
+        (lambda path: write_npz(path, random_images(3)), "a.npz", (np, "savez")),
+        (lambda path: write_png(path, random_images(1)[0]), "a.png", (Image.Image, "save")),
     ],
 )
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch, write, name, method, exists):
-    path = tmp_path / name
-    if exists:
-        path.write_bytes(b"old")
+def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch, write, name, method, old):
+    for content in old:
+        (tmp_path / name).write_bytes(content)
 
     def fails(*arguments, **options):
         beside = next(a for a in arguments if isinstance(a, str | Path))
@@ -94,42 +90,8 @@ def test_a_failing_write_leaves_what_was_there(tmp_path, monkeypatch, write, nam
         raise OSError("disk full")
 
     monkeypatch.setattr(*method, fails)
-    with pytest.raises(OSError, match="disk full"):
-        write(path)
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([b"old"] if exists else [])
-
-
-def test_writing_again_replaces(tmp_path):
-    for seed in (0, 1):
-        write_npz(tmp_path / "a.npz", random_images(2, seed=seed))
-        write_png(tmp_path / "a.png", random_images(1, seed=seed)[0])
-    np.testing.assert_array_equal(read_images(tmp_path / "a.npz"), random_images(2, seed=1))
-    np.testing.assert_array_equal(read_images(tmp_path), random_images(1, seed=1))
-
-
-def test_other_suffixes_are_refused_before_anything_is_made(tmp_path):
-    with pytest.raises(ValueError, match="a.npy must end in .npz"):
-        write_npz(tmp_path / "deep" / "a.npy", random_images(1))
-    with pytest.raises(ValueError, match="a.jpg must end in .png"):
-        write_png(tmp_path / "deep" / "a.jpg", random_images(1)[0])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_path_without_images_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No images at .*nothing"):
-        read_images(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="No picture in .*" + tmp_path.name):
-        read_images(tmp_path)
-    np.savez(tmp_path / "other.npz", mu=np.zeros(3))
-    with pytest.raises(ValueError, match=r"other.npz holds no images: .*\['mu'\]"):
-        read_images(tmp_path / "other.npz")
-
-
-def test_images_of_several_sizes_are_refused(tmp_path):
-    write_png(tmp_path / "a.png", random_images(1)[0])
-    write_png(tmp_path / "b.png", random_images(1, size=4)[0])
-    with pytest.raises(ValueError, match="differ in size: a.png of 8x8 and b.png of 4x4"):
-        read_images(tmp_path)
+    refused(OSError, lambda: write(tmp_path / name), "disk full")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == old
 
 
 def test_a_folder_is_read_by_the_code_that_training_reads_it_with(tmp_path):
@@ -151,27 +113,51 @@ def test_a_folder_is_read_by_the_code_that_training_reads_it_with(tmp_path):
     assert len(found) == 6
 
 
-@pytest.mark.parametrize("content", ["truncated", "npy"])
-def test_a_damaged_file_is_named(tmp_path, content):
-    path = tmp_path / "samples.npz"
-    write_npz(path, random_images(3))
-    path.write_bytes(path.read_bytes()[:-100])
-    if content == "npy":
-        with open(path, "wb") as file:
-            np.save(file, random_images(3))
-    with pytest.raises(ValueError, match="samples.npz"):
-        read_images(path)
+# Refusals -----------------------------------------------------------------------------------------
 
 
-def test_pickles_are_refused(tmp_path):
-    np.savez(tmp_path / "a.npz", arr_0=np.array([{}], object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        read_images(tmp_path / "a.npz")
+def truncated(folder):
+    write_npz(folder / "a.npz", random_images(3))
+    (folder / "a.npz").write_bytes((folder / "a.npz").read_bytes()[:-100])
 
 
-def test_nothing_is_left_beside_what_is_written(tmp_path):
-    files.save_arrays(tmp_path / "a.npz", {"x": np.arange(3)})
-    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+def bare_array(folder):
+    np.save(folder / "a.npy", random_images(3))
+    (folder / "a.npy").rename(folder / "a.npz")
+
+
+def two_sizes(folder):
+    write_png(folder / "a.png", random_images(1)[0])
+    write_png(folder / "b.png", random_images(1, size=4)[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "error", "words"),
+    [
+        (lambda _: None, "gone", FileNotFoundError, ["No images at", "gone"]),
+        (lambda _: None, ".", FileNotFoundError, ["No picture in"]),
+        (two_sizes, ".", ValueError, ["a.png of 8x8", "b.png of 4x4"]),
+        (truncated, "a.npz", ValueError, ["a.npz is damaged"]),
+        (bare_array, "a.npz", ValueError, ["a.npz is damaged"]),
+        (lambda p: np.savez(p / "a", mu=1), "a.npz", ValueError, ["a.npz", "no images", "['mu']"]),
+        (
+            lambda p: np.savez(p / "a", arr_0=np.array([{}], object)),
+            "a.npz",
+            ValueError,
+            ["allow_pickle=False"],
+        ),
+    ],
+)
+def test_what_holds_no_images_is_named(tmp_path, make, path, error, words):
+    make(tmp_path)
+    refused(error, lambda: read_images(tmp_path / path), *words)
+
+
+@pytest.mark.parametrize(("write", "end"), [(write_npz, "npz"), (write_png, "png")])
+def test_other_suffixes_are_refused_before_anything_is_made(tmp_path, write, end):
+    path = tmp_path / "deep" / "a.jpg"
+    refused(ValueError, lambda: write(path, random_images(1)[0]), f"a.jpg must end in .{end}")
+    assert not list(tmp_path.iterdir())
 
 
 # Grids --------------------------------------------------------------------------------------------
@@ -188,35 +174,53 @@ def test_a_grid_has_each_image_in_its_place_on_white():
         np.testing.assert_array_equal(grid[top : top + 8, left : left + 6], image)
         seen[top : top + 8, left : left + 6] = True
     assert (grid[~seen] == 255).all()
-    assert (~seen).sum() == 18 * 22 - 5 * 48
 
 
 @pytest.mark.parametrize(
-    ("n", "shape"), [(1, (8, 8)), (2, (8, 18)), (4, (18, 18)), (5, (18, 28)), (9, (28, 28))]
+    ("n", "options", "shape"),
+    [
+        (1, {}, (8, 8)),
+        (2, {}, (8, 18)),
+        (5, {}, (18, 28)),  # about square
+        (9, {}, (28, 28)),
+        (4, dict(gap=0), (16, 16)),
+        (2, dict(columns=4), (8, 38)),  # wider than its images
+        (2, dict(columns=1, zoom=3, gap=4), (24 + 4 + 24, 24)),  # gaps are not enlarged
+    ],
 )
-def test_a_grid_is_about_square_unless_told(n, shape):
-    assert image_grid(random_images(n)).shape == (*shape, 3)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sizes_of_grids(n, options, shape, channels):
+    assert image_grid(random_images(n)[..., :channels], **options).shape == (*shape, channels)
 
 
-def test_zoom_repeats_pixels_not_gaps():
+def test_zoom_repeats_pixels():
     images = random_images(2)
     grid = image_grid(images, columns=1, zoom=3, gap=4)
-    assert grid.shape == (24 + 4 + 24, 24, 3)
     for dy in range(3):
         for dx in range(3):
             np.testing.assert_array_equal(grid[dy:24:3, dx::3], images[0])
             np.testing.assert_array_equal(grid[28 + dy :: 3, dx::3], images[1])
 
 
-def test_grey_grids_and_grids_without_gap():
-    images = grey_images(4)
-    grid = image_grid(images, gap=0)
-    assert grid.shape == (16, 16, 1)
-    np.testing.assert_array_equal(grid[8:, :8], images[2])
-    assert image_grid(images, columns=4).shape == (8, 38, 1)
+WIDE = np.random.default_rng(0).integers(0, 256, (5, 30, 100, 3), "uint8")
 
 
-def test_a_grid_wider_than_its_images_is_white_there():
-    grid = image_grid(random_images(2), columns=4)
-    assert grid.shape == (8, 38, 3)
-    assert (grid[:, 18:] == 255).all()
+def test_a_grid_holds_images_and_captions():
+    grid = captioned_grid(WIDE, ["a dog"] * 5, columns=3, zoom=2)
+    blank = captioned_grid(WIDE, [""] * 5, columns=3, zoom=2)
+    assert grid.shape == blank.shape
+    assert grid.shape[1] == 3 * 200 + 2 * 10
+    np.testing.assert_array_equal(grid[:60:2, :200:2], WIDE[0])
+    np.testing.assert_array_equal(grid[:60], blank[:60])
+    assert (grid[60:80] != blank[60:80]).any()  # the text
+    assert captioned_grid(WIDE[..., :1], list("abcde")).shape[-1] == 3  # grey ones too
+
+
+def test_long_captions_take_more_lines_up_to_eight():
+    heights = [captioned_grid(WIDE[:1], ["word " * n]).shape[0] for n in (1, 10, 30, 300, 3000)]
+    assert heights[0] < heights[1] < heights[2] <= heights[3] == heights[4]
+
+
+@pytest.mark.parametrize("captions", [["a"], "abcde", []])
+def test_there_is_a_caption_an_image(captions):
+    refused(ValueError, lambda: captioned_grid(WIDE, captions), "5 captions")

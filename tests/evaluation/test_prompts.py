@@ -1,18 +1,19 @@
 """`evaluate` of text models: prompts, their record, the CLIP score, refusals."""
 
-import keras
 import numpy as np
 import pytest
-from stubs import StubInception, reference
+from stubs import random_images
+from tiny import refused, uvit
 from words import Words
 
-from keras_uvit import DiffusionModel, UViT
+from keras_uvit import DiffusionModel
 from keras_uvit.evaluation import FIDCallback, evaluate, protocol, scores
 
 pytestmark = pytest.mark.once
 
 PROMPTS = [f"picture {k}" for k in range(20)]
 FEW = dict(allow_few=True, usual=0, verbose=0)
+SHAPE = dict(image_shape=(8, 8, 3), patch_size=4)
 
 
 class StubScore:
@@ -29,114 +30,83 @@ class StubScore:
 
 
 @pytest.fixture(scope="module")
-def model():
-    keras.utils.set_random_seed(0)
-    network = UViT(
-        (8, 8, 3), patch_size=4, hidden_dim=16, num_layers=1, num_heads=2, context_shape=(2, 3)
-    )
-    model = DiffusionModel(network, num_steps=2)
-    model.set_encoders(text_encoder=Words())
-    for weight in model.ema_network.weights:
+def models():
+    text = dict(**SHAPE, context_shape=(2, 3))
+    made = {
+        "text": DiffusionModel(uvit(**text), num_steps=2),
+        "without an encoder": DiffusionModel(uvit(**text)),
+        "without text": DiffusionModel(uvit(**SHAPE)),
+    }
+    made["text"].set_encoders(text_encoder=Words())
+    for weight in made["text"].ema_network.weights:
         weight.assign(4.0 * weight)
-    return model
+    return made
 
 
-@pytest.fixture
-def inception():
-    return StubInception()
-
-
-def test_prompts_are_drawn_and_measured(model, inception, monkeypatch):
+def test_prompts_are_drawn_and_measured(models, real, inception, measure, monkeypatch):
     monkeypatch.setattr(protocol, "CHUNK", 8)
-    real, clip = reference(inception), StubScore()
-    options = dict(batch_size=4, guidance_scale=2.0)
-    record = evaluate(model, real, inception, prompts=PROMPTS, clip=clip, seed=1, **options, **FEW)
-    images = model.generate(prompts=PROMPTS, seed=1, verbose=0, **options)
+    clip, options = StubScore(), dict(batch_size=4, guidance_scale=2.0)
+    record = measure(models["text"], None, prompts=PROMPTS, clip=clip, seed=1, **options)
+    images = models["text"].generate(prompts=PROMPTS, seed=1, verbose=0, **options)
     found = scores([images], 20, real, inception, **FEW)
-    for key, value in found.items():
-        assert record[key] == round(value, 4)
+    assert {key: record[key] for key in found} == {k: round(v, 4) for k, v in found.items()}
     assert clip.asked == PROMPTS
     assert record["clip_score"] == pytest.approx(images.mean(), abs=1e-3)
-    assert record["clip"] == "stub"
-    assert record["num_images"] == 20
-    assert record["text_encoder"] == "words"
-    assert record["label_protocol"] is None
-    other = evaluate(model, real, inception, prompts=PROMPTS[::-1], **options, **FEW)
+    known = dict(clip="stub", num_images=20, text_encoder="words", label_protocol=None)
+    assert known.items() <= record.items()
+    other = measure(models["text"], None, prompts=PROMPTS[::-1], **options)
     assert other["prompts"] != record["prompts"]
     assert other["fid"] != record["fid"]
     assert "clip_score" not in other
 
 
-def test_an_interrupted_evaluation_goes_on(model, inception, monkeypatch, tmp_path):
-    monkeypatch.setattr(protocol, "CHUNK", 8)
-    real = reference(inception)
-    words = dict(prompts=PROMPTS, batch_size=4, **FEW)
-    whole = evaluate(model, real, inception, **words)
-    calls, generate = [], DiffusionModel.generate
-
-    def dies(model, *arguments, **options):
-        calls.append(options["first"])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return generate(model, *arguments, **options)
-
-    monkeypatch.setattr(DiffusionModel, "generate", dies)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model, real, inception, folder=tmp_path, **words)
-    clip = StubScore()
-    again = evaluate(model, real, inception, folder=tmp_path, clip=clip, **words)
-    assert calls == [0, 8, 8, 16]
+def test_a_folder_goes_on_with_these_prompts_alone(models, measure, monkeypatch, tmp_path):
+    words, clip = dict(num_images=None, folder=tmp_path), StubScore()
+    first = measure(models["text"], prompts=PROMPTS, **words)
+    monkeypatch.setattr(DiffusionModel, "generate", None)  # not reached
+    again = measure(models["text"], prompts=PROMPTS, clip=clip, **words)
     assert clip.asked == PROMPTS  # of kept images too
-    assert again["fid"] == whole["fid"]
-    with pytest.raises(ValueError, match="prompts was"):
-        evaluate(model, real, inception, folder=tmp_path, **{**words, "prompts": PROMPTS[::-1]})
+    assert again["fid"] == first["fid"]
+    words["prompts"] = PROMPTS[::-1]
+    refused(ValueError, lambda: measure(models["text"], **words), "prompts was")
 
 
-def test_fewer_prompts_than_usual_are_warned_about(model, inception):
+def test_fewer_prompts_than_usual_are_warned_about(models, real, inception, monkeypatch):
+    monkeypatch.setattr(DiffusionModel, "generate", lambda *_, **__: random_images(20))
     with pytest.warns(UserWarning, match="larger than of 30000"):
-        evaluate(model, reference(inception), inception, prompts=PROMPTS, allow_few=True, verbose=0)
+        evaluate(models["text"], real, inception, prompts=PROMPTS, allow_few=True, verbose=0)
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("model", "options", "error", "words"),
     [
-        (dict(), ValueError, "measured on prompts: pass prompts="),
-        (dict(prompts=PROMPTS, num_images=30), ValueError, "20 prompts, but num_images=30"),
-        (dict(prompts="a dog"), TypeError, "list of strings"),
-        (dict(prompts=np.zeros((20, 2, 3))), TypeError, "list of strings"),
-        (dict(prompts=PROMPTS, steps=3), TypeError, "steps"),
+        ("text", {}, ValueError, ["pass prompts="]),
+        ("text", dict(prompts=PROMPTS, num_images=30), ValueError, ["20 prompts", "30"]),
+        ("text", dict(prompts="a dog"), TypeError, ["list of strings"]),
+        ("text", dict(prompts=np.zeros((20, 2, 3))), TypeError, ["list of strings"]),
+        ("text", dict(prompts=PROMPTS, steps=3), TypeError, ["steps"]),
+        ("without text", dict(prompts=PROMPTS), ValueError, ["this one reads none"]),
+        ("without text", dict(num_images=20, clip=StubScore()), ValueError, ["model has none"]),
+        ("without an encoder", dict(prompts=PROMPTS), ValueError, ["set_encoders(text_encoder="]),
     ],
 )
-def test_what_does_not_fit_is_refused_before_drawing(model, inception, options, error, message):
-    with pytest.raises(error, match=message):
-        evaluate(model, reference(inception), inception, **{**options, **FEW})
+def test_what_does_not_fit_is_refused_before_drawing(
+    models, measure, monkeypatch, model, options, error, words
+):
+    monkeypatch.setattr(DiffusionModel, "generate", None)  # not reached
+    refused(error, lambda: measure(models[model], **{"num_images": None, **options}), *words)
 
 
-def test_prompts_need_a_model_and_an_encoder_of_text(model, inception):
-    network = dict(patch_size=4, hidden_dim=16, num_layers=1, num_heads=2)
-    plain = DiffusionModel(UViT((8, 8, 3), **network))
-    with pytest.raises(ValueError, match="this one reads none"):
-        evaluate(plain, reference(inception), inception, prompts=PROMPTS, **FEW)
-    with pytest.raises(ValueError, match="this model has none"):
-        evaluate(plain, reference(inception), inception, 20, clip=StubScore(), **FEW)
-    mute = DiffusionModel(UViT((8, 8, 3), **network, context_shape=(2, 3)))
-    with pytest.raises(ValueError, match=r"set_encoders\(text_encoder="):
-        evaluate(mute, reference(inception), inception, prompts=PROMPTS, **FEW)
+def test_fid_while_training_on_prompts(models, real, inception, tmp_path):
+    def begun(**options):
+        path = tmp_path / "fid.jsonl"
+        callback = FIDCallback(real, inception, path, prompts=PROMPTS, allow_few=True, **options)
+        callback.set_model(models["text"])
+        callback.set_params({"epochs": 1})
+        callback.on_train_begin()
+        return callback
 
-
-def test_fid_while_training_on_prompts(model, inception, tmp_path):
-    callback = FIDCallback(
-        reference(inception), inception, tmp_path / "fid.jsonl", prompts=PROMPTS, allow_few=True
-    )
-    callback.set_model(model)
-    callback.set_params({"epochs": 1})
-    callback.on_train_begin()
     logs = {}
-    callback.on_epoch_end(0, logs)
+    begun().on_epoch_end(0, logs)
     assert logs["fid"] > 0
-    bad = FIDCallback(
-        reference(inception), inception, tmp_path / "x", prompts=PROMPTS, allow_few=True, step=3
-    )
-    bad.set_model(model)
-    with pytest.raises(TypeError, match="Received: \\['step'\\]"):
-        bad.on_train_begin()
+    refused(TypeError, lambda: begun(step=3), "['step']")
