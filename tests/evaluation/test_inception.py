@@ -3,7 +3,6 @@
 import runpy
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -22,15 +21,13 @@ PACKAGES = {"half_pixel": "pytorch_fid", "tf1": "torch_fidelity"}
 PHOTO = MADE["random_images"](32, 32)
 
 
-def _zeros(_, shape, dtype=None):
-    return np.zeros(shape, "float32")
-
-
 @pytest.fixture(scope="module")
 def half_pixel():
-    """Without initial weights, which other ones take the place of: JAX compiles each shape's."""
+    """Without initial weights, for which JAX compiles a program of each shape: others follow."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keras.initializers.GlorotUniform, "__call__", _zeros)
+        for kind in ("GlorotUniform", "Zeros", "Ones"):
+            zeros = staticmethod(lambda shape, dtype=None: np.zeros(shape, "float32"))
+            patch.setattr(f"keras.initializers.{kind}.__call__", zeros)
         return InceptionFeatures()
 
 
