@@ -51,14 +51,6 @@ def test_encode_a_folder_of_pictures_with_classes(tmp_path):
     assert data.image_shards(tmp_path / "grey", 4, verbose=0).images.shape == (12, 2, 2, 1)
 
 
-def test_encode_an_npz_into_pixels(tmp_path):
-    np.savez(tmp_path / "a.npz", image=PICTURES, label=np.arange(12) % 3)
-    run("encode", tmp_path / "a.npz", tmp_path / "cache", "--pixels")
-    found = data.image_shards(tmp_path / "cache", 4, flip=False, verbose=0)
-    np.testing.assert_array_equal(found.images[:], PICTURES)
-    assert found.num_classes == 3
-
-
 @pytest.mark.usefixtures("small_autoencoder")
 def test_encode_with_a_file_of_weights(tmp_path):
     autoencoder = AutoencoderKL()
@@ -97,14 +89,11 @@ def test_encode_a_folder_with_captions(clip, tmp_path):
 
 
 @pytest.mark.usefixtures("small_autoencoder")
-@pytest.mark.parametrize("name", ["a.weights.h5", "a.keras"])
-def test_convert_there_and_back_is_exact(tmp_path, name):
-    first, published, back = (
-        tmp_path / name for name in (name, "new/a.safetensors", "b.weights.h5")
-    )
+def test_convert_there_and_back_is_exact(tmp_path):
+    names = ("a.keras", "new/a.safetensors", "b.weights.h5")
+    first, published, back = (tmp_path / name for name in names)
     autoencoder = AutoencoderKL()
-    save = autoencoder.save if name.endswith(".keras") else autoencoder.save_weights
-    save(first)
+    autoencoder.save(first)
     text = run("convert", "autoencoder", first, published)
     assert re.fullmatch(rf"{re.escape(str(published))}: [\d,]+ weights\n", text)
     run("convert", "autoencoder", published, back)

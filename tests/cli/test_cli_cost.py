@@ -32,33 +32,30 @@ def test_presets_are_listed_with_parameters_and_fid():
         assert line.endswith(row.paper_name)
 
 
-def test_a_presets_counts_are_beside_the_papers():
-    rows = table(run("cost", LARGE))
+def test_a_presets_counts_are_beside_the_papers_and_memory_adds_up():
+    rows = table(run("cost", LARGE, "--batch-size", 8))
     assert rows["parameters"] == ["286,763,172", "287M"]
     assert rows["GMACs"][:2] == ["76.5", "77"]
     assert rows["GFLOPs"][0] == "459"  # 6 x 76.5
-    assert "-" in table(run("cost", "uvit_mid_coco"))["parameters"]  # which is not in the paper
-
-
-def test_memory_is_that_of_the_batch_and_adds_up():
-    rows = table(run("cost", LARGE, "--batch-size", 8))
     sizes = {name: float(cells[0]) for name, cells in rows.items() if name in MEMORY}
     assert sizes["weights"] == 1.07  # 4 bytes x 286,763,172 / 2^30
     assert sizes["AdamW's two moments"] == 2.14
     assert sizes["activations"] == 2.80  # as in tests/evaluation/test_memory.py, without attention
     fixed = sum(sizes[name] for name in MEMORY[:4])
-    # Three digits each.
-    assert sizes["together"] == pytest.approx(fixed + sizes["activations"], abs=0.03)
-    assert sizes["together with remat"] == pytest.approx(
-        fixed + sizes["activations with remat"], abs=0.03
-    )
-    own = run("cost", LARGE)
-    assert f"float32, batch {presets.get(LARGE).batch_size}" in own
-    # Three digits each.
-    assert float(table(own)["activations"][0]) == pytest.approx(128 * 2.80, rel=0.01)
+    for kept, together in zip(MEMORY[4:6], MEMORY[6:]):
+        assert sizes[together] == pytest.approx(fixed + sizes[kept], abs=0.03)  # three digits each
     half = table(run("cost", LARGE, "--batch-size", 8, "--dtype", "mixed_bfloat16"))
     assert half["weights in half precision"][0] == "0.534"
     assert float(half["activations"][0]) < sizes["activations"]
+
+
+def test_what_is_unknown_is_a_dash_and_the_batch_is_the_presets():
+    assert "float32, batch 128" in run("cost", "uvit_small_cifar10")
+    assert "-" in table(run("cost", "uvit_mid_coco"))["parameters"]  # which is not in the paper
+    other = next(n for n, row in presets.PRESETS.items() if row.architecture is not UViT)
+    rows = table(run("cost", other))
+    assert rows["activations"][0] == "-"
+    assert "together" not in rows
 
 
 def test_without_a_preset_all_are_listed():
@@ -74,16 +71,6 @@ def test_without_a_preset_all_are_listed():
         if is_known:
             kept = evaluation.activation_memory(row.network).tokens / 2**30
             assert float(cells[6]) == pytest.approx(kept, rel=0.005)
-
-
-def test_a_network_without_an_estimate_says_so():
-    rows = table(run("cost", next(n for n, row in presets.PRESETS.items() if is_other(row))))
-    assert rows["activations"][0] == "-"
-    assert "together" not in rows
-
-
-def is_other(row):
-    return row.architecture is not UViT
 
 
 def test_counts_are_those_that_the_paper_prints():

@@ -77,6 +77,7 @@ def test_train_fits_the_classes_to_the_data_and_the_pictures_to_the_network(tmp_
     assert isinstance(asked["samples"], data.images.ImageDataset)
     assert asked["model"].network.num_classes == 3
     assert max(asked["callbacks"][0].options["labels"]) == 2
+    np.testing.assert_array_equal(asked["samples"].images[:], PICTURES[..., :1])
     # Pictures of another size are fitted to the network.
     photos = save_pngs(tmp_path / "photos", PICTURES.repeat(2, 1).repeat(3, 2))
     run("train", photos, *words, "uvit_nano_colour", "--image-size", 8)
@@ -86,8 +87,10 @@ def test_train_fits_the_classes_to_the_data_and_the_pictures_to_the_network(tmp_
 @pytest.mark.usefixtures("small_autoencoder")
 def test_train_on_latents_draws_pictures_only_with_an_autoencoder(tmp_path, asked):
     AutoencoderKL().save_weights(tmp_path / "a.weights.h5")
-    run("encode", "digits", tmp_path / "cache", "--autoencoder", "space-to-depth")
+    np.savez(tmp_path / "a.npz", image=PICTURES[..., :1], label=np.arange(12) % 10)
+    run("encode", tmp_path / "a.npz", tmp_path / "cache", "--autoencoder", "space-to-depth")
     words = ("train", tmp_path / "cache", tmp_path / "run", "--preset", "uvit_nano_latent")
+    words += ("--batch-size", 4)
     run(*words)
     assert asked["callbacks"] == []
     assert asked["samples"].sample_shape == (4, 4, 8)
@@ -153,11 +156,10 @@ def test_train_for_hours_is_timed(tmp_path, asked, monkeypatch):
     assert asked["model"].planned_steps == 10
 
 
-def test_report_of_shipped_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation.reports, "CLASSIFIER_STEPS", (20, 20))
-    words = ("report", "uvit_tiny_digits", "digits", tmp_path, "--weights", "pretrained")
-    text = run(*words, "--num-images", 20, "--num-steps", 4)
-    assert f"Look at {tmp_path / 'report.png'}" in text
+def test_report_of_a_trained_model(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(evaluation.reports, "CLASSIFIER_STEPS", (2, 2))
+    words = ("report", trained[0] / "model.keras", "digits", tmp_path, "--num-images", 20)
+    assert f"Look at {tmp_path / 'report.png'}" in run(*words)
     assert json.loads((tmp_path / "report.json").read_text())["images"] == 20
 
 

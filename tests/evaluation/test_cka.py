@@ -69,32 +69,10 @@ def test_rotations_scales_and_shifts_change_nothing(unbiased):
     assert linear_cka(y, x, unbiased) == pytest.approx(expected, abs=ROUNDING)
 
 
-@FORMS
-def test_other_invertible_maps_change_it(unbiased):
-    # One direction stretched: nothing is lost, but the distances are now those along it.
-    x = RNG.normal(size=(200, 10))
-    stretched = x * np.array([100.0, *[1.0] * 9])
-    # All ten directions of x weigh the same, so one of them has cosine 1 / sqrt(10).
-    assert linear_cka(x, stretched, unbiased) == pytest.approx(10**-0.5, abs=0.05)
-
-
 def test_features_far_from_the_origin_are_centred_first():
     x, y = related()
     # Squares of 1e8 round at 2: uncentred Gram matrices would hold nothing of x.
     assert linear_cka(x + 1e8, y) == pytest.approx(linear_cka(x, y), abs=1e-6)
-
-
-def test_independent_features_are_unlike_only_without_the_bias():
-    rng = np.random.default_rng(1)
-    pairs = [rng.normal(size=(2, 10, 40)) for _ in range(300)]
-    biased = np.mean([linear_cka(x, y) for x, y in pairs])
-    cka = CKA()
-    for x, y in pairs:
-        cka.update([x], [y])
-    # Ten random points in 40 dimensions are almost as far from each other in one set as in another.
-    assert biased > 0.7
-    # 300 batches of 45 pairs: standard error 1 / sqrt(13,500) = 0.009.
-    assert abs(cka.result().item()) < 0.04
 
 
 # Batches ------------------------------------------------------------------------------------------
@@ -195,36 +173,17 @@ def noised(t, seed=0):
     return x.astype("float32")
 
 
-def seen(network, inputs, monkeypatch):
-    """What the layers `NAMES` return while the network runs."""
-    outputs = {}
-
-    def watch(layer):
-        call = layer.call
-
-        def watched(*arguments, **options):
-            outputs[layer.name] = call(*arguments, **options)
-            return outputs[layer.name]
-
-        monkeypatch.setattr(layer, "call", watched)
-
-    for name in NAMES:
-        watch(network.get_layer(name))
-    network(inputs, training=False)
-    monkeypatch.undo()
-    return [numpy(outputs[name]).reshape(9, -1) for name in NAMES]
-
-
 @pytest.mark.each_backend
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_outputs_are_the_networks_own(model, use_ema, monkeypatch):
+def test_outputs_are_the_networks_own(model, use_ema):
     network = model.ema_network if use_ema else model.network
     inputs = {
         "image": noised(0.3, seed=5),
         "timestep": np.full(9, 999 * 0.3, "float32"),
         "label": DATA["label"].astype("int32"),
     }
-    expected = seen(network, inputs, monkeypatch)
+    taps = keras.Model(network.input, [network.get_layer(name).output for name in NAMES])
+    expected = [numpy(x).reshape(9, -1) for x in taps(inputs, training=False)]
     batches = list(layer_outputs(model, DATA, 0.3, seed=5, use_ema=use_ema, batch_size=4))
     assert [[x.shape for x in batch] for batch in batches] == [[(n, 6 * 8)] * 4 for n in (4, 4, 1)]
     for k, name in enumerate(NAMES):

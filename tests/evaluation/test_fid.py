@@ -101,9 +101,7 @@ def test_published_distances(pair):
 def test_mean_and_covariance_stand_for_features():
     a, b = random_sets()
     distance = frechet_distance(a, b)
-    assert distance > 0.1
-    assert frechet_distance(gaussian(a), gaussian(b)) == distance
-    assert frechet_distance(a, gaussian(b)) == frechet_distance(gaussian(a), b) == distance
+    assert frechet_distance(a, gaussian(b)) == frechet_distance(gaussian(a), b) == distance > 0.1
 
 
 def test_gaussian_is_the_sample_mean_and_the_unbiased_covariance():
@@ -221,60 +219,22 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-300])
 
 
-def overwritten(save, first):
-    def write(path):
-        save(path)
-        content = bytearray(path.read_bytes())
-        content[first : first + 40] = b"?" * 40
-        path.write_bytes(content)
-
-    return write
-
-
-def compressed(path):
-    np.savez_compressed(path, mu=np.arange(999.0), sigma=np.eye(999))
-
-
-def zip_of(*names):
-    def write(path):
-        with zipfile.ZipFile(path, "w") as archive:
-            for name in names:
-                archive.writestr(name, "text")
-
-    return write
-
-
-def bare_array(path):
-    with open(path, "wb") as file:
-        np.save(file, np.zeros((4, 4)))
-
-
 @pytest.mark.parametrize(
     ("write", "words"),
     [
+        # Other damages: test_files.py, which reads with the same function.
         (truncated, ["damaged or no .npz"]),
-        (overwritten(FULL.save, 200), ["damaged or no .npz"]),  # within the mean
-        (overwritten(compressed, 300), ["damaged or no .npz"]),
-        (lambda p: p.write_text("mu, sigma"), ["damaged or no .npz"]),
-        (lambda p: p.write_bytes(b""), ["damaged or no .npz"]),
-        (zip_of("a.txt"), ["expected"]),
-        (zip_of("mu", "sigma"), ["expected"]),
-        (bare_array, ["damaged or no .npz"]),
-        (npz(mu=np.array([{}] * 4, object), sigma=COVARIANCE), ["allow_pickle"]),
         (npz(mu=MEAN), ["no statistics", "['mu']"]),
         (npz(mu=MEAN[:3], sigma=COVARIANCE), ["(3,), (4, 4)"]),
         (npz(mu=MEAN[None], sigma=COVARIANCE), ["(1, 4)"]),
         (npz(mu=MEAN, sigma=COVARIANCE[:, :3]), ["(4, 3)"]),
-        (npz(mu=MEAN * np.nan, sigma=COVARIANCE), ["NaN"]),
         (npz(mu=MEAN, sigma=COVARIANCE * np.inf), ["infinity"]),
         (with_fact(mu_s=MEAN, sigma_s=COVARIANCE[:2]), ["sigma_s have", "(2, 4)"]),
         (with_fact(mu_s=MEAN), ["no statistics", "sigma_s"]),
         (npz(pool_3=np.full((5, 4), np.nan)), ["NaN"]),
         (npz(pool_3=np.zeros(4)), ["(4,)"]),
         (with_fact(features=np.zeros((9, 3))), ["features", "(9, 3)"]),
-        (with_fact(count=[3, 4]), ['"count" has']),
         (with_fact(count=2.5), ['"count" has']),
-        (with_fact(image_size=32), ['"image_size" has']),
         (with_fact(image_size=[0.5, 0.5]), ['"image_size" has']),
         (with_fact(resize=3), ['"resize" has']),
         (with_fact(inception=["a"]), ['"inception" has']),

@@ -109,27 +109,6 @@ def test_blocks_of_distances_change_nothing(monkeypatch, block):
     np.testing.assert_allclose(np.concatenate(blocks), squares, atol=1e-12)
 
 
-def test_sets_that_are_the_same_or_far_apart():
-    real, generated = overlapping()
-    assert precision_recall(real, real[::-1]) == (1.0, 1.0)
-    assert precision_recall(real, generated + 1000.0) == (0.0, 0.0)
-
-
-def test_a_generator_of_one_cluster_is_precise_and_forgetful():
-    rng = np.random.default_rng(0)
-    clusters = [rng.normal(size=(20, 4)) + 100 * k for k in range(4)]
-    assert precision_recall(np.concatenate(clusters), clusters[2]) == (1.0, 0.25)
-    # The other way round: a real set of one cluster is all covered, by a quarter of the images.
-    assert precision_recall(clusters[2], np.concatenate(clusters)) == (0.25, 1.0)
-
-
-def test_reach_to_the_neighbour_itself_is_inside():
-    real = np.array([[0.0], [1.0], [2.0], [3.0]])
-    generated = np.array([[-3.0], [-4.0], [6.0], [7.0]])
-    # k = 3, which four rows are enough for: the ball of 0 is [-3, 3], that of 3 is [0, 6].
-    assert precision_recall(real, generated)[0] == 0.5
-
-
 def test_duplicates_are_neighbours_at_distance_zero():
     # Integers: all distances are exact.
     real = np.array([[0, 0]] * 4 + [[5, 0], [0, 5]])
