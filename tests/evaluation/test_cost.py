@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates against a count by hand and the published table."""
+"""Parameters and multiply-accumulates against a count by hand and by PyTorch."""
 
 import keras
 import numpy as np
@@ -92,29 +92,9 @@ def test_macs_of_a_unet_are_those_that_torch_counts(change):
     assert counter.get_total_flops() == 2 * count_macs(network)
 
 
-# arguments, parameters of the published checkpoint (None: not published), "GFLOPs" of the paper.
-S = dict(patch_size=2, hidden_dim=512, num_layers=13, num_heads=8)
-H = dict(patch_size=2, hidden_dim=1152, num_layers=29, num_heads=16, num_classes=1000)
-H = dict(H, output_conv=False)
-M = dict(image_shape=(64, 64, 3), patch_size=4, hidden_dim=768, num_layers=17, num_heads=12)
-L = dict(image_shape=(32, 32, 4), patch_size=2, hidden_dim=1024, num_layers=21, num_heads=16)
-COCO = dict(S, image_shape=(32, 32, 4), context_shape=(77, 768))
-TABLE = {
-    "small cifar10": (dict(S, image_shape=(32, 32, 3)), 44_255_328, 12.2),
-    "small coco": (COCO, None, 16.2),
-    "small deep coco": (dict(COCO, num_layers=17), None, 21.2),
-    "mid imagenet64": (dict(M, num_classes=1000, null_label=False), None, 35.2),
-    "large imagenet256": (dict(L, num_classes=1000), None, 76.5),
-    "huge imagenet256": (dict(H, image_shape=(32, 32, 4)), None, 133.2),
-    "huge, 64x64 latent in 2x2 patches": (dict(H, image_shape=(64, 64, 4)), None, 582),
-}
-
-
-@pytest.mark.parametrize(("arguments", "parameters", "gmacs"), TABLE.values(), ids=TABLE.keys())
-def test_published_cost(arguments, parameters, gmacs):
+def test_the_published_cost_of_a_network_that_is_no_preset():
+    # U-ViT-H on 64x64 latents in 2x2 patches; tests/presets counts the others.
+    shape = dict(image_shape=(64, 64, 4), hidden_dim=1152, num_layers=29, num_heads=16)
     with keras.StatelessScope(initialize_variables=False):  # shapes only, no memory for weights
-        network = UViT(**arguments)
-    digits = 0 if isinstance(gmacs, int) else 1
-    assert round(count_macs(network) / 1e9, digits) == gmacs
-    if parameters is not None:
-        assert count_parameters(network) == parameters
+        network = UViT(**shape, patch_size=2, num_classes=1000, output_conv=False)
+    assert round(count_macs(network) / 1e9) == 582

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from keras import ops
 from safetensors.numpy import save_file
 from tiny import refused
 
@@ -21,12 +22,15 @@ PACKAGES = {"half_pixel": "pytorch_fid", "tf1": "torch_fidelity"}
 PHOTO = MADE["random_images"](32, 32)
 
 
+def zeros(_, shape, dtype=None):
+    return ops.convert_to_tensor(np.zeros(shape, dtype), dtype)
+
+
 @pytest.fixture(scope="module")
 def half_pixel():
-    """Without initial weights, for which JAX compiles a program of each shape: others follow."""
+    """Without random weights, for which JAX compiles a program of each shape: others follow."""
     with pytest.MonkeyPatch.context() as patch:
         for kind in ("GlorotUniform", "Zeros", "Ones"):
-            zeros = staticmethod(lambda shape, dtype=None: np.zeros(shape, "float32"))
             patch.setattr(f"keras.initializers.{kind}.__call__", zeros)
         return InceptionFeatures()
 
