@@ -85,7 +85,7 @@ SMALL_UNET |= dict(attention_levels=(1,), head_dim=8, num_classes=5, context_sha
 @pytest.mark.parametrize("change", [{}, dict(num_blocks=2, attention_levels=(0,), remat=True)])
 def test_macs_of_a_unet_are_those_that_torch_counts(change):
     network = UNet(**{**SMALL_UNET, **change})
-    twin = torch_unet.take(torch_unet.UNet(network.config), network)
+    twin = torch_unet.take(torch_unet.UNet(network.get_config()), network)
     inputs = {name: np.zeros((1, *x.shape[1:]), x.dtype) for name, x in network.input.items()}
     with FlopCounterMode(display=False) as counter:
         torch_unet.answer(twin, inputs)
