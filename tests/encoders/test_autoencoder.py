@@ -269,7 +269,7 @@ def test_the_files_name_becomes_the_id(tiny, tmp_path, monkeypatch, name, id):
     loaded = AutoencoderKL.from_file(path, scale=0.2301, **TINY)
     assert (loaded.id, loaded.scale) == (id, 0.2301)
     assert_equal(loaded.get_weights(), tiny.get_weights())
-    if file != path:  # a folder, and where the file is in the current one
+    if name == id:  # a folder, and where it is the current one
         monkeypatch.chdir(path)
         assert [AutoencoderKL.from_file(p, **TINY).id for p in (".", SAFETENSORS)] == [id, id]
 

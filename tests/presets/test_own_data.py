@@ -17,6 +17,7 @@ from keras_uvit.presets import own_data
 pytestmark = [pytest.mark.once, pytest.mark.eager]
 
 RNG = np.random.default_rng(0)
+NOISE = RNG.integers(0, 256, (10, 64, 37, 3)).astype("uint8")
 SMALL = dict(hidden_dim=16, num_layers=1, num_heads=2)
 
 
@@ -166,6 +167,7 @@ def test_five_lines_say_what_was_chosen_and_two_more_what_is_scarce(capsys):
         (pictures(9), {}, ValueError, ("9 pictures are too few", "at least 10")),
         ({"image": np.full((20, 16, 16, 3), 7, "uint8")}, {}, ValueError, ("all the same",)),
         (pictures(side=31), {}, ValueError, ("31x31 cannot be cut", "image_size=")),
+        ({"image": NOISE}, {}, ValueError, ("64x37 cannot be cut", "image_size=")),
         (pictures(), dict(steps=5, minutes=5), ValueError, ("steps or minutes",)),
         (pictures(), dict(minutes=5), ValueError, ("pass steps, not minutes",)),  # of two processes
         (pictures(), dict(size="gpu"), ValueError, ("one of ['cpu', 'accelerator']",)),
