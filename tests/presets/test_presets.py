@@ -207,7 +207,7 @@ def test_a_loaded_model_follows_its_recipe(name):
 def test_arguments_of_the_network_can_be_changed():
     recipe = presets.get("uvit_tiny_digits").network
     changes = dict(num_classes=3, image_shape=(16, 16, 1))
-    config = presets.load("uvit_tiny_digits", **changes).network.config
+    config = presets.load("uvit_tiny_digits", **changes).network.get_config()
     assert config == {**config, **recipe, **changes}  # the rest stays
     assert recipe["num_classes"] == 10  # and the table is as it was
     model = presets.load("uvit_tiny_digits", num_classes=None)
