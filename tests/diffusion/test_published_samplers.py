@@ -2,11 +2,7 @@
 
 import numpy as np
 import pytest
-from oracles import (
-    GOLDEN,
-    gaussian,
-    run,
-)
+from oracles import GOLDEN, gaussian, run
 
 from keras_uvit.diffusion.samplers import (
     dpm_solver,
@@ -17,6 +13,34 @@ from keras_uvit.diffusion.samplers import (
     time_uniform,
 )
 from keras_uvit.diffusion.schedules import VPDiscrete, VPLinear
+
+# The published program took lambda of t = 1e-4 in float32, 1.3e-3 too large, which moves all inner
+# times of the grid: that shows where few steps leave a large error of the solver itself; the last
+# test measures it. From 20 evaluations on, float32 rounding of the images is what remains.
+ROUNDING = {6: 3e-4, 10: 1e-4, 11: 1e-4, 20: 3e-6, 50: 3e-6}
+
+
+def singlestep(order):
+    def build(schedule, n):
+        times = time_uniform(n // order, 1.0, 1e-3)
+        return dpm_solver_pp(schedule, times, order=order, multistep=False)
+
+    return build
+
+
+def euler_ode(schedule, n):
+    return euler(schedule, np.append(0, np.linspace(1e-3, 1, n))[::-1])
+
+
+# Schedule, what makes the steps of n evaluations, tolerance. 3e-6 is float32 rounding, which the
+# data form does not amplify; the Euler steps were computed in float64 and stored in float32.
+PUBLISHED = {
+    "pixel_fast": (VPLinear(), lambda s, n: named("dpm_solver", s, n), ROUNDING.get),
+    "pixel_euler_ode": (VPLinear(), euler_ode, lambda n: 2e-7),
+    "latent_fast": (VPDiscrete(), lambda s, n: named("dpm_solver_pp", s, n), lambda n: 3e-6),
+    "latent_singlestep2": (VPDiscrete(), singlestep(2), lambda n: 3e-6),
+    "latent_singlestep3": (VPDiscrete(), singlestep(3), lambda n: 3e-6),
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +57,12 @@ def deviation(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-EVALUATIONS = [6, 10, 11, 20, 50]
-# The published program took lambda of t = 1e-4 in float32, 1.3e-3 too large, which moves all inner
-# times of the grid: that shows where few steps leave a large error of the solver itself; the next
-# test measures it. From 20 evaluations on, float32 rounding of the images is what remains.
-ROUNDING = {6: 3e-4, 10: 1e-4, 11: 1e-4, 20: 3e-6, 50: 3e-6}
-
-
-@pytest.mark.parametrize("n", EVALUATIONS)
-def test_published_pixel_fast(golden, n):
-    schedule = VPLinear()
-    result = answer(golden, schedule, named("dpm_solver", schedule, n))
-    assert deviation(result, golden[f"pixel_fast_{n}"]) < ROUNDING[n]
+@pytest.mark.parametrize("n", ROUNDING)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_images_are_those_of_the_published_program(golden, name, n):
+    schedule, build, tolerance = PUBLISHED[name]
+    result = answer(golden, schedule, build(schedule, n))
+    assert deviation(result, golden[f"{name}_{n}"]) < tolerance(n)
 
 
 @pytest.mark.parametrize("n", [6, 10, 11])
@@ -63,31 +81,3 @@ def test_a_grid_rounded_to_float32_explains_the_distance_to_the_published_answer
     published = golden[f"pixel_fast_{n}"]
     # 0.7: what remains is rounding inside the program; with the exact grid the ratio would be 1.
     assert deviation(rounded, published) < 0.7 * deviation(exact, published)
-
-
-@pytest.mark.parametrize("n", EVALUATIONS)
-def test_published_latent_fast(golden, n):
-    schedule = VPDiscrete()
-    result = answer(golden, schedule, named("dpm_solver_pp", schedule, n))
-    # 3e-6: float32 rounding, not amplified by the data form.
-    assert deviation(result, golden[f"latent_fast_{n}"]) < 3e-6
-
-
-@pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("n", EVALUATIONS)
-def test_published_latent_singlestep(golden, n, order):
-    schedule = VPDiscrete()
-    times = time_uniform(n // order, 1.0, 1e-3)
-    steps = dpm_solver_pp(schedule, times, order=order, multistep=False)
-    # 3e-6: float32 rounding, not amplified by the data form.
-    assert deviation(
-        answer(golden, schedule, steps), golden[f"latent_singlestep{order}_{n}"]
-    ) < 3e-6  # fmt: skip
-
-
-@pytest.mark.parametrize("n", EVALUATIONS)
-def test_published_euler_ode(golden, n):
-    schedule = VPLinear()
-    steps = euler(schedule, np.append(0, np.linspace(1e-3, 1, n))[::-1])
-    # 2e-7: computed in float64, stored in float32.
-    assert deviation(answer(golden, schedule, steps), golden[f"pixel_euler_ode_{n}"]) < 2e-7

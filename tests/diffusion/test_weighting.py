@@ -5,19 +5,15 @@ import math
 import numpy as np
 import pytest
 from keras import ops
+from oracles import SCHEDULES, name
 
 from keras_uvit import backend
 from keras_uvit.diffusion import predictions, weighting
-from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
+from keras_uvit.diffusion.schedules import LinearPath, VPDiscrete, VPLinear
 
-SCHEDULES = [VPLinear(), VPCosine(), VPDiscrete(), LinearPath()]
 U = np.linspace(0.002, 0.998, 250)
 LAST = 1 - 2.0**-24  # the float32 below 1
 ENDS = [0.0, 2.0**-149, 2.0**-30, 2.0**-24, 1 - 2.0**-23, LAST]
-
-
-def name(schedule):
-    return type(schedule).__name__
 
 
 def sampled(sampling, u):
@@ -51,6 +47,9 @@ def test_as_many_times_are_drawn_as_the_density_says(sampling):
     # float32: where little is drawn, a spacing of t, 6e-8, holds up to 20 spacings of u.
     np.testing.assert_allclose(shares, U, rtol=0, atol=2e-6)
     assert (np.diff(t) > 0).all()
+    np.testing.assert_allclose(t + t[::-1], 1, atol=1e-6)  # both ends are drawn alike
+    if sampling != "uniform":
+        assert np.diff(t).argmin() in (124, 125)  # small where much is drawn: the middle
 
 
 @pytest.mark.parametrize("sampling", weighting.TIME_SAMPLINGS)
@@ -63,14 +62,6 @@ def test_times_stay_below_one_and_finite_at_the_ends(sampling):
         assert (np.diff(values) >= 0).all()
         t = VPDiscrete().training_time(ops.convert_to_tensor(values))
         assert ops.convert_to_numpy(t).max() <= 1  # there is no step 1001
-
-
-def test_both_ends_are_drawn_alike_and_the_middle_most():
-    for sampling in ("logit_normal", "cosmap"):
-        t = sampled(sampling, U)
-        np.testing.assert_allclose(t + t[::-1], 1, atol=1e-6)  # roundings of numbers of size one
-        slopes = np.diff(t)  # small where much is drawn
-        assert slopes.argmin() in (124, 125)
 
 
 def test_cosmap_gives_the_linear_path_the_log_snr_of_a_cosine():
@@ -93,9 +84,9 @@ def test_min_snr_is_as_published_for_each_prediction(schedule):
     }
     for prediction, expected in published.items():
         # float32 alpha and sigma of a float32 time, which counts 1000 times in `VPDiscrete`.
-        np.testing.assert_allclose(
-            min_snr(prediction, schedule, t), expected, rtol=1e-3, err_msg=prediction
-        )
+        ours = min_snr(prediction, schedule, t)
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, err_msg=prediction)
+    assert weighting.loss_weight("uniform", "v", schedule, None) == 1.0
 
 
 @pytest.mark.parametrize("prediction", predictions.PREDICTIONS)
@@ -124,7 +115,3 @@ def test_weights_have_their_limits_where_data_or_noise_are_alone(prediction, end
     if prediction != "velocity":  # itself infinite there
         out = min_snr(prediction, VPLinear(), [0.0])
         np.testing.assert_allclose(out, ends[:1], rtol=1e-6, atol=1e-20)
-
-
-def test_uniform_is_weight_one():
-    assert weighting.loss_weight("uniform", "v", VPLinear(), None) == 1.0
