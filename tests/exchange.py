@@ -1,7 +1,7 @@
-"""Writes every kind of file on one backend, waits, and reads those that others have written.
+"""Writes every kind of file on one backend, and reads those that others have written.
 
-`python exchange.py FOLDER NAME ...` writes into FOLDER/<its backend>, prints "written", waits for a
-line, and then reads FOLDER/NAME for each NAME.
+`python exchange.py FOLDER` writes into FOLDER/<its backend>, prints "written", waits for a line,
+and then reads all others in FOLDER.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from keras import ops
+from tiny import assert_equal, numpy, weights
 
 from keras_uvit import DiffusionModel, UViT, data, training
 from keras_uvit.encoders import AutoencoderKL, SpaceToDepth
@@ -40,16 +40,12 @@ def train(model, cache, run, epochs):
 def state(model):
     """All that training moves, but the seed: how many numbers it has is a backend's own."""
     variables = [*model.weights, *model.optimizer.variables]
-    return [ops.convert_to_numpy(variable) for variable in variables]
-
-
-def assert_same(first, second):
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
+    return [numpy(variable) for variable in variables]
 
 
 def write(folder):
-    autoencoder = AutoencoderKL(32, (1, 1), 1, scale=1.0)
+    folder.mkdir()
+    autoencoder = AutoencoderKL(32, (1,), 1, scale=1.0)
     autoencoder.save(folder / "autoencoder.keras")
     data.write_latents(IMAGES, folder / "cache", SpaceToDepth(), verbose=0)
     model = train(make(), folder / "cache", folder / "run", epochs=1)
@@ -65,29 +61,28 @@ def write(folder):
 def read(folder):
     with np.load(folder / "state.npz") as file:
         expected = [file[key] for key in sorted(file.files)]
-    models = [
-        training.load_checkpoint(folder / "run"),
-        keras.saving.load_model(folder / "model.keras"),
-        train(make(), folder / "cache", folder / "run", epochs=1),  # all of it is done
-    ]
-    for model in models:
-        assert_same(state(model), expected)
-    output = models[0].predict(INPUTS, verbose=0)
+    model = make()
+    model.load_weights(folder / "model.weights.h5")
+    assert_equal(weights(model), expected[: len(model.weights)])
+    output = model.predict(INPUTS, verbose=0)
     # float32 sums in another order.
     np.testing.assert_allclose(output, np.load(folder / "output.npy"), rtol=1e-4, atol=1e-5)
-    fresh = make()
-    fresh.load_weights(folder / "model.weights.h5")
-    assert_same([ops.convert_to_numpy(w) for w in fresh.weights], expected[: len(fresh.weights)])
+    for again in (
+        training.load_checkpoint(folder / "run"),
+        keras.saving.load_model(folder / "model.keras"),
+        train(model, folder / "cache", folder / "run", epochs=1),  # all of it is done
+    ):
+        assert_equal(state(again), expected)
     autoencoder = keras.saving.load_model(folder / "autoencoder.keras")
     assert autoencoder.fingerprint == Reference.load(folder / "reference.npz").inception
 
 
 if __name__ == "__main__":
-    everything, *others = sys.argv[1:]
-    (Path(everything) / NAME).mkdir()
-    write(Path(everything) / NAME)
+    everything = Path(sys.argv[1])
+    write(everything / NAME)
     print("written", flush=True)
     input()
-    for name in others:
-        print(f"reading what {name} wrote", flush=True)
-        read(Path(everything) / name)
+    for other in sorted(everything.iterdir()):
+        if other.name != NAME:
+            print(f"reading what {other.name} wrote", flush=True)
+            read(other)

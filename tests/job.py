@@ -1,16 +1,24 @@
-"""What each process of tests/test_distribution.py does; leaves a file of what it saw."""
+"""The runs of tests/test_distribution.py; each process leaves a file of what it saw of each.
+
+    python job.py FOLDER --devices many [--address HOST:PORT --index K] RUN ...
+
+A RUN is JSON: what changes of `RUN`.
+"""
 
 import argparse
 import contextlib
+import io
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_uvit import DiffusionModel, UViT, backend, data, distribution, training
+from keras_uvit import DiffusionModel, UNet, UViT, backend, data, distribution, training
 from keras_uvit.data.shuffled import ShuffledDataset
 from keras_uvit.encoders import SpaceToDepth
 from keras_uvit.inference import Frozen
@@ -21,52 +29,62 @@ PICTURES = {
     "label": np.arange(64) % 3,
 }
 BATCH = 16
+NETWORKS = {
+    "small": (UViT, dict(hidden_dim=16, num_layers=1, num_heads=2)),
+    "uvit": (UViT, dict(hidden_dim=48, num_layers=3, num_heads=4)),
+    "unet": (
+        UNet,
+        dict(base_dim=32, multipliers=(1,), num_blocks=1, attention_levels=(), head_dim=8),
+    ),
+}
+RUN = dict(
+    name="run",
+    network="small",
+    layout="data",  # or "fsdp", "tensor", or "one": no distribution
+    dtype="float32",
+    epochs=2,
+    bad=False,  # one batch is not finite
+    draw=False,  # images are drawn and encoded at the end
+    stop=False,  # the last process is asked to stop, after the first checkpoint
+    address=None,  # where the processes join each other anew
+)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--devices", choices=["one", "many", "processes"])
+    parser.add_argument("--devices", choices=["many", "processes"])
     parser.add_argument("--address")
     parser.add_argument("--index", type=int)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--layout", default="data")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--bad", action="store_true", help="one batch is not finite")
-    parser.add_argument("--draw", action="store_true", help="draw and encode images at the end")
+    parser.add_argument("runs", nargs="+", type=json.loads)
     options = parser.parse_args()
-    choose_devices(options)
-    model = make(options)
-    each = []
-    note = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: each.append(logs["loss"])
-    )
-    dataset = BadDataset(PICTURES, BATCH) if options.bad else ShuffledDataset(PICTURES, BATCH)
-    with contextlib.suppress(SystemExit):  # asked to stop
-        training.train(
-            model,
-            dataset,
-            options.folder,
-            options.epochs * len(dataset),
-            every_steps=3,
-            callbacks=[note],
-            verbose=2,
-        )
-    # A file each: lines of two processes that share a pipe may run into each other.
-    file = options.folder / f"report-{backend.process()[0]}.json"
-    file.write_text(json.dumps(report(model, options, each)))
+    if options.devices == "processes" and options.address:
+        distribution.initialize(options.address, 2, options.index)
+    for run in options.runs:
+        choose({**RUN, **run})
+        perform(options.folder, run)
 
 
-def choose_devices(options):
-    if options.devices == "processes":
-        if options.address:
-            distribution.initialize(options.address, 2, options.index)
-        if options.layout == "data":
-            distribution.data_parallel()
-        else:
-            distribution.model_parallel(options.layout)
-    if options.devices == "many":
+def choose(run):
+    if run["address"]:
+        rejoin(run["address"])
+    if run["layout"] == "one":
+        keras.distribution.set_distribution(None)
+    elif run["layout"] != "data":
+        copies = 4 if run["layout"] == "tensor" else None
+        distribution.model_parallel(run["layout"], copies)
+    elif backend.NAME != "tensorflow" or backend.replicas() == 1:
         distribution.data_parallel(devices_of_tensorflow())
+
+
+def rejoin(address):
+    """On PyTorch: as where torchrun has not started the processes."""
+    import torch
+
+    index, count = backend.process()
+    torch.distributed.destroy_process_group()
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's, where nobody would serve
+    distribution.initialize(address, count, index)
 
 
 def devices_of_tensorflow():
@@ -79,15 +97,37 @@ def devices_of_tensorflow():
     return ["CPU:0", "CPU:1"]
 
 
-def make(options):
+def perform(folder, run):
+    """Trains as the run says, in FOLDER/its name; returns its report, which lies there too."""
+    run = {**RUN, **run}
+    own = folder / run["name"]
+    own.mkdir(parents=True, exist_ok=True)
+    model, each = make(run, folder / f"start-{run['network']}.npz"), []
+    dataset = (BadDataset if run["bad"] else ShuffledDataset)(PICTURES, BATCH)
+
+    def note(batch, logs):
+        each.append(logs["loss"])
+        index, count = backend.process()
+        if run["stop"] and index + 1 == count and len(each) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    watching = [keras.callbacks.LambdaCallback(on_train_batch_end=note)]
+    length, said = run["epochs"] * len(dataset), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):  # asked to stop
+        training.train(model, dataset, own, length, every_steps=3, callbacks=watching, verbose=2)
+    seen = report(model, run, each, own) | {"said": said.getvalue().splitlines()}
+    (own / f"report-{backend.process()[0]}.json").write_text(json.dumps(seen))
+    return seen
+
+
+def make(run, start):
     """Weights of a file that whoever comes first writes: initializers may differ."""
     # On JAX all processes must make the same weights; torch takes those of process 0. (Keras' seeds
     # come from here; its own set_random_seed imports TensorFlow for seconds.)
     random.seed(1 + (backend.NAME == "torch") * backend.process()[0])
-    size = dict(num_layers=1, num_heads=2, num_classes=3)
-    network = UViT((8, 8, 1), 2, 16, **size, dtype=options.dtype)
+    kind, size = NETWORKS[run["network"]]
+    network = kind((8, 8, 1), **size, num_classes=3, dtype=run["dtype"])
     model = DiffusionModel(network, optimizer=dict(learning_rate=1e-2, warmup_steps=2))
-    start = options.folder.parent / "start.npz"
     if not start.exists():
         np.savez(start, *model.network.get_weights())
     with np.load(start) as weights:
@@ -108,40 +148,45 @@ class BadDataset(ShuffledDataset):
         return batch
 
 
-def report(model, options, each):
-    get = {"data": backend.alone, "fsdp": backend.whole}[options.layout]
+def report(model, run, each, folder):
+    divided = run["layout"] in ("fsdp", "tensor")
+    get = backend.whole if divided else backend.alone
     weights = [np.array(get(v.value)) if backend.NAME == "jax"
                else ops.convert_to_numpy(v) for v in model.ema_network.weights]  # fmt: skip
     return {
-        "process": backend.process(),
         "replicas": backend.replicas(),
         "losses": model.history.history.get("loss"),  # None where it was stopped
         "each": each,
         "skipped": int(ops.convert_to_numpy(model.skipped_steps)),
         "weights": [float(np.abs(w.astype("float64")).sum()) for w in weights],
-        **(drawn(model, options) if options.draw else {}),
+        **({"parts": parts(model)} if divided else {}),
+        **(drawn(model, folder) if run["draw"] else {}),
     }
 
 
-def drawn(model, options):
+def parts(model):
+    """Shapes of what the first device holds of each variable."""
+    kinds = dict(weight=model.network, average=model.ema_network, slot=model.optimizer)
+    return {
+        f"{kind} {v.path.replace('/', '_')}": v.value.addressable_shards[0].data.shape
+        for kind, owner in kinds.items()
+        for v in (owner.variables if kind == "slot" else owner.weights)
+    }
+
+
+def drawn(model, folder):
     images = model.generate(labels=[0, 1, 2, 0, 1], num_steps=4, seed=3, verbose=0)
-    made = data.write_latents(
-        data.sources.arrays(PICTURES, "pictures"),
-        options.folder / "cache",
-        SpaceToDepth(2, scale=1.0),
-        shard_size=16,
-        verbose=0,
-    )
+    pictures = data.sources.arrays(PICTURES, "pictures")
+    encoder = SpaceToDepth(2, scale=1.0)
+    made = data.write_latents(pictures, folder / "cache", encoder, shard_size=16, verbose=0)
     # Each process alone, on inputs of its own.
     network = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, use_bias=False)])
-    mine = np.full((4, 3), backend.process()[0], "float32")
-    seen = Frozen(network)(mine, 4)
+    index, _ = backend.process()
+    seen = Frozen(network)(np.full((4, 3), index, "float32"), 4)
     return {
         "images": images.astype(int).reshape(5, -1).sum(axis=1).tolist(),
         "encoded": made["count"],
-        "alone": float(np.abs(seen).max()) == 0
-        if backend.process()[0] == 0
-        else seen.shape == (4, 2),
+        "alone": not np.abs(seen).max() if index == 0 else seen.shape == (4, 2),
     }
 
 

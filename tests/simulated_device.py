@@ -128,23 +128,21 @@ def work():
     data = {"image": rng.uniform(-1, 1, (4, 4, 4, 1)).astype("float32"), "label": np.arange(4) % 3}
     shape = dict(image_shape=(4, 4, 1), num_classes=3)
     uvit = dict(shape, patch_size=2, hidden_dim=16, num_heads=2, num_layers=3)
-    networks = [
-        lambda: UViT(**uvit),
-        lambda: UViT(**uvit, position="rotary", qk_norm=True, dtype="mixed_bfloat16"),
-        lambda: UNet(**shape, base_dim=32, head_dim=32, multipliers=(1,), attention_levels=(0,)),
-    ]
+    later = dict(position="rotary", qk_norm=True, dtype="mixed_bfloat16")
+    unet = dict(shape, base_dim=32, head_dim=32, multipliers=(1,), attention_levels=(0,))
     results = []
-    for make in networks:
+    for make, arguments, sampler in (
+        (UViT, uvit, "ddpm"),
+        (UViT, uvit | later, "dpm_solver_pp_2m"),
+        (UNet, unet, "ddpm"),
+    ):
         keras.utils.set_random_seed(0)
-        model = DiffusionModel(make(), prediction="v")
+        model = DiffusionModel(make(**arguments), prediction="v")
         model.compile(optimizer=keras.optimizers.AdamW(1e-3))
-        history = model.fit(data, batch_size=2, epochs=2, validation_data=data, verbose=0).history
+        history = model.fit(data, batch_size=2, validation_data=data, verbose=0).history
         results += history["loss"] + history["val_loss"]
-        for sampler in ("ddpm", "dpm_solver_pp_2m"):
-            images = model.generate(
-                labels=[0, 2], num_steps=3, sampler=sampler, guidance_scale=2.0, verbose=0
-            )
-            results += images.ravel().tolist()
+        asked = dict(labels=[0, 2], num_steps=2, guidance_scale=2.0, verbose=0)
+        results += model.generate(**asked, sampler=sampler).ravel().tolist()
     return results
 
 

@@ -3,36 +3,37 @@
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
+import keras
 import pytest
 
 BACKENDS = ("jax", "tensorflow", "torch")
-SCRIPT = Path(__file__).parent / "exchange.py"
-
-
-def begin(folder, environment):
-    """A process that writes its files, and reads those of all when it is told to."""
-    command = [sys.executable, SCRIPT, folder, *BACKENDS]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+OTHERS = [name for name in BACKENDS if name != keras.config.backend()]
 
 
 @pytest.mark.once
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in BACKENDS), reason="needs all backends"
 )
-def test_each_backend_reads_the_files_of_all(tmp_path, alone_on):
-    """Checkpoint, model, weights, autoencoder, cache of latents and statistics."""
-    processes = [begin(tmp_path, alone_on(name)) for name in BACKENDS]
+def test_each_backend_reads_the_files_of_the_others(tmp_path, alone_on):
+    """Checkpoint, model, weights, autoencoder, cache of latents and statistics.
+
+    This process is one of the three; it tells the others when all have written.
+    """
+    import exchange
+
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, exchange.__file__, tmp_path]
+    processes = [subprocess.Popen(command, env=alone_on(name), **pipes) for name in OTHERS]
+    exchange.write(tmp_path / exchange.NAME)
     said = ["" for _ in processes]
     for k, process in enumerate(processes):
         for line in process.stdout:
             said[k] += line
             if line == "written\n":
                 break
-        print("read", file=process.stdin, flush=True)
     for k, process in enumerate(processes):
-        said[k] += process.communicate(timeout=300)[0]
-    for process, text in zip(processes, said):
-        assert process.returncode == 0, text
+        said[k] += process.communicate("read\n", timeout=300)[0]
+        assert process.returncode == 0, said[k]
+    for name in OTHERS:
+        exchange.read(tmp_path / name)

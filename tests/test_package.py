@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -24,9 +25,9 @@ ROOT = Path(__file__).parents[1]
 BACKEND = keras.config.backend()
 
 
-def run(*arguments, **environment):
+def run(code, **environment):
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, "-c", code],
         env={**os.environ, "KERAS_BACKEND": BACKEND, **environment},
         capture_output=True,
         text=True,
@@ -45,6 +46,9 @@ def modules():
     return ["keras_uvit", *(module.name for module in found if module.name not in others)]
 
 
+# Import -------------------------------------------------------------------------------------------
+
+
 @pytest.mark.each_backend
 def test_import_takes_no_other_backend_and_no_extra():
     others = sorted({"tensorflow", "torch"} - {BACKEND})
@@ -56,14 +60,16 @@ extras = ["sklearn", "PIL", "matplotlib", "safetensors"]
 print([m for m in {others} if m in sys.modules])
 print([m for m in extras if m in sys.modules and m not in before])
 """
-    result = run("-c", code)
+    result = run(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["[]", "[]"]
 
 
-def test_a_missing_backend_is_explained():
-    result = run("-c", "import keras_uvit", KERAS_BACKEND="openvino")
+@pytest.mark.parametrize("name", ["numpy", "unheard_of"])
+def test_a_backend_that_does_not_run_is_told_at_import(name):
+    result = run("import keras_uvit", KERAS_BACKEND=name)
     assert "KERAS_BACKEND=jax, tensorflow or torch" in result.stderr
+    assert "ImportError" in result.stderr
 
 
 def test_the_backend_is_asked_for_in_one_file():
@@ -81,43 +87,34 @@ def test_the_backend_is_asked_for_in_one_file():
     assert {path.split("/")[0] for path in uses} == {"backend"}
 
 
-@pytest.mark.parametrize("name", ["numpy", "openvino", "unheard_of"])
-def test_a_backend_that_does_not_run_is_told_at_import(name):
-    result = run("-c", "import keras_uvit", KERAS_BACKEND=name)
-    assert "KERAS_BACKEND=jax, tensorflow or torch" in result.stderr
-    assert "ImportError" in result.stderr
+# Docstrings, annotations, text --------------------------------------------------------------------
+
+
+def functions(module):
+    """(name, function) of what a module defines, methods and constructors included."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value) and not getattr(value, "_is_protocol", False):
+            for key, method in vars(value).items():
+                method = getattr(method, "fget", getattr(method, "__func__", method))
+                if inspect.isfunction(method) and (key == "__init__" or not key.startswith("_")):
+                    yield f"{name}.{key}", method
+        elif inspect.isfunction(value):
+            yield name, value
 
 
 @pytest.mark.parametrize("name", modules())
-def test_docstring_examples_run(name):
-    result = doctest.testmod(importlib.import_module(name))
-    assert result.failed == 0
-
-
-def test_digits_example_runs_to_the_end(tmp_path, monkeypatch):
-    script = ROOT / "examples" / "digits.py"
-    monkeypatch.syspath_prepend(script.parent)
-    words = ["digits.py", "--quick", "--quiet", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", words)
-    runpy.run_path(str(script), run_name="__main__")
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    keys = "class_agreement frechet_distance frechet_floor within_class_spread train_seconds"
-    assert {*keys.split(), "sample_seconds", "backend"} <= metrics.keys()
-    assert metrics["backend"] == BACKEND
-    for name in ("samples.png", "loss.png", "model.keras", "ema.weights.h5"):
-        assert (tmp_path / name).stat().st_size > 1000
-
-
-def test_help_teaches(monkeypatch, capsys):
-    script = ROOT / "examples" / "digits.py"
-    monkeypatch.syspath_prepend(script.parent)
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--help"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(script), run_name="__main__")
-    said = capsys.readouterr().out
-    assert end.value.code == 0
-    assert "Expect" in said
-    assert "--quick" in said
+def test_docstring_examples_run_and_public_functions_are_annotated(name):
+    module, missing = importlib.import_module(name), []
+    for function, value in functions(module):
+        signature = inspect.signature(value)
+        parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+        missing += [f"{function}({p.name})" for p in parameters if p.annotation is p.empty]
+        if signature.return_annotation is signature.empty and not function.endswith("__init__"):
+            missing.append(f"{function} ->")
+    assert missing == []
+    assert doctest.testmod(module).failed == 0
 
 
 def text_files_without_encoding(path):
@@ -146,3 +143,20 @@ def test_text_files_are_utf_8(folder):
         if (lines := [*text_files_without_encoding(path)])
     }
     assert not found
+
+
+# The demo -----------------------------------------------------------------------------------------
+
+
+def test_digits_example_runs_to_the_end(tmp_path, monkeypatch):
+    script = ROOT / "examples" / "digits.py"
+    monkeypatch.syspath_prepend(script.parent)
+    words = ["--quick", "--quiet", "--num-layers", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["digits.py", *words])
+    runpy.run_path(str(script), run_name="__main__")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    keys = "class_agreement frechet_distance frechet_floor within_class_spread train_seconds"
+    assert {*keys.split(), "sample_seconds"} <= metrics.keys()
+    assert metrics["backend"] == BACKEND
+    for name in ("samples.png", "loss.png", "model.keras", "ema.weights.h5"):
+        assert (tmp_path / name).stat().st_size > 1000

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -11,23 +10,14 @@ import pytest
 
 if keras.config.backend() != "torch":
     pytest.skip("the simulated device is one of PyTorch", allow_module_level=True)
+import simulated_device
 
-SCRIPT = Path(__file__).with_name("simulated_device.py")
 
-
-@pytest.fixture(scope="module")
-def there(alone):
-    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=alone)
+def test_models_train_and_sample_where_a_gpu_would_refuse_as_on_the_cpu(alone):
+    command = [sys.executable, simulated_device.__file__]
+    run = subprocess.run(command, capture_output=True, text=True, env=alone)
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def test_it_refuses_what_a_gpu_refuses(there):
+    there = json.loads(run.stdout.splitlines()[-1])
     assert there["refused"] == there["ways"]
-
-
-def test_models_train_and_sample_on_it_as_on_the_cpu(there):
-    import simulated_device
-
     # The same operations on the same CPU; attention in bfloat16 takes another of PyTorch's forms.
     np.testing.assert_allclose(there["results"], simulated_device.work(), rtol=1e-3, atol=1)
