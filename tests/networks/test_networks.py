@@ -72,14 +72,14 @@ class Subclassed(keras.Model):
 
 # The wrapper's arguments by what is wrapped.
 OWN = {
-    "functional": lambda: OwnNetwork(functional(inputs()), SHAPE),
+    "functional": lambda: OwnNetwork(functional(inputs()), image_shape=SHAPE),
     "functional, classes": lambda: OwnNetwork(
-        functional(inputs(label=())), [*SHAPE], num_classes=4
+        functional(inputs(label=())), image_shape=[*SHAPE], num_classes=4
     ),
     "functional, text": lambda: OwnNetwork(
-        functional(inputs(context=(3, 5))), SHAPE, context_shape=(3, 5)
+        functional(inputs(context=(3, 5))), image_shape=SHAPE, context_shape=(3, 5)
     ),
-    "subclassed": lambda: OwnNetwork(Subclassed(5), SHAPE),
+    "subclassed": lambda: OwnNetwork(Subclassed(5), image_shape=SHAPE),
 }
 
 # The contract -------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_they_are_trained_drawn_with_guidance_saved_and_loaded(tmp_path, make):
         assert np.abs(drawn(model) - drawn(model, 3.0)).max() > 1e-3
     model.save(tmp_path / "m.keras")
     again = keras.saving.load_model(tmp_path / "m.keras")
-    assert again.network.config.keys() == network.config.keys()
+    assert again.network.get_config().keys() == network.get_config().keys()
     assert_equal(weights(again), weights(model))
     np.testing.assert_array_equal(drawn(again), drawn(model))
     fit(again)

@@ -38,7 +38,7 @@ def test_attention_is_that_of_torch(context):
 
 def test_the_whole_is_that_of_torch():
     network = UNet((4, 6, 3), 8, (1, 2), 1, (1,), 4, num_classes=7, context_shape=(3, 5))
-    twin = torch_unet.take(torch_unet.UNet(network.config), randomize(network))
+    twin = torch_unet.take(torch_unet.UNet(network.get_config()), randomize(network))
     x = {
         "image": normal(2, 4, 6, 3),
         "timestep": np.array([1, 999], "float32"),
