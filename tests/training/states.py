@@ -1,15 +1,73 @@
-"""The state of a model that training moves, and whether two are the same."""
+"""What tests of training share: models that are compiled once, their state, and a kill."""
 
+import keras
 import numpy as np
-from keras import ops
+import tiny
+
+PICTURES = {key: np.concatenate([value, value[:3]]) for key, value in tiny.DATA.items()}
+STEPS, BATCH = 3, 8  # an epoch of them: 24 of 27 pictures, the rest waits
+EIGHT = {key: value[:8] for key, value in tiny.DATA.items()}
+HALF = dict(network=dict(dtype="mixed_float16"))
+_made = {}
+
+
+def fresh(elsewhere=False, **options):
+    """`tiny.diffusion_model(**options)` as it was when it was made; compiled once for all tests.
+
+    Tracing and compiling take seconds where steps take milliseconds. A test has one model of a kind
+    at a time. With `elsewhere` its weights are others, as in another process they may be.
+    """
+    key = repr(sorted(options.items()))
+    if key not in _made:
+        model = tiny.diffusion_model(**options)
+        _made[key] = model, state(model)
+    model, beginning = _made[key]
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()  # else Keras 3.10 would do it later, after a run that was killed
+    for variable, value in zip(_variables(model), beginning, strict=True):
+        variable.assign(np.array(value))  # a copy, because JAX donates it
+    if elsewhere:
+        for weight in [*model.network.weights, *model.ema_network.weights]:
+            weight.assign(weight + 1.0)
+    return model
+
+
+def _variables(model):
+    return [*model.variables, *model.optimizer.variables]
 
 
 def state(model):
     """All that training moves."""
-    variables = [*model.variables, *model.optimizer.variables]
-    return [np.array(ops.convert_to_numpy(v)) for v in variables]
+    return [np.array(tiny.numpy(variable)) for variable in _variables(model)]
 
 
-def assert_same(first, second):
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
+def kept_in_files(model):
+    """All but how far the random numbers are, which each step sets anew."""
+    return [np.array(tiny.numpy(v)) for v in [*model.weights, *model.optimizer.variables]]
+
+
+class Killed(BaseException):
+    """As a signal: nothing may catch it."""
+
+
+def kill():
+    raise Killed
+
+
+class Kill(keras.callbacks.Callback):
+    """Ends the run, or acts, before a batch of an epoch; where that is None, at the epoch's end."""
+
+    def __init__(self, epoch, batch=None, act=kill):
+        super().__init__()
+        self.at, self.act = (epoch, batch), act
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.at == (self.epoch, batch):
+            self.act()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.at == (epoch, None):
+            self.act()

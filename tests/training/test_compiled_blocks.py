@@ -5,19 +5,18 @@ import sys
 import keras
 import numpy as np
 import pytest
+from tiny import diffusion_model, fit
 
-from keras_uvit import DiffusionModel, UNet, UViT, backend
+from keras_uvit import DiffusionModel, UNet, backend
 
 if keras.config.backend() != "torch":
     pytest.skip("elsewhere XLA compiles whole steps", allow_module_level=True)
 
 import torch  # noqa: E402
 
-RNG = np.random.default_rng(0)
 # Code of older versions ends a program in the middle of a block: the numbers are the same, and the
 # programs more and smaller.
 WHOLE = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 15)
-DATA = {"image": RNG.uniform(-1, 1, (8, 4, 4, 1)).astype("float32"), "label": np.arange(8) % 3}
 
 
 @pytest.fixture(autouse=True)
@@ -40,18 +39,9 @@ def traced(monkeypatch):
 
 
 def made(jit_compile, **options):
-    keras.utils.set_random_seed(0)
-    shape = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_heads=2, num_classes=3)
-    model = DiffusionModel(UViT(num_layers=5, **shape, **options))
+    model = diffusion_model(dict(num_layers=5, **options), compiled=False)
     model.compile(jit_compile=jit_compile)
     return model
-
-
-def trained(*choices, **options):
-    model = made(*choices, **options)
-    losses = model.fit(DATA, batch_size=4, epochs=2, verbose=0).history["loss"]
-    images = model.generate(labels=[0, 2], num_steps=2, guidance_scale=2.0, verbose=0)
-    return model, losses, images
 
 
 @pytest.mark.parametrize(
@@ -60,14 +50,16 @@ def trained(*choices, **options):
     ids=["float32", "bfloat16", "remat"],
 )
 def test_blocks_and_long_skips_are_two_programs_and_change_no_number(options, traced):
-    _, losses, images = trained(False, **options)
-    assert not traced
-    _, compiled_losses, compiled_images = trained(True, **options)
-    if WHOLE:
-        assert len(traced) == 4  # two in training, two in sampling
-    assert len(traced) >= 4
-    np.testing.assert_allclose(compiled_losses, losses, rtol=1e-6)  # the same operations
-    np.testing.assert_allclose(compiled_images, images, atol=1)
+    losses, images = [], []
+    for jit_compile in (False, True):
+        assert not traced
+        model = made(jit_compile, **options)
+        losses.append(fit(model)["loss"])
+        images.append(model.generate(labels=[0, 2], num_steps=2, guidance_scale=2.0, verbose=0))
+    # Two in training, two in sampling.
+    assert len(traced) == 4 if WHOLE else len(traced) >= 4
+    np.testing.assert_allclose(*losses, rtol=1e-6)  # the same operations
+    np.testing.assert_allclose(*images, atol=1)
 
 
 def test_what_was_chosen_is_kept_and_can_be_changed(traced, tmp_path):
@@ -75,13 +67,11 @@ def test_what_was_chosen_is_kept_and_can_be_changed(traced, tmp_path):
     model.save(tmp_path / "model.keras")
     assert keras.models.load_model(tmp_path / "model.keras").jit_compile
     model.compile(jit_compile=False)
-    model.fit(DATA, batch_size=4, verbose=0)
+    fit(model)
     assert not traced
 
 
-def test_a_network_of_unequal_blocks_is_told_that_it_is_not_compiled(traced):
-    model = DiffusionModel(
-        UNet((8, 8, 1), base_dim=32, head_dim=32, multipliers=(1,), attention_levels=())
-    )
+def test_a_network_of_unequal_blocks_is_told_that_it_is_not_compiled():
+    network = UNet((8, 8, 1), base_dim=32, head_dim=32, multipliers=(1,), attention_levels=())
     with pytest.warns(UserWarning, match="does nothing for UNet"):
-        model.compile(jit_compile=True)
+        DiffusionModel(network).compile(jit_compile=True)

@@ -1,92 +1,146 @@
-"""The loss by other times and weights, computed by hand; the default's are in the model's tests."""
+"""What a step draws and computes, by hand: noise, conditions, targets, weights."""
 
 import dataclasses
 import math
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
+from tiny import IMAGES, diffusion_model, normal, numpy, uvit
 
-from keras_uvit import DiffusionModel, UViT
+from keras_uvit import DiffusionModel
+from keras_uvit.diffusion.objective import Objective
 from keras_uvit.diffusion.schedules import LinearPath, VPLinear
 from keras_uvit.training import draws
 
-TINY = dict(image_shape=(4, 4, 1), patch_size=2, hidden_dim=16, num_layers=1, num_heads=2)
-RNG = np.random.default_rng(0)
-IMAGES = RNG.uniform(-1, 1, (64, 4, 4, 1)).astype("float32")
-BATCH = {"image": IMAGES, "label": np.arange(64) % 3}
+BATCH = {"image": np.concatenate([IMAGES, 255 - IMAGES]), "label": np.arange(48) % 3}
+X0 = BATCH["image"] / 127.5 - 1
 CHANGED = dict(time_sampling="logit_normal", loss_weighting="min_snr")
 
 
-def make(**arguments):
-    keras.utils.set_random_seed(0)
-    return DiffusionModel(UViT(**TINY, num_classes=3), **arguments)
+@pytest.fixture(scope="module")
+def model():
+    return diffusion_model(compiled=False, condition_dropout=0.3)
 
 
-def drawn(model, **changes):
-    """What the first step draws, with another objective where there are `changes`."""
-    objective = dataclasses.replace(model.objective, **changes)
-    draws.go_to(model.random, 0, model.step)
-    return [ops.convert_to_numpy(a) for a in model.draw(ops.convert_to_tensor(IMAGES), objective)]
+def drawn(model, step=0, stream=0, objective=None):
+    """What a step draws."""
+    draws.go_to(model.random, stream, ops.convert_to_tensor(step, "int32"))
+    x0 = ops.convert_to_tensor(X0, "float32")
+    return [numpy(array) for array in model.draw(x0, objective or model.objective)]
 
 
-def number(loss):
-    return float(ops.convert_to_numpy(loss))
+CASES = {
+    "default": (Objective(VPLinear()), lambda snr, t: 1 + 0 * t),
+    "epsilon": (Objective(VPLinear(), "epsilon", **CHANGED), lambda snr, t: np.minimum(1, 5 / snr)),
+    "x0": (Objective(VPLinear(), "x0", **CHANGED), lambda snr, t: np.minimum(snr, 5)),
+    "v": (Objective(VPLinear(), "v", **CHANGED), lambda snr, t: np.minimum(snr, 5) / (snr + 1)),
+    "velocity": (
+        Objective(LinearPath(), "velocity", **CHANGED),
+        lambda snr, t: np.minimum(snr, 5) * t**2,
+    ),
+}
 
 
-def zeros(inputs, training=False):
-    """A network that answers 0, so that the error is the target."""
-    return ops.zeros(ops.shape(inputs["image"]))
-
-
-zeros.num_classes = 3
-
-
-@pytest.mark.parametrize(
-    ("prediction", "schedule"),
-    [("epsilon", VPLinear()), ("x0", VPLinear()), ("v", VPLinear()), ("velocity", LinearPath())],
-)
-def test_the_loss_is_the_weighted_mean_of_squares(prediction, schedule):
-    model = make(prediction=prediction, schedule=schedule, **CHANGED)
-    t, noise, _ = (a.astype("float64") for a in drawn(model))
-    column = (64, 1, 1, 1)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    snr = alpha**2 / sigma**2
-    clipped = np.minimum(snr, 5)
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_is_the_weighted_mean_of_squares(model, monkeypatch, case):
+    objective, weight = CASES[case]
+    monkeypatch.setattr(model, "objective", objective)
+    t, noise, dropped = drawn(model)
+    column, seen = (48, 1, 1, 1), {}
+    alpha, sigma = (
+        f(t.astype("float64")) for f in (objective.schedule.alpha, objective.schedule.sigma)
+    )
+    weight = weight(alpha**2 / sigma**2, t).reshape(column)
     alpha, sigma = alpha.reshape(column), sigma.reshape(column)
-    weight, target = {
-        "epsilon": (clipped / snr, noise),
-        "x0": (clipped, IMAGES),
-        "v": (clipped / (snr + 1), alpha * noise - sigma * IMAGES),
-        "velocity": (clipped * t**2, noise - IMAGES),
-    }[prediction]
+    noisy = alpha * X0 + sigma * noise
+    target = {
+        "epsilon": noise,
+        "x0": X0,
+        "v": alpha * noise - sigma * X0,
+        "velocity": noise - X0,
+    }[objective.prediction]
+
+    def half(inputs, training=False):
+        """A network that answers half of what it sees."""
+        seen.update({key: numpy(value) for key, value in inputs.items()})
+        return 0.5 * inputs["image"]
+
+    half.num_classes = 3
     draws.go_to(model.random, 0, model.step)
-    loss = number(model.mean_loss(BATCH, zeros, training=True))
-    expected = np.mean(weight.reshape(column) * target**2)
-    assert loss == pytest.approx(expected, rel=1e-5)  # float32 sums, alpha and sigma
-    assert abs(np.mean(target**2) / expected - 1) > 0.005  # the weights count
+    loss = float(numpy(model.mean_loss(BATCH, half, training=True)))
+    np.testing.assert_allclose(seen["image"], noisy, atol=1e-5)  # float32 exp and sqrt
+    np.testing.assert_allclose(seen["timestep"], 999 * t, rtol=1e-6)
+    np.testing.assert_array_equal(seen["label"], np.where(dropped, 3, BATCH["label"]))
+    errors = (0.5 * noisy - target) ** 2
+    assert loss == pytest.approx(np.mean(weight * errors), rel=1e-5)  # float32 sums
+    if case != "default":
+        assert abs(np.mean(errors) / loss - 1) > 0.005  # the weights count
 
 
-def test_only_the_times_are_drawn_otherwise():
-    model = make()
+def test_only_the_times_are_drawn_otherwise(model):
     u, noise, dropped = drawn(model)
     for sampling in ("logit_normal", "cosmap"):
-        t, noise_, dropped_ = drawn(model, time_sampling=sampling)
-        np.testing.assert_array_equal(noise_, noise)
-        np.testing.assert_array_equal(dropped_, dropped)
+        objective = dataclasses.replace(model.objective, time_sampling=sampling)
+        t, *others = drawn(model, objective=objective)
+        np.testing.assert_array_equal(others[0], noise)
+        np.testing.assert_array_equal(others[1], dropped)
         assert np.abs(t - u).max() > 0.03
-    shares = [
-        0.5 * (1 + math.erf(math.log(x / (1 - x)) / math.sqrt(2)))
-        for x in drawn(model, time_sampling="logit_normal")[0]
-    ]
-    np.testing.assert_allclose(shares, u, atol=1e-5)  # float32 near the ends
+        if sampling == "logit_normal":
+            shares = [0.5 * (1 + math.erf(math.log(x / (1 - x)) / math.sqrt(2))) for x in t]
+            np.testing.assert_allclose(shares, u, atol=1e-5)  # float32 near the ends
 
 
 def test_training_follows_the_choices_and_validation_compares_all_models_alike():
-    plain = make(prediction="v")  # whose target grows with t
-    trained, validated = number(plain.loss_of(BATCH)), number(plain.test_loss_of(BATCH))
-    for key, value in CHANGED.items():
-        other = make(prediction="v", **{key: value})
-        assert abs(number(other.loss_of(BATCH)) / trained - 1) > 0.01
-        assert number(other.test_loss_of(BATCH)) == validated
+    losses = []
+    for changes in ({}, *({key: value} for key, value in CHANGED.items())):
+        model = diffusion_model(
+            compiled=False, prediction="v", **changes
+        )  # its target grows with t
+        losses.append([float(numpy(f(BATCH))) for f in (model.loss_of, model.test_loss_of)])
+    (trained, validated), *others = losses
+    assert all(abs(loss / trained - 1) > 0.01 for loss, _ in others)
+    assert all(loss == validated for _, loss in others)
+
+
+def test_every_step_draws_anew_and_the_same_step_the_same(model):
+    first = drawn(model)
+    for again, array in zip(drawn(model), first):
+        np.testing.assert_array_equal(again, array)
+    other_seed = DiffusionModel(model.network, seed=1)
+    # Validation has its own stream.
+    for t, noise, _ in (drawn(model, 1), drawn(model, 0, 1), drawn(other_seed)):
+        assert np.abs(t - first[0]).min() > 0
+        assert np.abs(noise - first[1]).min() > 0
+
+
+def test_times_are_uniform_and_conditions_dropped_as_often_as_asked(model):
+    t, _, dropped = map(numpy, model.draw(ops.zeros((2400, 1, 1, 1)), model.objective))
+    # 2,400 draws: four standard deviations of a 30 % share are 3.8 %, of a uniform mean 2.4 %.
+    assert abs(dropped.mean() - 0.3) < 0.038
+    assert abs(t.mean() - 0.5) < 0.024
+    assert 0 <= t.min() <= t.max() < 1
+
+
+def test_moments_become_posterior_samples_times_the_scale(model, monkeypatch):
+    monkeypatch.setattr(model, "latent_scale", 0.5)
+    mean = normal(2000, 4, 4, 1)
+    moments = np.concatenate([mean, np.full_like(mean, np.log(0.04))], -1)
+    x = numpy(model.clean({"moments": moments}))
+    noise = (x / 0.5 - mean) / 0.2
+    # 32,000 numbers: four standard deviations of their mean and deviation.
+    assert abs(noise.mean()) < 0.023
+    assert abs(noise.std() - 1) < 0.016
+    again = numpy(model.clean({"moments": moments}))
+    assert np.abs(again - x).max() > 0.1  # a new sample at each visit
+    np.testing.assert_array_equal(numpy(model.clean({"latent": mean})), mean)
+
+
+def test_context_is_dropped_to_the_null_context():
+    model = DiffusionModel(uvit(context_shape=(2, 3)))
+    model.null_context.assign(np.full((2, 3), 7.0))
+    context, dropped = normal(4, 2, 3), np.array([True, False, True, False])
+    given = model.condition({"context": context}, ops.convert_to_tensor(dropped))
+    out = numpy(given["context"])
+    assert (out[dropped] == 7).all()
+    np.testing.assert_array_equal(out[~dropped], context[~dropped])
