@@ -1,12 +1,14 @@
-"""What tests of training share: models that are compiled once, their state, and a kill."""
+"""What tests of training share: models compiled once, their state, sources of data, a kill."""
 
 import keras
 import numpy as np
+import pytest
 import tiny
 
 PICTURES = {key: np.concatenate([value, value[:3]]) for key, value in tiny.DATA.items()}
 STEPS, BATCH = 3, 8  # an epoch of them: 24 of 27 pictures, the rest waits
 EIGHT = {key: value[:8] for key, value in tiny.DATA.items()}
+BATCHES = [{key: value[i : i + 8] for key, value in tiny.DATA.items()} for i in (0, 8, 16)]
 HALF = dict(network=dict(dtype="mixed_float16"))
 _made = {}
 
@@ -71,3 +73,31 @@ class Kill(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if self.at == (epoch, None):
             self.act()
+
+
+class Batches(keras.utils.PyDataset):
+    """A data set of a user's, in one order."""
+
+    def __len__(self):
+        return STEPS
+
+    def __getitem__(self, index):
+        return BATCHES[index]
+
+
+def tf_data():
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices(tiny.DATA).batch(8, drop_remainder=True)
+
+
+def rows():
+    return [{key: value[k] for key, value in tiny.DATA.items()} for k in range(24)]
+
+
+def grain_data():
+    return pytest.importorskip("grain").MapDataset.source(rows()).batch(8)
+
+
+def torch_data():
+    loader = pytest.importorskip("torch.utils.data").DataLoader
+    return loader([(row,) for row in rows()], batch_size=8)

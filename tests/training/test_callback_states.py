@@ -57,31 +57,28 @@ def on_each_backend(names, chosen):
 
 BEST, EVERY = dict(best="val_loss"), dict(every_steps=2, keep=2)
 TOUCHING = {
-    "EarlyStopping": (lambda path: stopping(restore_best_weights=True), BEST),
-    "EarlyStopping, every 2": (lambda path: stopping(restore_best_weights=True), EVERY),
-    "EarlyStopping, the last": (lambda path: stopping(), EVERY),
-    "ModelCheckpoint": (
-        lambda path: kc.ModelCheckpoint(path / "b.keras", save_best_only=True),
-        BEST,
-    ),
-    "ReduceLROnPlateau": (lambda path: kc.ReduceLROnPlateau(patience=1), BEST),
-    "LearningRateScheduler": (lambda path: kc.LearningRateScheduler(lambda _, lr: lr / 2), EVERY),
-    "weights put back": (lambda path: Back(), BEST),
-    "weights put back, every 2": (lambda path: Back(), EVERY),
-    "weights put back in between": (lambda path: Back(1), BEST),
+    "EarlyStopping": (lambda: stopping(restore_best_weights=True), BEST),
+    "EarlyStopping, every 2": (lambda: stopping(restore_best_weights=True), EVERY),
+    "EarlyStopping, the last": (stopping, EVERY),
+    "ModelCheckpoint": (lambda: kc.ModelCheckpoint("best.keras", save_best_only=True), BEST),
+    "ReduceLROnPlateau": (lambda: kc.ReduceLROnPlateau(patience=1), BEST),
+    "LearningRateScheduler": (lambda: kc.LearningRateScheduler(lambda _, rate: rate / 2), EVERY),
+    "weights put back": (Back, BEST),
+    "weights put back, every 2": (Back, EVERY),
+    "weights put back in between": (lambda: Back(1), BEST),
 }
 
 
 @pytest.mark.parametrize("name", on_each_backend(TOUCHING, "EarlyStopping"))
-def test_the_newest_checkpoint_is_what_fit_left(tmp_path, name):
+def test_the_newest_checkpoint_is_what_fit_left(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
     callback, options = TOUCHING[name]
     worse = scored(float)  # from the first epoch on
     model = fresh()
-    run = training.Checkpoint(tmp_path / "run", **options)
-    epochs = len(fit(model, [worse, callback(tmp_path), run]).epoch)
-    record = newest(tmp_path / "run")
+    epochs = len(fit(model, [worse, callback(), training.Checkpoint("run", **options)]).epoch)
+    record = newest("run")
     assert (record["epoch"], record["batch"], record["step"]) == (epochs, 0, STEPS * epochs)
-    assert_equal(state(training.load_checkpoint(tmp_path / "run")), state(model))
+    assert_equal(state(training.load_checkpoint("run")), state(model))
 
 
 @pytest.mark.once
@@ -136,7 +133,7 @@ class Own(kc.Callback):
 
 REMEMBERING = {
     "ReduceLROnPlateau": lambda: kc.ReduceLROnPlateau("val_loss", factor=0.5, patience=2),
-    "EarlyStopping": lambda: kc.EarlyStopping("val_loss", patience=3),
+    "EarlyStopping": lambda: kc.EarlyStopping("val_loss", patience=2),
     "LearningRateScheduler": lambda: kc.LearningRateScheduler(lambda epoch, rate: rate / 2),
     "own": Own,
 }
@@ -147,12 +144,12 @@ REMEMBERING = {
 )
 @pytest.mark.parametrize("name", on_each_backend(REMEMBERING, "ReduceLROnPlateau"))
 def test_callbacks_remember_when_a_run_is_resumed(tmp_path, name, at):
-    def run(model, folder, *more):
-        keeping = training.Checkpoint(tmp_path / folder, every_steps=1)
-        fit(model, [scored(lambda _: 1.0), REMEMBERING[name](), keeping, *more], epochs=5)
+    def run(model, folder, *more, every_steps=1):
+        keeping = training.Checkpoint(tmp_path / folder, every_steps)
+        fit(model, [scored(lambda _: 1.0), REMEMBERING[name](), keeping, *more])
         return state(model)
 
-    whole = run(fresh(), "a")
+    whole = run(fresh(), "a", every_steps=100)
     with pytest.raises(Killed):
         run(fresh(), "b", Kill(*at))
     assert_equal(run(fresh(elsewhere=True), "b"), whole)

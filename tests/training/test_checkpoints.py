@@ -14,7 +14,19 @@ import keras
 import numpy as np
 import pytest
 from keras.callbacks import LambdaCallback, LearningRateScheduler
-from states import BATCH, HALF, PICTURES, STEPS, Kill, Killed, fresh, state
+from states import (
+    BATCH,
+    HALF,
+    PICTURES,
+    STEPS,
+    Batches,
+    Kill,
+    Killed,
+    fresh,
+    grain_data,
+    state,
+    tf_data,
+)
 from tiny import assert_equal, diffusion_model, numpy, refused
 
 from keras_uvit import io, training
@@ -79,17 +91,6 @@ def test_killed_before_any_step_it_ends_the_same(tmp_path, peace, at):
         assert history[key] == values[at[0] :]
 
 
-class Fixed(keras.utils.PyDataset):
-    """A data set of a user's, in one order."""
-
-    def __len__(self):
-        return STEPS
-
-    def __getitem__(self, index):
-        rows = slice(index * BATCH, (index + 1) * BATCH)
-        return {key: value[rows] for key, value in PICTURES.items()}
-
-
 def own():
     return ShuffledDataset(PICTURES, BATCH, seed=1)
 
@@ -101,27 +102,16 @@ def stream():
         yield {key: value[rows] for key, value in PICTURES.items()}
 
 
-def tensorflow_dataset():
-    tf = pytest.importorskip("tensorflow")
-    return tf.data.Dataset.from_tensor_slices(PICTURES).batch(BATCH, drop_remainder=True)
-
-
-def grain_dataset():
-    grain = pytest.importorskip("grain")
-    items = [{key: value[k] for key, value in PICTURES.items()} for k in range(27)]
-    return grain.MapDataset.source(items).seed(3).shuffle().batch(BATCH, drop_remainder=True)
-
-
 SOURCES = {
     "own, between": (own, None, (1, 0)),
     "own": (own, None, (2, 2)),
     "own, short epochs": (own, 2, (2, 1)),  # epochs that are not the data's
     "own, long epochs": (own, 5, (2, 2)),
-    "user's": (Fixed, None, (2, 2)),
+    "user's": (Batches, None, (2, 2)),
     "generator": (stream, 4, (2, 2)),
-    "grain": (grain_dataset, None, (2, 2)),
-    "tf": (tensorflow_dataset, None, (2, 2)),
-    "tf, endless": (lambda: tensorflow_dataset().repeat(), 4, (2, 2)),
+    "grain": (grain_data, None, (2, 2)),
+    "tf": (tf_data, None, (2, 2)),
+    "tf, endless": (lambda: tf_data().repeat(), 4, (2, 2)),
 }
 
 
@@ -317,9 +307,9 @@ def test_what_a_killed_save_left_is_no_checkpoint(run, peace):
 def test_a_checkpoint_is_a_model_and_its_record_names_all_variables(peace):
     _, end, folder = peace
     path = folder / "step-00000009"
-    for model in map(training.load_checkpoint, (folder, path)):
-        assert_equal(state(model), end)
-        assert model.get_config() == fresh().get_config()
+    model = training.load_checkpoint(folder)
+    assert_equal(state(model), end)
+    assert model.get_config() == fresh().get_config()
     record = json.loads((path / RECORD).read_text())
     assert [record[key] for key in ("step", "epoch", "batch", "batch_size")] == [9, 3, 0, BATCH]
     assert len(record["variables"]) == len(end) + len(model.metrics_variables)
@@ -488,8 +478,9 @@ def test_a_best_that_is_not_in_the_log_is_named(tmp_path):
 
 
 @once
-def test_no_checkpoint_and_a_damaged_one_are_named(tmp_path, run):
+def test_no_checkpoint_and_a_damaged_one_are_named(tmp_path, run, peace):
     load, path = training.load_checkpoint, run / "step-00000009"
     refused(FileNotFoundError, lambda: load(tmp_path / "nothing"), "No checkpoint in")
+    assert_equal(state(load(path)), peace[1])
     flip(path / PIECES)
     refused(CheckpointError, lambda: load(path), "step-00000009 is damaged", PIECES)

@@ -6,8 +6,9 @@ from states import EIGHT, kept_in_files
 from tiny import assert_equal, diffusion_model, fit, refused, weights
 
 from keras_uvit import training
-from keras_uvit.training.checkpoints import CheckpointError
-from keras_uvit.training.optimizers import adamw, without_decay
+from keras_uvit.training import checkpoints
+from keras_uvit.training.checkpoints import CheckpointError, Place
+from keras_uvit.training.optimizers import adamw, settings, without_decay
 
 
 def made(change, **options):
@@ -44,7 +45,7 @@ def nothing(model):
 )
 def test_what_is_frozen_stays_frozen_in_files(tmp_path, change):
     model = made(change)
-    fit(model, EIGHT, callbacks=[training.Checkpoint(tmp_path / "run")], shuffle=True)
+    checkpoints.write(model, tmp_path / "run", 0, Place(0, 0, 1, 8), optimizer=settings(model))
     model.save(tmp_path / "model.keras")
     expected = [weight.trainable for weight in model.network.weights]
     for loaded in (

@@ -181,7 +181,7 @@ def test_a_validation_split_counts_in_the_planned_length():
 SYMBOLIC = {name: keras.KerasTensor(shape) for name, shape in SHAPES.items()}
 # What each backend computes in its own way.
 COMPUTES = {
-    "call": lambda m: m(INPUTS),
+    "call": lambda m: m.call(INPUTS),
     "evaluate": lambda m: m.evaluate(EIGHT, verbose=0),
     "fit": lambda m: m.fit(EIGHT, verbose=0),
     "predict": lambda m: m.predict(INPUTS, verbose=0),
@@ -235,6 +235,7 @@ def test_the_tables_have_all_methods_of_keras():
     assert methods - known == set()
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("table", [COMPUTES, pytest.param(WORKS, marks=pytest.mark.once)])
 def test_methods_work_before_and_after_others(table):
     model = fresh()

@@ -3,8 +3,9 @@
 import keras
 import numpy as np
 import pytest
+import states
 from keras import ops
-from states import EIGHT, HALF, fresh, kept_in_files, state
+from states import EIGHT, HALF, STEPS, fresh, kept_in_files, state
 from tiny import DATA, assert_equal, diffusion_model, fit, numpy, refused, uvit, weights
 
 from keras_uvit import DiffusionModel
@@ -13,7 +14,6 @@ from keras_uvit.training import adamw, batches
 
 BACKEND = keras.config.backend()
 XLA = BACKEND != "torch"
-STEPS = 3  # an epoch of DATA
 
 # The average --------------------------------------------------------------------------------------
 
@@ -320,48 +320,22 @@ def test_remat_changes_no_gradient():
         np.testing.assert_allclose(x, y, atol=1e-4)
 
 
-ROWS = [{key: value[k] for key, value in DATA.items()} for k in range(24)]
-BATCHES = [{key: value[i : i + 8] for key, value in DATA.items()} for i in (0, 8, 16)]
-
-
-class Sequence(keras.utils.PyDataset):
-    def __len__(self):
-        return STEPS
-
-    def __getitem__(self, index):
-        return BATCHES[index]
-
-
-def tf_data():
-    tf = pytest.importorskip("tensorflow")
-    return tf.data.Dataset.from_tensor_slices(DATA).batch(8, drop_remainder=True)
-
-
-def grain_data():
-    import grain
-
-    return grain.MapDataset.source(ROWS).batch(8)
-
-
-def torch_data():
-    import torch
-
-    return torch.utils.data.DataLoader([(row,) for row in ROWS], batch_size=8)
-
-
 @pytest.fixture(scope="module")
 def losses():
     return fit(fresh())["loss"]
 
 
 # Those that Keras hands on by an adapter of each backend's own; the others reach it as a generator.
+AS_GENERATORS = (
+    states.Batches,
+    lambda: (batch for batch in states.BATCHES),
+    states.grain_data,
+    states.torch_data,
+)
+
+
 @pytest.mark.parametrize(
-    "source",
-    [tf_data]
-    + [
-        pytest.param(source, marks=pytest.mark.once)
-        for source in (Sequence, lambda: (batch for batch in BATCHES), grain_data, torch_data)
-    ],
+    "source", [states.tf_data, *(pytest.param(s, marks=pytest.mark.once) for s in AS_GENERATORS)]
 )
 def test_every_source_of_data_gives_the_losses_of_arrays(source, losses):
     loss = fit(fresh(), source(), batch_size=None)["loss"]

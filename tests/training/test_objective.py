@@ -30,15 +30,16 @@ def drawn(model, step=0, stream=0, objective=None):
     return [numpy(array) for array in model.draw(x0, objective or model.objective)]
 
 
+def weighted(prediction, schedule=VPLinear()):  # noqa: B008
+    return Objective(schedule, prediction, **CHANGED)
+
+
 CASES = {
     "default": (Objective(VPLinear()), lambda snr, t: 1 + 0 * t),
-    "epsilon": (Objective(VPLinear(), "epsilon", **CHANGED), lambda snr, t: np.minimum(1, 5 / snr)),
-    "x0": (Objective(VPLinear(), "x0", **CHANGED), lambda snr, t: np.minimum(snr, 5)),
-    "v": (Objective(VPLinear(), "v", **CHANGED), lambda snr, t: np.minimum(snr, 5) / (snr + 1)),
-    "velocity": (
-        Objective(LinearPath(), "velocity", **CHANGED),
-        lambda snr, t: np.minimum(snr, 5) * t**2,
-    ),
+    "epsilon": (weighted("epsilon"), lambda snr, t: np.minimum(1, 5 / snr)),
+    "x0": (weighted("x0"), lambda snr, t: np.minimum(snr, 5)),
+    "v": (weighted("v"), lambda snr, t: np.minimum(snr, 5) / (snr + 1)),
+    "velocity": (weighted("velocity", LinearPath()), lambda snr, t: np.minimum(snr, 5) * t**2),
 }
 
 
@@ -47,19 +48,10 @@ def test_the_loss_is_the_weighted_mean_of_squares(model, monkeypatch, case):
     objective, weight = CASES[case]
     monkeypatch.setattr(model, "objective", objective)
     t, noise, dropped = drawn(model)
-    column, seen = (48, 1, 1, 1), {}
-    alpha, sigma = (
-        f(t.astype("float64")) for f in (objective.schedule.alpha, objective.schedule.sigma)
-    )
-    weight = weight(alpha**2 / sigma**2, t).reshape(column)
-    alpha, sigma = alpha.reshape(column), sigma.reshape(column)
-    noisy = alpha * X0 + sigma * noise
-    target = {
-        "epsilon": noise,
-        "x0": X0,
-        "v": alpha * noise - sigma * X0,
-        "velocity": noise - X0,
-    }[objective.prediction]
+    t, seen, schedule = t.astype("float64").reshape(48, 1, 1, 1), {}, objective.schedule
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    noisy, v = alpha * X0 + sigma * noise, alpha * noise - sigma * X0
+    targets = {"epsilon": noise, "x0": X0, "v": v, "velocity": noise - X0}
 
     def half(inputs, training=False):
         """A network that answers half of what it sees."""
@@ -70,10 +62,12 @@ def test_the_loss_is_the_weighted_mean_of_squares(model, monkeypatch, case):
     draws.go_to(model.random, 0, model.step)
     loss = float(numpy(model.mean_loss(BATCH, half, training=True)))
     np.testing.assert_allclose(seen["image"], noisy, atol=1e-5)  # float32 exp and sqrt
-    np.testing.assert_allclose(seen["timestep"], 999 * t, rtol=1e-6)
+    np.testing.assert_allclose(seen["timestep"], 999 * t.ravel(), rtol=1e-6)
     np.testing.assert_array_equal(seen["label"], np.where(dropped, 3, BATCH["label"]))
-    errors = (0.5 * noisy - target) ** 2
-    assert loss == pytest.approx(np.mean(weight * errors), rel=1e-5)  # float32 sums
+    errors = (0.5 * noisy - targets[objective.prediction]) ** 2
+    assert loss == pytest.approx(
+        np.mean(weight(alpha**2 / sigma**2, t) * errors), rel=1e-5
+    )  # float32 sums
     if case != "default":
         assert abs(np.mean(errors) / loss - 1) > 0.005  # the weights count
 
@@ -91,13 +85,13 @@ def test_only_the_times_are_drawn_otherwise(model):
             np.testing.assert_allclose(shares, u, atol=1e-5)  # float32 near the ends
 
 
-def test_training_follows_the_choices_and_validation_compares_all_models_alike():
+def test_training_follows_the_choices_and_validation_compares_all_models_alike(model, monkeypatch):
     losses = []
     for changes in ({}, *({key: value} for key, value in CHANGED.items())):
-        model = diffusion_model(
-            compiled=False, prediction="v", **changes
-        )  # its target grows with t
+        objective = Objective(prediction="v", **changes)  # whose target grows with t
+        monkeypatch.setattr(model, "objective", objective)
         losses.append([float(numpy(f(BATCH))) for f in (model.loss_of, model.test_loss_of)])
+        model.test_step_count.assign(0)
     (trained, validated), *others = losses
     assert all(abs(loss / trained - 1) > 0.01 for loss, _ in others)
     assert all(loss == validated for _, loss in others)

@@ -10,8 +10,7 @@ from states import BATCH, PICTURES, STEPS, Kill, Killed, fresh, kept_in_files, s
 from tiny import assert_equal, diffusion_model, refused, uvit, weights
 
 from keras_uvit import DiffusionModel
-from keras_uvit.data import sources
-from keras_uvit.data.images import in_memory
+from keras_uvit.data.shuffled import ShuffledDataset
 from keras_uvit.training import runs, train
 
 FILES = {"model.keras", "ema.weights.h5", "log.csv", "checkpoints"}
@@ -19,7 +18,7 @@ ALL = 3 * STEPS
 
 
 def pictures():
-    return in_memory(sources.arrays(PICTURES, "pictures"), BATCH, seed=0, verbose=0)
+    return ShuffledDataset(PICTURES, BATCH)
 
 
 def log(folder):
