@@ -76,6 +76,8 @@ def test_kernels_are_split_by_columns_then_rows():
     assert tensor["mid_block/mlp_out/bias"] is None  # added once, after the sum over devices
     assert fsdp["mid_block/attention/qkv/kernel"].axes == (None, "batch")
     assert fsdp["mid_block/attention/qkv/bias"].axes == ()
+    assert fsdp["mid_0/conv_1/kernel"].axes == (None, None, None, "batch")
+    assert fsdp["mid_0_attention/proj/kernel"].axes == ("batch",)
 
 
 # Refusals -----------------------------------------------------------------------------------------
