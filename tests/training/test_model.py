@@ -50,9 +50,11 @@ def test_gradient_accumulation_moves_weights_and_average_on_real_steps_only():
         fit(model, EIGHT, epochs=epochs)
     after = weights(model.network)
     assert max(np.abs(a - b).max() for a, b in zip(after, before)) > 1e-3
+    fit(model, EIGHT)  # the first batch of the next step
+    assert_equal(weights(model.network), after)
     for average, a, b in zip(weights(model.ema_network), after, before):
         np.testing.assert_allclose(average, (a + b) / 2, atol=1e-6)  # one step of decay 0.5
-    assert (int(model.step), int(model.ema_step)) == (3, 1)
+    assert (int(model.step), int(model.ema_step)) == (4, 1)
 
 
 def own_draw(x0, objective):
