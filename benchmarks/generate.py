@@ -9,7 +9,7 @@ which changes no time. Keras draws with `generate(decode=False)`: noise, the com
 back to NumPy. The rival (`rivals.py`) is a Python loop over the same network under
 `inference_mode`. `ratio` is the rival's time by the row's: above 1 is faster than plain PyTorch.
 A contender whose name ends in -fast draws as `presets.FAST` says, with fewer steps than its rival.
-(That later calls compile nothing is a test: tests/training/test_generation.py.)
+(That later calls compile nothing is a test: tests/sampling/test_generate.py.)
 """
 
 import argparse
