@@ -297,7 +297,10 @@ def test_recomputing_changes_no_gradient(make, switches, monkeypatch):
                 network.trainable_variables,
             )
         )
-    assert calls
+    layers = [layer for layer in network.layers if hasattr(layer, "remat")]
+    # A long skip is where that keeps less: the next test.
+    kept = [layer for layer in layers if getattr(layer, "merge", "concat") != "concat"]
+    assert len(calls) == len(layers) - len([layer for layer in kept if not layer.norm])
     assert len(found[0]) > 30
     for a, b in zip(*found, strict=True):
         a, b = numpy(a), numpy(b)
