@@ -105,7 +105,6 @@ class Network(keras.Model):
     def __init__(self, config: NetworkConfig, inputs: dict[str, Tensor], output: Tensor) -> None:
         super().__init__(inputs, output, name=config.name)
         self.dtype_policy = keras.dtype_policies.get(config.dtype)
-        self.autocast = False  # mixed precision must not round the timestep
         self.config = config
         self.image_shape, self.context_shape = config.image_shape, config.context_shape
         self.num_classes = config.num_classes
