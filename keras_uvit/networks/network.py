@@ -11,7 +11,7 @@ import keras
 from keras import initializers, layers
 
 from keras_uvit import backend
-from keras_uvit.checks import plain, refuses
+from keras_uvit.checks import nearest, plain, refuses
 from keras_uvit.networks.basics import DType
 from keras_uvit.types import Config, PathLike, Tensor
 
@@ -79,13 +79,19 @@ def arguments_of(
 ) -> Callable[[Callable[[Any, Any], None]], Callable[Concatenate[Any, Arguments], None]]:
     """A decorator: the constructor takes the arguments of `config`, and gets the config."""
 
+    known = inspect.signature(config).parameters
+
     def decorate(init):
         @functools.wraps(init)
         def constructor(self: Any, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+            for name in kwargs.keys() - known.keys():
+                raise TypeError(
+                    f"{type(self).__name__} has no argument {name!r}.{nearest(name, known)}"
+                )
             init(self, config(*args, **kwargs))
 
         of_self, *_ = inspect.signature(init).parameters.values()
-        parameters = [of_self, *inspect.signature(config).parameters.values()]
+        parameters = [of_self, *known.values()]
         constructor.__signature__ = inspect.Signature(parameters)
         return constructor
 

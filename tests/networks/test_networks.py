@@ -346,3 +346,8 @@ def test_arguments_that_do_not_fit_are_named(make, change, message):
     usual = usual or dict(model=Subclassed(5), image_shape=SHAPE)
     with pytest.raises(ValueError, match=message):
         make(**{**usual, **change})
+
+
+@pytest.mark.once
+def test_an_unknown_argument_is_named_with_the_nearest_one():
+    refused(TypeError, lambda: UViT(SHAPE, num_head=2), "UViT has no argument", "'num_heads'")
