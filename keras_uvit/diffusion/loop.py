@@ -17,7 +17,7 @@ from keras import ops
 
 from keras_uvit.types import Tensor
 
-Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, t) to an x0 estimate
+Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, span) to an x0 estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Steps:
         denoised: `(n, 3)` weights of this and the two earlier `denoised`.
         noise: `(n,)` standard deviation of fresh noise, >= 0.
         commit: `(n,)` bool, where the new x becomes the anchor; the last row does.
+        span: `(n,)` t - r, where the network is asked for the mean velocity from t to r; 0, the
+            default, asks for the velocity at t. See `diffusion.FlowMap`.
     """
 
     t: np.ndarray
@@ -37,11 +39,14 @@ class Steps:
     denoised: np.ndarray
     noise: np.ndarray
     commit: np.ndarray
+    span: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.t)
-        shapes = {"t": (n,), "anchor": (n,), "denoised": (n, 3), "noise": (n,), "commit": (n,)}
-        for field, shape in shapes.items():
+        if self.span is None:
+            object.__setattr__(self, "span", np.zeros(n))
+        for field in (field.name for field in dataclasses.fields(self)):
+            shape = (n, 3) if field == "denoised" else (n,)
             value = np.asarray(getattr(self, field), "float64")
             if value.shape != shape or not np.isfinite(value).all():
                 raise ValueError(
@@ -68,8 +73,8 @@ class Steps:
         return len(self)
 
     def packed(self) -> np.ndarray:
-        """`(n, 7)` float32: t, anchor, denoised x 3, noise, commit."""
-        columns = [self.t, self.anchor, *self.denoised.T, self.noise, self.commit]
+        """`(n, 8)` float32: t, span, anchor, denoised x 3, noise, commit."""
+        columns = [self.t, self.span, self.anchor, *self.denoised.T, self.noise, self.commit]
         return np.stack(columns, axis=1).astype("float32")
 
 
@@ -81,11 +86,12 @@ def sample(
 ) -> Tensor:
     """Runs a sampler from noise to data.
 
-    Inside a compiled function the loop is one program, and `steps` may be a traced `(n, 7)` table
+    Inside a compiled function the loop is one program, and `steps` may be a traced `(n, 8)` table
     (`Steps.packed()`), so that another sampler of n rows needs no new program.
 
     Args:
-        denoise: (x, t) -> x0 estimate like x; t is a float32 scalar tensor in (0, 1]. Or a list of
+        denoise: (x, t, span) -> x0 estimate like x; t and span are float32 scalar tensors. Or a
+            list of
             (count, function), one after the other for so many rows, where rows differ in how they
             ask the network.
         x_init: `(B, ...)` float32, noise of standard deviation sigma(t) of the first row.
@@ -104,8 +110,8 @@ def sample(
 
     def step(evaluate, i, carry):
         x, anchor, d1, d2 = carry
-        t, keep, b0, b1, b2, noise, commit = ops.unstack(ops.take(table, i, axis=0), 7)
-        d0 = evaluate(x, t)
+        t, span, keep, b0, b1, b2, noise, commit = ops.unstack(ops.take(table, i, axis=0), 8)
+        d0 = evaluate(x, t, span)
         x = keep * anchor + b0 * d0 + b1 * d1 + b2 * d2
         if draw_noise is not None:
             x = ops.cond(noise > 0, lambda: x + noise * draw_noise(i), lambda: x)

@@ -7,6 +7,7 @@ Symbols: s is the time a step starts from, t the one it goes to (t < s), lambda 
 h = lambda_t - lambda_s > 0.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -117,6 +118,17 @@ def ddpm(schedule: Schedule, times: Array) -> Steps:
     `ddim`.
     """
     return ddim(schedule, times, eta=1.0)
+
+
+def flow_map(schedule: Schedule, times: Array) -> Steps:
+    """Steps of a flow map: x_t = x_s - (s - t) u(x_s, s, t), u the mean velocity from s to t.
+
+    Exact at any length for a perfect network, which is trained by `DiffusionModel(flow_map=...)`
+    (MeanFlow, arXiv 2505.13447, Eq. 12). Those of `ddim` where the network is told their span.
+    Arguments as in `ddim`; the schedule is `LinearPath`.
+    """
+    steps = ddim(schedule, times)
+    return dataclasses.replace(steps, span=-np.diff(np.asarray(times, "float64")))
 
 
 def _drift(schedule, t, x):
@@ -359,6 +371,7 @@ SAMPLERS: dict[str, tuple[int, Callable[[Schedule, int], Steps]]] = {
     "ddpm": (1, _uniform(ddpm)),
     "euler": (1, _uniform(euler)),
     "heun": (1, _uniform(heun)),
+    "flow_map": (1, _uniform(flow_map)),  # models with a flow map, 1 to 4 steps
     "euler_maruyama": (1, _uniform(euler_maruyama)),  # CIFAR-10 and CelebA, 1000 steps
     "dpm_solver": (3, _fast_noise),  # ImageNet 64 and the latent L models, 50 steps
     "dpm_solver_pp": (3, _fast_data),  # the latent H models and COCO, 50 steps

@@ -191,8 +191,7 @@ def layer_outputs(
         generators = [np.random.default_rng([seed, k]) for k in rows]
         noise = np.stack([g.standard_normal(x0.shape[1:], "float32") for g in generators])
         return {
-            "image": alpha * x0[rows] + sigma * noise,
-            "timestep": np.full(len(rows), model.objective.time_scale * t, "float32"),
+            **model.inputs(alpha * x0[rows] + sigma * noise, np.full(len(rows), t, "float32")),
             **{key: value[rows] for key, value in conditions.items()},
         }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from keras_uvit import io, progress
 from keras_uvit.evaluation.classifier import Classifier
@@ -204,10 +204,7 @@ def _errors(model, images, labels, seed):
         noise = random.standard_normal(x0.shape, "float32")
         times = ops.convert_to_tensor(np.full(len(x0), t))
         x = model.objective.add_noise(ops.convert_to_tensor(x0), times, noise)
-        inputs = {
-            "image": ops.convert_to_numpy(x),
-            "timestep": np.full(len(x0), model.objective.time_scale * t, "float32"),
-        }
+        inputs = tree.map_structure(ops.convert_to_numpy, model.inputs(x, times))
         if model.network.num_classes is not None:
             inputs["label"] = labels.astype("int32")
         output = model.ema_network.predict(inputs, batch_size=64, verbose=0)

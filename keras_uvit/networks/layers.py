@@ -15,7 +15,15 @@ import numpy as np
 from keras import layers, ops
 
 from keras_uvit import backend
-from keras_uvit.networks.basics import NORMS, Shape, dense, layer_norm, rematerialized, rms_norm
+from keras_uvit.networks.basics import (
+    NORMS,
+    DType,
+    Shape,
+    dense,
+    layer_norm,
+    rematerialized,
+    rms_norm,
+)
 from keras_uvit.networks.basics import Dense as Dense
 from keras_uvit.networks.basics import fan_in_init as fan_in_init
 from keras_uvit.networks.basics import serializable as serializable
@@ -39,6 +47,7 @@ class TimeEmbedding(layers.Layer):
 
     Args:
         hidden_dim: int. Width D.
+        scale: float, by which the number is multiplied first.
 
     Call arguments:
         timestep: `(B,)`, what the network receives (`time_scale * t`, 0 to 999 or 1000).
@@ -47,19 +56,43 @@ class TimeEmbedding(layers.Layer):
         `(B, D)`.
     """
 
-    def __init__(self, hidden_dim: int, **kwargs: Any) -> None:
+    def __init__(self, hidden_dim: int, scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
         self.hidden_dim = hidden_dim
+        self.scale = scale
 
     def call(self, timestep: Tensor) -> Tensor:
         half = self.hidden_dim // 2
         frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype("float32")
-        angles = ops.cast(timestep, "float32")[:, None] * ops.convert_to_tensor(frequencies)
+        angles = ops.cast(timestep, "float32")[:, None] * ops.convert_to_tensor(
+            self.scale * frequencies
+        )
         x = ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=-1)
         return ops.cast(ops.pad(x, ((0, 0), (0, self.hidden_dim % 2))), self.compute_dtype)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return (*input_shape, self.hidden_dim)
+
+
+# Inputs beside the timestep, and the scale of their sinusoids: the span is at most 1, and a loss
+# that compares two near spans must not see them far apart, as the timestep's 999 would make them.
+FLOW_MAP_INPUTS = {"span": 20.0, "guidance": 5.0}
+
+
+def with_flow_map_inputs(time: Tensor, inputs: dict[str, Tensor], dim: int, dtype: DType) -> Tensor:
+    """The time embedding `(B, M)` plus those of the span and the guidance scale, where they are.
+
+    What is added starts at zero, so that weights of a network without these inputs give the same
+    answers in one that has them. (As tokens of their own they would change the attention.)
+    """
+    for name in [name for name in FLOW_MAP_INPUTS if name in inputs]:
+        x = TimeEmbedding(dim, FLOW_MAP_INPUTS[name], dtype=dtype, name=f"{name}_embed")(
+            inputs[name]
+        )
+        x = ops.silu(dense(4 * dim, dtype, f"{name}_mlp_in")(x))
+        out = Dense(time.shape[-1], kernel_initializer="zeros", dtype=dtype, name=f"{name}_mlp_out")
+        time = layers.Add(dtype=dtype, name=f"time_and_{name}")([time, out(x)])
+    return time
 
 
 @serializable

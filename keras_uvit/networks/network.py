@@ -18,7 +18,14 @@ from keras_uvit.types import Config, PathLike, Tensor
 Arguments = ParamSpec("Arguments")
 
 # What a `DiffusionModel` asks a network for.
-ATTRIBUTES = ("image_shape", "num_classes", "null_label", "context_shape")
+ATTRIBUTES = (
+    "image_shape",
+    "num_classes",
+    "null_label",
+    "context_shape",
+    "takes_span",
+    "takes_guidance",
+)
 
 _CHOSEN = (
     "The number format of a network is chosen when it is made, such as "
@@ -42,6 +49,8 @@ class NetworkConfig:
     num_classes: int | None = None
     null_label: bool = True
     context_shape: tuple[int, int] | None = None
+    takes_span: bool = False
+    takes_guidance: bool = False
     dtype: DType | None = None
     name: str
 
@@ -115,6 +124,7 @@ class Network(keras.Model):
         self.image_shape, self.context_shape = config.image_shape, config.context_shape
         self.num_classes = config.num_classes
         self.null_label = self.num_classes if config.null_label else None
+        self.takes_span, self.takes_guidance = config.takes_span, config.takes_guidance
 
     def export(self, filepath: PathLike, format: str = "tf_saved_model", **kwargs: Any) -> None:
         """As `keras.Model.export`, in the formats in which Keras can export a dict of inputs."""
@@ -183,6 +193,9 @@ def inputs_of(config: NetworkConfig) -> dict[str, Tensor]:
         inputs["context"] = keras.Input(config.context_shape, dtype="float32", name="context")
     if config.num_classes is not None:
         inputs["label"] = keras.Input((), dtype="int32", name="label")
+    for name in ("span", "guidance"):
+        if getattr(config, f"takes_{name}"):
+            inputs[name] = keras.Input((), dtype="float32", name=name)
     return inputs
 
 

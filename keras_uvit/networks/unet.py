@@ -5,7 +5,7 @@ import dataclasses
 from keras import layers, saving
 
 from keras_uvit.networks import unet_layers as parts
-from keras_uvit.networks.layers import TimeEmbedding
+from keras_uvit.networks.layers import TimeEmbedding, with_flow_map_inputs
 from keras_uvit.networks.network import (
     Network,
     NetworkConfig,
@@ -115,6 +115,8 @@ class UNet(Network):
         context_shape: `(length, width)` of text features for cross-attention, `None` for none.
         remat: bool. Recompute blocks and attention in the backward pass: much less memory, a third
             more work.
+        takes_span: bool. The network reads the span t - r of a step, too; see `diffusion.FlowMap`.
+        takes_guidance: bool. It reads the guidance scale, so that one evaluation is guided.
         dtype: policy of every layer; `None` is the global policy.
 
     Call arguments, a dict:
@@ -122,6 +124,8 @@ class UNet(Network):
         timestep: `(B,)`, `time_scale * t`.
         label: `(B,)` int32 in [0, K], only with `num_classes`.
         context: `(B, length, width)` float, only with `context_shape`.
+        span: `(B,)` float in [0, 1], only with `takes_span`.
+        guidance: `(B,)` float, the logarithm of the scale, only with `takes_guidance`.
 
     Returns:
         `(B, H, W, C)` float32: what the diffusion model's `prediction` says (noise, x0, ...).
@@ -147,6 +151,7 @@ def _build(c):
     time = parts.linear(4 * c.base_dim, dtype, "time_mlp_in")(time)
     time = layers.Activation("silu", dtype=dtype, name="time_mlp_silu")(time)
     time = parts.linear(4 * c.base_dim, dtype, "time_mlp_out")(time)
+    time = with_flow_map_inputs(time, inputs, c.base_dim, dtype)
     if c.num_classes is not None:
         label = label_embedding(c, c.num_classes, 4 * c.base_dim)(inputs["label"])
         time = layers.Add(dtype=dtype, name="time_and_label")([time, label])

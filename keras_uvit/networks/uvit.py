@@ -42,9 +42,9 @@ SPLITS: dict[str, tuple[int | None, int | None]] = {
     r"context_embed/kernel": (1, None),  # (width, D)
     r"label_embed/embeddings": (None, None),  # (K + 1, D)
     r"position/embeddings": (1, None),  # (L, D)
-    r"time_mlp_in/kernel": (1, 1),  # (D, 4 D)
-    r"time_mlp_in/bias": (None, 0),
-    r"time_mlp_out/kernel": (0, 0),  # (4 D, D)
+    r"(time|span|guidance)_mlp_in/kernel": (1, 1),  # (D, 4 D)
+    r"(time|span|guidance)_mlp_in/bias": (None, 0),
+    r"(time|span|guidance)_mlp_out/kernel": (0, 0),  # (4 D, D)
     rf"{BLOCK}/modulation/kernel": (1, 1),  # (D, 4 D)
     rf"{BLOCK}/modulation/bias": (None, 0),
     rf"{BLOCK}/attention/qkv/kernel": (1, 1),  # (D, 3 D)
@@ -179,6 +179,8 @@ class UViT(Network):
         mlp: "gelu", or "swiglu" with as many weights; see `layers.TransformerBlock`.
         remat: bool. Recompute blocks and long skips in the backward pass: much less memory, a
             third more work.
+        takes_span: bool. The network reads the span t - r of a step, too; see `diffusion.FlowMap`.
+        takes_guidance: bool. It reads the guidance scale, so that one evaluation is guided.
         dtype: policy of every layer; `None` is the global policy.
 
     Call arguments, a dict:
@@ -187,6 +189,8 @@ class UViT(Network):
             discrete one.
         label: `(B,)` int32 in [0, K], only with `num_classes`.
         context: `(B, length, width)` float, only with `context_shape`.
+        span: `(B,)` float in [0, 1], only with `takes_span`.
+        guidance: `(B,)` float, the logarithm of the scale, only with `takes_guidance`.
 
     Returns:
         `(B, H, W, C)` float32: what the diffusion model's `prediction` says (noise, x0, ...).
@@ -218,6 +222,7 @@ def _build(c):
     if c.time_mlp:
         hidden = parts.dense(4 * dim, dtype, "time_mlp_in")(time)
         time = parts.dense(dim, dtype, "time_mlp_out")(ops.silu(hidden))
+    time = parts.with_flow_map_inputs(time, inputs, dim, dtype)
     if not adaln:
         tokens.insert(0, layers.Reshape((1, dim), dtype=dtype, name="time_token")(time))
     if c.num_classes is not None:

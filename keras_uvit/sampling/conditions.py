@@ -54,6 +54,11 @@ def unconditional_of(
     reads_text = network.context_shape is not None
     if negative_prompts is not None and not reads_text:
         raise ValueError("This model reads no prompts, so it takes no negative_prompts.")
+    if negative_prompts is not None and network.takes_guidance:
+        raise ValueError(
+            "This network takes the guidance scale as an input and is asked once a step, so it "
+            "leads away from the empty prompt alone: leave negative_prompts out."
+        )
     if negative_prompts is not None and not is_guided:
         raise ValueError(
             "negative_prompts act through guidance, which is off: pass guidance_scale, such as 2.0."

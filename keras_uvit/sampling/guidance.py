@@ -17,8 +17,8 @@ def denoiser(
     condition: dict[str, Tensor],
     unconditional: dict[str, Tensor],
     scale: Tensor,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function `(x, t) -> x0` of guided sampling: D_u + w (D_c - D_u).
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The function `(x, t, span) -> x0` of guided sampling: D_u + w (D_c - D_u).
 
     D_c is the network's estimate of x0 with the condition and D_u the one without, both from one
     batch of double size (Ho and Salimans 2022, arXiv 2207.12598, Eq. 6, of x0).
@@ -32,15 +32,15 @@ def denoiser(
         scale: w, a float32 scalar, which may be traced.
 
     Returns:
-        A function of x `(B, H, W, C)` and a scalar t, which returns x0 like x.
+        A function of x `(B, H, W, C)` and scalars t and span, which returns x0 like x.
     """
     sides = [condition, unconditional] if unconditional else [condition]
     conditions = {key: ops.concatenate([side[key] for side in sides]) for key in condition}
 
-    def denoise(x, t):
+    def denoise(x, t, span):
         x = ops.concatenate([x] * len(sides))
-        times = ops.repeat(t, x.shape[0])
-        inputs = {"image": x, "timestep": model.objective.time_scale * times, **conditions}
+        times, spans, scales = (ops.repeat(value, x.shape[0]) for value in (t, span, scale))
+        inputs = {**model.inputs(x, times, spans, scales), **conditions}
         with backend.holding(network, weights):
             output = ops.cast(network(inputs, training=False), "float32")
         x0 = model.objective.denoised(x, times, output)

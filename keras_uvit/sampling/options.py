@@ -19,6 +19,8 @@ class SamplingOptions:
         num_steps: int, or None where the caller made the table.
         guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off.
         guidance_interval: (low, high) in [0, 1], the times at which guidance is on.
+        guided_inside: bool. Whether the network takes the scale as an input, so that a guided
+            evaluation needs no second one.
     """
 
     steps: samplers.Steps
@@ -26,10 +28,13 @@ class SamplingOptions:
     num_steps: int | None
     guidance_scale: float
     guidance_interval: tuple[float, float]
+    guided_inside: bool = False
 
     @property
     def guided(self) -> np.ndarray:
-        """`(n,)` bool, the rows of `steps` that are guided."""
+        """`(n,)` bool, the rows of `steps` whose guidance asks the network twice."""
+        if self.guided_inside:
+            return np.zeros(len(self.steps), bool)
         low, high = self.guidance_interval
         t = self.steps.t
         return (t >= low) & (t <= high) & (self.guidance_scale != 1.0)
@@ -70,8 +75,18 @@ def resolve(
         raise ValueError(
             f"guidance_interval is (low, high) in [0, 1]. Received: {guidance_interval}."
         )
-    scale = _scale(model, guidance_scale)
-    return SamplingOptions(steps, name, num_steps, scale, (low, high))
+    scale, inside = _scale(model, guidance_scale), model.network.takes_guidance
+    if inside and (low, high) != (0.0, 1.0):
+        raise ValueError(
+            "This network has learned guided steps, over which guidance is on as a whole: leave "
+            f"guidance_interval out. Received: {guidance_interval}."
+        )
+    if steps.span.any() and model.flow_map is None:
+        raise ValueError(
+            f"The sampler {name!r} needs a model that was trained with a flow map: "
+            '`DiffusionModel(flow_map=...)`. Choose another sampler, such as "heun".'
+        )
+    return SamplingOptions(steps, name, num_steps, scale, (low, high), inside)
 
 
 def _check_steps(model, steps, num_steps):
@@ -98,4 +113,11 @@ def _scale(model, given):
                 "null_label=True, trained with condition_dropout > 0. Use guidance_scale=1.0."
             )
         return 1.0
+    if network.takes_guidance and scale != 1.0:
+        least, largest = model.flow_map.guidance
+        if not least <= scale <= largest:
+            raise ValueError(
+                f"This model has learned guidance scales from {least} to {largest}, and 1.0. "
+                f"Received: guidance_scale={scale}."
+            )
     return scale

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from keras_uvit.checks import as_int, nearest
+from keras_uvit.diffusion.flow_map import FlowMap
 from keras_uvit.networks.network import ATTRIBUTES, FORMATS
 
 # Arguments that are whole numbers: the least that each can be.
@@ -79,8 +80,44 @@ def check_network(network: Any) -> None:
         )
 
 
+def check_flow_map(model: Any) -> None:
+    """Raises unless network, schedule and loss are what the model's flow map needs."""
+    network, flow_map, objective = model.network, model.flow_map, model.objective
+    learns_guidance = flow_map is not None and flow_map.guidance is not None
+    if network.takes_guidance != learns_guidance:
+        raise ValueError(
+            "A network with takes_guidance=True and FlowMap(guidance=(1.0, 8.0)), which trains "
+            f"it, need each other. Received: takes_guidance={network.takes_guidance} and "
+            f"flow_map={flow_map}."
+        )
+    if flow_map is None:
+        return
+    if not isinstance(flow_map, FlowMap):
+        raise TypeError(f"flow_map must be a diffusion.FlowMap or None. Received: {flow_map!r}.")
+    found = {
+        "takes_span": network.takes_span,
+        "schedule": type(objective.schedule).__name__,
+        "prediction": objective.prediction,
+        "loss_weighting": objective.loss_weighting,
+    }
+    wanted = dict(zip(found, (True, "LinearPath", "velocity", "uniform")))
+    for name in found:
+        if found[name] != wanted[name]:
+            raise ValueError(
+                "A flow map needs a network made with takes_span=True, schedule=LinearPath(), "
+                'prediction="velocity" and loss_weighting="uniform". Received: '
+                f"{name}={found[name]!r}."
+            )
+    if learns_guidance and network.null_label is None and network.context_shape is None:
+        raise ValueError(
+            "FlowMap.guidance needs a network that knows 'no label': num_classes with "
+            "null_label=True, or context_shape. Leave guidance and takes_guidance out."
+        )
+
+
 def check_model(model: Any, has_null: bool) -> None:
     """Raises unless the model's own arguments can be; makes ints of its whole numbers."""
+    check_flow_map(model)
     for key, least in OF_MODEL.items():
         if key != "planned_steps" or model.planned_steps is not None:
             setattr(model, key, as_int(getattr(model, key), key, least))

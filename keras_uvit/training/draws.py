@@ -9,7 +9,7 @@ from keras import ops
 from keras_uvit import backend
 from keras_uvit.types import Tensor
 
-STREAM = 2**30  # numbers of a stream, of which each draw takes one
+STREAM = 2**29  # numbers of a stream, of which each draw takes one; four fit an int32
 DRAWS = 4  # random tensors of a step: posterior, time, noise, condition dropout
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_uvit import backend, checks, distribution, sampling
+from keras_uvit.diffusion.flow_map import FlowMap
 from keras_uvit.diffusion.loop import Steps
 from keras_uvit.diffusion.objective import Objective
 from keras_uvit.diffusion.schedules import VPLinear
@@ -22,7 +23,7 @@ from keras_uvit.training.batches import Batch
 from keras_uvit.training.checkpoints import atomically
 from keras_uvit.types import Array, Config, PathLike, Tensor
 
-TRAIN, TEST = 0, 1  # streams of randomness
+TRAIN, TEST, FLOW_MAP = 0, 1, 2  # streams of randomness
 # Arguments that the config keeps as they are.
 PLAIN = (
     "condition_dropout",
@@ -68,6 +69,8 @@ class DiffusionModel(keras.Model):
         time_sampling: "uniform", "logit_normal" or "cosmap": how often training draws each t.
         loss_weighting: "uniform" or "min_snr": how much an error at t counts in training; for both
             see `diffusion.weighting`.
+        flow_map: `diffusion.FlowMap`, for images in one to four steps; `None` trains each time by
+            itself. It needs a network made with `takes_span=True`, `LinearPath()` and "velocity".
         condition_dropout: float in [0, 1]; `None` is 0.1 where the network knows "none", else 0.
         latent_scale: float, what latents are multiplied by (0.18215 for Stable Diffusion);
             `None` for models of pixels.
@@ -106,6 +109,7 @@ class DiffusionModel(keras.Model):
         time_scale: float | None = None,
         time_sampling: str = "uniform",
         loss_weighting: str = "uniform",
+        flow_map: FlowMap | None = None,
         condition_dropout: float | None = None,
         latent_scale: float | None = None,
         latent_encoder: str | None = None,
@@ -135,6 +139,7 @@ class DiffusionModel(keras.Model):
             time_sampling,
             loss_weighting,
         )
+        self.flow_map = flow_map
         has_null = network.null_label is not None or network.context_shape is not None
         if condition_dropout is None:
             condition_dropout = 0.1 if has_null else 0.0
@@ -203,6 +208,7 @@ class DiffusionModel(keras.Model):
         return {
             "network": serialize(self.network),
             "schedule": serialize(self.objective.schedule),
+            "flow_map": serialize(self.flow_map),
             "optimizer": dict(self.optimizer_config),
             **{key: getattr(self.objective, key) for key in OF_OBJECTIVE},
             **{key: getattr(self, key) for key in PLAIN},
@@ -213,7 +219,8 @@ class DiffusionModel(keras.Model):
     def from_config(cls, config: Config, custom_objects: dict | None = None) -> "DiffusionModel":
         parts = {
             key: keras.saving.deserialize_keras_object(config[key], custom_objects)
-            for key in ("network", "schedule")
+            for key in ("network", "schedule", "flow_map")
+            if key in config  # older files have no flow map
         }
         arguments = {**config, **parts}
         paths = arguments.pop("frozen", None)  # older files have none
@@ -433,20 +440,64 @@ class DiffusionModel(keras.Model):
         objective = self.objective if training else self.objective.for_validation()
         x0 = self.clean(batch)
         t, noise, dropped = self.draw(x0, objective)
-        inputs = {
-            "image": objective.add_noise(x0, t, noise),
-            "timestep": objective.time_scale * t,
-            **self.condition(batch, dropped if training else None),
-        }
-        output = ops.cast(network(inputs, training=training), "float32")
-        mean = objective.loss(output, x0, t, noise)
-        if "label" not in inputs:
+        conditions = self.condition(batch, dropped if training else None)
+        if training and self.flow_map is not None:
+            mean = self.flow_map_loss(network, batch, x0, t, noise, conditions)
+        else:
+            inputs = {**self.inputs(objective.add_noise(x0, t, noise), t), **conditions}
+            output = ops.cast(network(inputs, training=training), "float32")
+            mean = objective.loss(output, x0, t, noise)
+        if "label" not in conditions:
             return mean
         # A lookup out of range is silent on some devices, and label K would read as "none";
         # NaN makes the step skipped and counted.
         label = ops.cast(batch["label"], "int32")
         valid = ops.all((label >= 0) & (label < network.num_classes))
         return ops.where(valid, mean, float("nan"))
+
+    def flow_map_loss(
+        self,
+        network: Any,
+        batch: Batch,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        conditions: dict[str, Tensor],
+    ) -> Tensor:
+        """The loss of `flow_map` for a batch whose times, noise and conditions were drawn."""
+        draws.go_to(self.random, FLOW_MAP, self.step)
+        count = ops.shape(x0)[0]
+        t, span = self.flow_map.times(t, draws.normal(self.random, (count, 2)))
+        scale = self.flow_map.scales(draws.uniform(self.random, (count,)))
+        none = self.condition(batch, ops.ones_like(t, dtype="bool"))
+
+        def u(z, t, span, scale, rows, conditional=True):
+            given = conditions if conditional else none
+            inputs = self.inputs(z, t, span, scale)
+            inputs.update({key: value[rows] for key, value in given.items()})
+            return ops.cast(network(inputs, training=True), "float32")
+
+        alpha = self.flow_map.alpha_at(self.step)
+        return self.flow_map.loss(u, x0, noise, t, span, alpha, scale)
+
+    def inputs(
+        self, x: Tensor, t: Tensor, span: Tensor | None = None, scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The network's inputs without its conditions.
+
+        Args:
+            x: `(B, H, W, C)`, noisy images.
+            t: `(B,)`, their times.
+            span: `(B,)` t - r, for a network that takes it; `None` is 0.
+            scale: `(B,)` guidance scale, for a network that takes it; `None` is 1.
+        """
+        t = ops.convert_to_tensor(t)
+        inputs = {"image": ops.convert_to_tensor(x), "timestep": self.objective.time_scale * t}
+        if self.network.takes_span:
+            inputs["span"] = ops.zeros_like(t) if span is None else ops.convert_to_tensor(span)
+        if self.network.takes_guidance:
+            inputs["guidance"] = ops.zeros_like(t) if scale is None else ops.log(scale)
+        return inputs
 
     def clean(self, batch: Batch) -> Tensor:
         """x0 `(B, H, W, C)` of a batch, float32; of moments a new posterior sample."""
