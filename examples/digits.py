@@ -7,6 +7,7 @@ Expect       class agreement 0.98 to 0.99 (the classifier reads 0.994 of real te
 Hardware     2 CPU cores, 3 to 6 minutes on JAX; no GPU needed.
 Commands     python examples/digits.py                 (KERAS_BACKEND=jax, tensorflow or torch)
              python examples/digits.py --quick         (half a minute, poor digits, same path)
+             python examples/digits.py --preset uvit_tiny_digits_fast   (draws in two steps)
 
 Writes into --out: samples.png (left of the line real scans, right generated ones, a row a class),
 loss.png, metrics.json, model.keras (to continue training) and ema.weights.h5 (to sample).
@@ -31,6 +32,7 @@ import keras_uvit  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+PRESETS = ["uvit_tiny_digits", "uvit_tiny_digits_fast"]
 OFF = "off"  # of --resume: keeps no checkpoints
 
 
@@ -45,11 +47,11 @@ def main():
         flush=True,
     )
 
-    row = keras_uvit.presets.get("uvit_tiny_digits")
+    row = keras_uvit.presets.get(options.preset)
     steps = 44 if options.quick else options.steps or row.iterations
     train, test = keras_uvit.data.digits("train"), keras_uvit.data.digits("test")
     layers = {} if options.num_layers is None else {"num_layers": options.num_layers}
-    model = keras_uvit.presets.load("uvit_tiny_digits", seed=options.seed, **layers)
+    model = keras_uvit.presets.load(options.preset, seed=options.seed, **layers)
     model.compile()
 
     batches = len(train["label"]) // row.batch_size  # whole ones: XLA compiles one shape
@@ -107,6 +109,7 @@ def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--preset", default=PRESETS[0], choices=PRESETS, help="(%(default)s)")
     parser.add_argument("--out", default="runs/digits", help="folder to write into (%(default)s)")
     parser.add_argument("--steps", type=int, help="optimizer steps (the preset's)")
     parser.add_argument("--num-layers", type=int, help="transformer blocks, odd (the preset's)")

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_uvit.diffusion import FlowMap
 from keras_uvit.networks import UViT
 from keras_uvit.training import DiffusionModel
 
@@ -14,7 +15,9 @@ FAST = dict(sampler="dpm_solver_pp_2m", num_steps=12, guidance_interval=(0.0, 0.
 OF_MODEL = (
     "schedule",
     "prediction",
+    "time_scale",
     "time_sampling",
+    "flow_map",
     "loss_weighting",
     "condition_dropout",
     "latent_scale",
@@ -44,6 +47,8 @@ class Preset:
     gmacs: float  # multiply-accumulates of one forward pass, 1e9
     architecture: type = UViT
     prediction: str = "epsilon"
+    time_scale: float | None = None
+    flow_map: FlowMap | None = None
     time_sampling: str = "uniform"
     loss_weighting: str = "uniform"
     condition_dropout: float = 0.0

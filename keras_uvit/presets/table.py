@@ -10,112 +10,28 @@ The last rows are of what U-ViT is compared with. Layouts of the U-Nets were not
 are the nearest to the published parameters and cost.
 """
 
-from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 from keras_uvit.networks import UNet
 from keras_uvit.presets.preset import Preset
-from keras_uvit.types import Config
-
-
-def _adamw(learning_rate=2e-4, beta_1=0.99, beta_2=0.99, warmup_steps=5000, **more):
-    names = dict(learning_rate=learning_rate, beta_1=beta_1, beta_2=beta_2)
-    return {**names, "weight_decay": 0.03, "warmup_steps": warmup_steps, **more}
-
-
-SMALL: Config = dict(patch_size=2, hidden_dim=512, num_layers=13, num_heads=8)
-SMALL_DEEP: Config = dict(patch_size=2, hidden_dim=512, num_layers=17, num_heads=8)
-MID: Config = dict(patch_size=2, hidden_dim=768, num_layers=17, num_heads=12)
-LARGE: Config = dict(patch_size=2, hidden_dim=1024, num_layers=21, num_heads=16)
-HUGE: Config = dict(patch_size=2, hidden_dim=1152, num_layers=29, num_heads=16, output_conv=False)
-
-# All pixel models and latent L are continuous, latent H and COCO discrete; samplers differ too.
-CONTINUOUS: Config = dict(schedule=VPLinear())
-DISCRETE: Config = dict(schedule=VPDiscrete())
-LATENT_LARGE: Config = dict(
-    **CONTINUOUS,
-    optimizer=_adamw(),
-    batch_size=1024,
-    sampler="dpm_solver",
-    num_steps=50,
-    condition_dropout=0.15,
-    latent_scale=0.18215,
-    autoencoder="autoencoder_kl.pth",
+from keras_uvit.presets.recipes import (
+    CIFAR10,
+    COCO,
+    COCO_SHAPES,
+    CONTINUOUS,
+    DIGITS,
+    FAST_INPUTS,
+    HUGE,
+    LARGE,
+    LATENT_FAST,
+    LATENT_FLOW,
+    LATENT_HUGE,
+    LATENT_LARGE,
+    MID,
+    SHAPES,
+    SMALL,
+    SMALL_DEEP,
+    TINY,
+    adamw,
 )
-LATENT_HUGE: Config = dict(
-    **DISCRETE,
-    optimizer=_adamw(),
-    batch_size=1024,
-    sampler="dpm_solver_pp",
-    num_steps=50,
-    condition_dropout=0.1,
-    latent_scale=0.18215,
-    autoencoder="autoencoder_kl_ema.pth",
-)
-# USiT's, by which a U-ViT-H of DC-AE's latents (arXiv 2410.10733, 512x512) came from FID 9.83 to
-# 3.80, guided from 2.53 to 1.89, at scale 1.2. Its program hands the network t itself, which hardly
-# moves a sinusoid made for 1 to 1000: here 999 t, as in U-ViT's continuous recipes. It samples by
-# dopri5, whose steps are not fixed: 25 of Heun are 49 evaluations, where other rows have 50.
-LATENT_FLOW: Config = dict(
-    schedule=LinearPath(),
-    prediction="velocity",
-    optimizer=_adamw(1e-4, weight_decay=0.0),
-    batch_size=1024,
-    iterations=500_000,
-    sampler="heun",
-    num_steps=25,
-    condition_dropout=0.1,
-    guidance_scale=1.2,
-    latent_scale=0.18215,
-    autoencoder="autoencoder_kl_ema.pth",
-)
-COCO: Config = dict(
-    **DISCRETE,
-    optimizer=_adamw(beta_1=0.9, beta_2=0.9),
-    batch_size=256,
-    iterations=1_000_000,
-    sampler="dpm_solver_pp",
-    num_steps=50,
-    condition_dropout=0.1,
-    guidance_scale=2.0,
-    latent_scale=0.23010,
-    autoencoder="autoencoder_kl.pth",
-    text_encoder="clip_vit_large_patch14",
-)
-# For short runs: 2,000 steps on digits, width 96: learned positions end 2.5 floors away, these 1.9.
-TINY: Config = dict(num_layers=5, num_heads=4, position="sinusoidal")
-SHIPPED_RECIPE: Config = dict(
-    schedule=VPCosine(),
-    batch_size=64,
-    sampler="dpm_solver_pp_2m",
-    num_steps=25,
-    condition_dropout=0.1,
-    ema_decay=0.999,
-)
-DIGITS: Config = dict(
-    **SHIPPED_RECIPE,
-    # With "epsilon" and learned positions only 7 digits in 10 are of the class asked for.
-    prediction="v",
-    optimizer=_adamw(2e-3, 0.9, 0.99, warmup_steps=1 / 30, decay_steps="run"),
-    iterations=3000,
-    guidance_scale=1.2,
-)
-SHAPES: Config = dict(
-    **SHIPPED_RECIPE,
-    # Flat colours: after 500 steps 3 pictures in 4 show two things, with "v" 2 in 100.
-    prediction="x0",
-    optimizer=_adamw(2e-3, 0.9, 0.99, warmup_steps=1 / 50, decay_steps="run"),
-    iterations=5000,
-    guidance_scale=2.0,
-    text_encoder="uvit_tiny_shapes_text",
-)
-CIFAR10: Config = dict(
-    **CONTINUOUS,
-    optimizer=_adamw(beta_2=0.999, warmup_steps=2500),
-    batch_size=128,
-    iterations=500_000,
-    sampler="euler_maruyama",
-    num_steps=1000,
-)
-COCO_SHAPES: Config = dict(image_shape=(32, 32, 4), context_shape=(77, 768))
 
 PRESETS: dict[str, Preset] = {
     "uvit_tiny_digits": Preset(
@@ -150,7 +66,7 @@ PRESETS: dict[str, Preset] = {
         paper_name="U-ViT-S/4, CelebA 64x64",
         network=dict(image_shape=(64, 64, 3), **{**SMALL, "patch_size": 4}),
         **CONTINUOUS,
-        optimizer=_adamw(),
+        optimizer=adamw(),
         batch_size=128,
         iterations=500_000,
         sampler="euler_maruyama",
@@ -166,7 +82,7 @@ PRESETS: dict[str, Preset] = {
             image_shape=(64, 64, 3), num_classes=1000, null_label=False, **{**MID, "patch_size": 4}
         ),
         **CONTINUOUS,
-        optimizer=_adamw(3e-4),
+        optimizer=adamw(3e-4),
         batch_size=1024,
         iterations=300_000,
         sampler="dpm_solver",
@@ -185,7 +101,7 @@ PRESETS: dict[str, Preset] = {
             **{**LARGE, "patch_size": 4},
         ),
         **CONTINUOUS,
-        optimizer=_adamw(3e-4),
+        optimizer=adamw(3e-4),
         batch_size=1024,
         iterations=300_000,
         sampler="dpm_solver",
@@ -223,6 +139,20 @@ PRESETS: dict[str, Preset] = {
         network=dict(image_shape=(32, 32, 4), num_classes=1000, **HUGE),
         **LATENT_FLOW,
         params=500_832_016,
+        gmacs=133.2,
+    ),
+    "uvit_large_imagenet256_fast": Preset(
+        paper_name="U-ViT-L/2 as a flow map of 1 to 4 steps, ImageNet 256x256; not published",
+        network=dict(image_shape=(32, 32, 4), num_classes=1000, **LARGE, **FAST_INPUTS),
+        **LATENT_FAST,
+        params=311_944_356,
+        gmacs=76.5,
+    ),
+    "uvit_huge_imagenet256_fast": Preset(
+        paper_name="U-ViT-H/2 as a flow map of 1 to 4 steps, ImageNet 256x256; not published",
+        network=dict(image_shape=(32, 32, 4), num_classes=1000, **HUGE, **FAST_INPUTS),
+        **LATENT_FAST,
+        params=532_699_792,
         gmacs=133.2,
     ),
     "uvit_large_imagenet512": Preset(

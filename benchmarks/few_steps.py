@@ -1,0 +1,189 @@
+"""How good are one to sixteen evaluations, of a flow map and of flow matching trained as long?
+
+    KERAS_BACKEND=jax python benchmarks/few_steps.py --out runs/few_steps        (digits, 2 cores)
+    KERAS_BACKEND=jax python benchmarks/few_steps.py --task shapes --seeds 1 --out runs/few_shapes
+
+For each seed it trains the preset's flow map, and the same network by flow matching for the same
+CPU time, on the same data; both draw in 1, 2, 4, 8 and 16 steps of one evaluation each (flow
+matching without guidance, which would be two). The scores are those of benchmarks/shortcuts.py, and
+of digits also the spread within a class over the real one. `cost` is a training step's time over
+one of flow matching.
+
+Writes rows.json and few_steps.png into OUT, and the flow map's weights of the first seed.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import keras
+import matplotlib
+import numpy as np
+from shortcuts import Digits, Shapes, features
+from side_by_side import COMMIT, table
+
+import keras_uvit
+from keras_uvit import data, presets
+from keras_uvit.data import shapes
+from keras_uvit.encoders import CLIPText
+from keras_uvit.evaluation import within_class_spread
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import digits  # noqa: E402
+
+WEIGHTS = Path(keras_uvit.__file__).parent / "weights"
+EVALUATIONS = (1, 2, 4, 8, 16)
+# Changes of the preset, and options of `generate`.
+PLAIN = dict(flow_map=None, network=dict(takes_span=False, takes_guidance=False))
+WAYS = {
+    "flow map": ({}, {}),
+    "flow matching": (PLAIN, dict(sampler="ddim", guidance_scale=1.0)),
+}
+
+
+class FastDigits(Digits):
+    name = "uvit_tiny_digits_fast"
+    better = {**Digits.better, "spread": 1}
+
+    def __init__(self, count):
+        super().__init__(count, presets.load(self.name))
+        self.train = data.digits("train")
+        self.real_spread = within_class_spread(features(self.train["image"]), self.train["label"])
+
+    def new(self, seed, **changes):
+        return presets.get(self.name).build(seed=seed, **changes)
+
+    def batches(self, seed, size):
+        return digits.shuffled(self.train, size, seed)
+
+    def score(self, images):
+        spread = within_class_spread(features(images), self.wanted["labels"])
+        return {**super().score(images), "spread": float(spread / self.real_spread)}
+
+
+class FastShapes(Shapes):
+    name = "uvit_tiny_shapes_fast"
+
+    def __init__(self, count):
+        super().__init__(count, presets.load(self.name))
+        self.text = CLIPText.from_preset(WEIGHTS / presets.get(self.name).text_encoder)
+        source = shapes.source(20_000, seed=0)
+        self.pictures = np.stack([source[k] for k in range(len(source.captions))])
+        self.captions = self.text.encode([own[0] for own in source.captions])
+
+    def new(self, seed, **changes):
+        model = presets.get(self.name).build(seed=seed, **changes)
+        model.set_encoders(text_encoder=self.text)
+        return model
+
+    def batches(self, seed, size):
+        given = {"image": self.pictures, "context": self.captions}
+        return digits.shuffled({**given, "label": range(len(self.pictures))}, size, seed)
+
+
+TASKS = {"digits": FastDigits, "shapes": FastShapes}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/few_steps"), help="(%(default)s)")
+    parser.add_argument("--task", choices=TASKS, default="digits", help="(%(default)s)")
+    parser.add_argument("--seeds", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--images", type=int, default=500, help="a seed draws (%(default)s)")
+    parser.add_argument("--steps", type=int, help="of the flow map's training (the preset's)")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    task, rows = TASKS[options.task](options.images), []
+    # Both compiled once before, in the same process, so that one is not measured beside the other.
+    seconds = {way: train(task, 0, 300, changes)[1] for way, (changes, _) in WAYS.items()}
+    cost = seconds["flow map"] / seconds["flow matching"]
+    steps = options.steps or presets.get(task.name).iterations
+    for seed, way in itertools.product(range(options.seeds), WAYS):
+        changes, drawing = WAYS[way]
+        length = steps if way == "flow map" else round(steps * cost)
+        model, _ = train(task, seed, length, changes)
+        if way == "flow map" and seed == 0:
+            model.ema_network.save_weights(options.out / "ema.weights.h5")
+        for count in EVALUATIONS:
+            images = model.generate(**task.wanted, num_steps=count, seed=seed, **drawing, verbose=0)
+            row = {"way": way, "evaluations": count, "seed": seed, "steps": length, "cost": cost}
+            row |= {**task.score(images), "backend": keras.config.backend(), "commit": COMMIT}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    (options.out / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    print(table(summary(rows, task), list(summary(rows, task)[0])))
+    draw(rows, task, options.out / "few_steps.png")
+
+
+def train(task, seed, steps, changes):
+    """A trained model, and the CPU seconds of a step after the first ones, which compile."""
+    model = task.new(seed, **changes)
+    model.compile()
+    clock = Clock()
+    epoch = min(50, steps)
+    model.fit(
+        task.batches(seed, presets.get(task.name).batch_size),
+        steps_per_epoch=epoch,
+        epochs=round(steps / epoch),
+        callbacks=[clock],
+        verbose=0,
+    )
+    return model, float(np.median(np.diff(clock.seconds))) / epoch
+
+
+class Clock(keras.callbacks.Callback):
+    """CPU time at the end of each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds.append(time.process_time())
+
+
+def summary(rows, task):
+    """The mean over seeds and its standard deviation, for each way and number of evaluations."""
+    found = []
+    for way, count in itertools.product(WAYS, EVALUATIONS):
+        own = [row for row in rows if (row["way"], row["evaluations"]) == (way, count)]
+        scores = {}
+        for key in task.better:
+            values = [row[key] for row in own]
+            deviation = np.std(values, ddof=1) if len(values) > 1 else float("nan")
+            scores[key] = f"{np.mean(values):.3f} ± {deviation:.3f}"
+        costs = np.mean([row["cost"] for row in own])
+        found.append({"way": way, "evaluations": count, **scores, "cost": f"{costs:.2f}"})
+    return found
+
+
+def draw(rows, task, path):
+    """Each score over the number of evaluations, with its deviation over seeds."""
+    size = (5 * len(task.better), 4)
+    figure, axes = plt.subplots(
+        1, len(task.better), figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis, score in zip(axes[0], task.better):
+        for way in WAYS:
+            own = [[r[score] for r in rows if (r["way"], r["evaluations"]) == (way, n)]
+                   for n in EVALUATIONS]  # fmt: skip
+            means, deviations = zip(*((np.mean(v), np.std(v)) for v in own))
+            axis.errorbar(EVALUATIONS, means, deviations, marker="o", capsize=3, label=way)
+        axis.set(xscale="log", xlabel="evaluations an image", ylabel=score, title=task.name)
+        axis.set_xticks(EVALUATIONS, EVALUATIONS)
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
