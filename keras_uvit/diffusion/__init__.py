@@ -1,4 +1,5 @@
 from keras_uvit.diffusion import predictions as predictions
 from keras_uvit.diffusion import samplers as samplers
 from keras_uvit.diffusion import schedules as schedules
+from keras_uvit.diffusion import tables as tables
 from keras_uvit.diffusion import weighting as weighting

@@ -40,7 +40,7 @@ def test_each_sampler_costs_its_number_of_steps_and_runs_with_its_fewest(sampler
     for n in (fewest, 10, np.int64(50)):
         steps = named(sampler, schedule, n)
         assert steps.nfe == len(steps) == (2 * n - 1 if sampler == "heun" else n)
-        assert steps.packed().shape == (steps.nfe, 7)
+        assert steps.packed().shape == (steps.nfe, 10)
     steps = named(sampler, schedule, fewest)
     assert np.isfinite(run(steps, gaussian(schedule), X, np.zeros((fewest, 3)))).all()
 
