@@ -26,7 +26,7 @@ class Guidance:
         weak_model: `DiffusionModel` of the same images, conditions and schedule, or None.
     """
 
-    weak_model: Any = None
+    weak_model: Any = dataclasses.field(default=None, kw_only=True)
 
     def combine(self, strong: Tensor, weak: Tensor, scale: Tensor) -> Tensor:
         """The guided estimate.
@@ -54,6 +54,8 @@ class AutoGuidance(Guidance):
         weak_model: `DiffusionModel` of the same images, conditions and schedule.
     """
 
+    weak_model: Any = None
+
     def __post_init__(self) -> None:
         if self.weak_model is None:
             raise ValueError("AutoGuidance needs a weak_model, a DiffusionModel.")
@@ -70,9 +72,9 @@ class APG(Guidance):
     classifier-free guidance.
 
     Args:
-        weak_model: see `Guidance`.
         eta: float >= 0, what is kept of the parallel part.
         most: float > 0, the largest Euclidean norm of d for one image; None does not shorten.
+        weak_model: see `Guidance`.
     """
 
     eta: float = 0.0
@@ -102,8 +104,8 @@ class Rescale(Guidance):
     is classifier-free guidance.
 
     Args:
-        weak_model: see `Guidance`.
         phi: float in [0, 1].
+        weak_model: see `Guidance`.
     """
 
     phi: float = 0.7

@@ -119,7 +119,7 @@ def test_autoguidance_of_a_model_without_conditions():
     weak = lively(DiffusionModel(uvit(num_layers=3)))
     guided = draw("plain", guidance=AutoGuidance(weak), guidance_scale=2.0)
     assert np.abs(guided - draw("plain")).max() > 0.01
-    assert np.isfinite(draw("plain", guidance=APG(weak), guidance_scale=2.0)).all()
+    assert np.isfinite(draw("plain", guidance=APG(weak_model=weak), guidance_scale=2.0)).all()
 
 
 @pytest.mark.compiled
