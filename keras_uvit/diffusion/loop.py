@@ -11,13 +11,24 @@ fresh noise, with coefficients known before sampling starts:
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from keras import ops
 
 from keras_uvit.types import Tensor
 
-Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, span) to an x0 estimate
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, t) to an x0 estimate
+Row = dict[str, Any]  # by the names in COLUMNS: a scalar tensor, or a list of them
+DenoiseRow = Callable[[Tensor, Row], Tensor]  # (x, row) to an x0 estimate
+Carry = tuple[Tensor, Tensor, Tensor, Tensor]  # x, the anchor, the last two x0 estimates
+
+# A packed table's columns, in order: a field of `Steps`, and how many numbers a row has of it.
+COLUMNS = {
+    **{"t": 1, "anchor": 1, "denoised": 3, "noise": 1, "commit": 1},
+    **{"guidance": 1, "known": 2, "span": 1},
+}
+WIDTH = sum(COLUMNS.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +41,11 @@ class Steps:
         denoised: `(n, 3)` weights of this and the two earlier `denoised`.
         noise: `(n,)` standard deviation of fresh noise, >= 0.
         commit: `(n,)` bool, where the new x becomes the anchor; the last row does.
-        span: `(n,)` t - r, where the network is asked for the mean velocity from t to r; 0, the
-            default, asks for the velocity at t. See `diffusion.FlowMap`.
+        guidance: `(n,)` scale w of guidance, 1 is off, the default. `generate` sets it.
+        known: `(n, 2)` alpha and sigma of the time that a row ends at, by which inpainting adds
+            noise to the known part of the images; by default none. `generate` sets it.
+        span: `(n,)` t - r, where the network is asked for the mean velocity from t to r; by default
+            0, for the velocity at t. See `diffusion.FlowMap`.
     """
 
     t: np.ndarray
@@ -39,15 +53,20 @@ class Steps:
     denoised: np.ndarray
     noise: np.ndarray
     commit: np.ndarray
-    span: np.ndarray | None = None
+    guidance: np.ndarray = None  # type: ignore[assignment]
+    known: np.ndarray = None  # type: ignore[assignment]
+    span: np.ndarray = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         n = len(self.t)
-        if self.span is None:
-            object.__setattr__(self, "span", np.zeros(n))
-        for field in (field.name for field in dataclasses.fields(self)):
-            shape = (n, 3) if field == "denoised" else (n,)
-            value = np.asarray(getattr(self, field), "float64")
+        defaults = {
+            "guidance": np.ones(n),
+            "known": np.tile([1.0, 0.0], (n, 1)),
+            "span": np.zeros(n),
+        }
+        for field, count in COLUMNS.items():
+            value, shape = getattr(self, field), (n,) if count == 1 else (n, count)
+            value = np.asarray(defaults[field] if value is None else value, "float64")
             if value.shape != shape or not np.isfinite(value).all():
                 raise ValueError(
                     f"Steps.{field} must be finite, of shape {shape}. Received: {value}."
@@ -72,10 +91,15 @@ class Steps:
         """Network evaluations (a guided one counts once, as one doubled batch)."""
         return len(self)
 
+    @property
+    def guided(self) -> np.ndarray:
+        """`(n,)` bool, the rows with guidance."""
+        return self.guidance != 1.0
+
     def packed(self) -> np.ndarray:
-        """`(n, 8)` float32: t, span, anchor, denoised x 3, noise, commit."""
-        columns = [self.t, self.span, self.anchor, *self.denoised.T, self.noise, self.commit]
-        return np.stack(columns, axis=1).astype("float32")
+        """`(n, WIDTH)` float32, with the columns of `COLUMNS`."""
+        columns = [getattr(self, field).reshape(len(self), -1) for field in COLUMNS]
+        return np.concatenate(columns, axis=1).astype("float32")
 
 
 def sample(
@@ -86,12 +110,11 @@ def sample(
 ) -> Tensor:
     """Runs a sampler from noise to data.
 
-    Inside a compiled function the loop is one program, and `steps` may be a traced `(n, 8)` table
+    Inside a compiled function the loop is one program, and `steps` may be a traced table
     (`Steps.packed()`), so that another sampler of n rows needs no new program.
 
     Args:
-        denoise: (x, t, span) -> x0 estimate like x; t and span are float32 scalar tensors. Or a
-            list of
+        denoise: (x, t) -> x0 estimate like x; t is a float32 scalar tensor in (0, 1]. Or a list of
             (count, function), one after the other for so many rows, where rows differ in how they
             ask the network.
         x_init: `(B, ...)` float32, noise of standard deviation sigma(t) of the first row.
@@ -106,23 +129,76 @@ def sample(
         if steps.noise.any() and draw_noise is None:
             raise ValueError("This sampler adds noise: `draw_noise` must be given.")
         steps = steps.packed()
-    table, x = ops.convert_to_tensor(steps, "float32"), ops.convert_to_tensor(x_init, "float32")
+    runs = [(steps.shape[0], denoise)] if callable(denoise) else denoise
+    parts = [(count, functools.partial(_at_time, evaluate)) for count, evaluate in runs]
+    return advance(parts, begin(x_init), steps, draw_noise)[0]
+
+
+def _at_time(denoise, x, row):
+    return denoise(x, row["t"])
+
+
+def begin(x: Tensor) -> Carry:
+    """What `advance` carries on from, before the first row."""
+    x = ops.convert_to_tensor(x, "float32")
+    return x, x, ops.zeros_like(x), ops.zeros_like(x)
+
+
+def advance(
+    parts: Sequence[tuple[int, DenoiseRow]],
+    carry: Carry,
+    table: Tensor,
+    draw_noise: Callable[[Tensor], Tensor] | None = None,
+    first: Tensor | int = 0,
+    known: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Carry:
+    """Runs some rows of a sampler; `sample` runs all of them.
+
+    Args:
+        parts: list of (count, function), one after the other for so many rows each: (x, row) ->
+            x0 estimate like x, where `row` is a dict of the row's numbers.
+        carry: of `begin`, or of the rows before these.
+        table: the rows, packed.
+        draw_noise: see `sample`.
+        first: int32, the number of the first of these rows in the whole table.
+        known: (mask, x0, noise), each like x or broadcast to it. After each row x is replaced by
+            alpha x0 + sigma noise where mask is 0, with the row's `known` alpha and sigma: the
+            inpainting of RePaint (Lugmayr et al. 2022, arXiv 2201.09865, Eq. 8).
+
+    Returns:
+        The new carry: x, the anchor, the last two x0 estimates, each `(B, ...)` float32.
+    """
+    table = ops.convert_to_tensor(table, "float32")
 
     def step(evaluate, i, carry):
         x, anchor, d1, d2 = carry
-        t, span, keep, b0, b1, b2, noise, commit = ops.unstack(ops.take(table, i, axis=0), 8)
-        d0 = evaluate(x, t, span)
-        x = keep * anchor + b0 * d0 + b1 * d1 + b2 * d2
+        row = _row(ops.take(table, i, axis=0))
+        d0 = evaluate(x, row)
+        b0, b1, b2 = row["denoised"]
+        x = row["anchor"] * anchor + b0 * d0 + b1 * d1 + b2 * d2
         if draw_noise is not None:
-            x = ops.cond(noise > 0, lambda: x + noise * draw_noise(i), lambda: x)
-        return x, ops.where(commit > 0, x, anchor), d0, d1
+            noise = row["noise"]
+            x = ops.cond(noise > 0, lambda: x + noise * draw_noise(first + i), lambda: x)
+        if known is not None:
+            mask, x0, eps = known
+            alpha, sigma = row["known"]
+            x = ops.where(mask > 0, x, alpha * x0 + sigma * eps)
+        return x, ops.where(row["commit"] > 0, x, anchor), d0, d1
 
-    runs = [(table.shape[0], denoise)] if callable(denoise) else denoise
-    covered = sum(count for count, _ in runs)
+    covered = sum(count for count, _ in parts)
     if covered != table.shape[0]:
         raise ValueError(f"`denoise` covers {covered} of {table.shape[0]} rows.")
-    carry, first = (x, x, ops.zeros_like(x), ops.zeros_like(x)), 0
-    for count, evaluate in runs:
-        carry = ops.fori_loop(first, first + count, functools.partial(step, evaluate), carry)
-        first += count
-    return carry[0]
+    start = 0
+    for count, evaluate in parts:
+        carry = ops.fori_loop(start, start + count, functools.partial(step, evaluate), carry)
+        start += count
+    return carry
+
+
+def _row(numbers):
+    """A packed row by the names of its columns."""
+    rest = iter(ops.unstack(numbers, WIDTH))
+    return {
+        name: next(rest) if count == 1 else [next(rest) for _ in range(count)]
+        for name, count in COLUMNS.items()
+    }

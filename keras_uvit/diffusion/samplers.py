@@ -347,26 +347,28 @@ def _data_weights(schedule, s, u, h):
 
 
 def _uniform(builder):
-    return lambda s, n: builder(s, time_uniform(n, s.t_start))
+    return lambda s, n, start: builder(s, time_uniform(n, min(start, s.t_start)))
 
 
-def _fast_noise(s, n):
+def _fast_noise(s, n, start):
     orders = fast_orders(n)
-    return dpm_solver(s, log_snr_uniform(s, len(orders)), order=orders)
+    return dpm_solver(s, log_snr_uniform(s, len(orders), min(start, s.t_max)), order=orders)
 
 
-def _fast_data(s, n):
-    times = time_uniform(n, s.t_max, s.t_min)
+def _fast_data(s, n, start):
+    times = time_uniform(n, min(start, s.t_max), s.t_min)
     return dpm_solver_pp(s, times, order=fast_orders(n), multistep=False, on_grid=True)
 
 
 def _multistep(order):
-    return lambda s, n: dpm_solver_pp(s, log_snr_uniform(s, n), order=order)
+    return lambda s, n, start: dpm_solver_pp(
+        s, log_snr_uniform(s, n, min(start, s.t_max)), order=order
+    )
 
 
-# name: (fewest steps, builder from (schedule, num_steps)). All but "heun" (two evaluations a step,
-# the last has one) cost num_steps evaluations.
-SAMPLERS: dict[str, tuple[int, Callable[[Schedule, int], Steps]]] = {
+# name: (fewest steps, builder from (schedule, num_steps, the time to start from)). All but "heun"
+# (two evaluations a step, the last has one) cost num_steps evaluations.
+SAMPLERS: dict[str, tuple[int, Callable[[Schedule, int, float], Steps]]] = {
     "ddim": (1, _uniform(ddim)),
     "ddpm": (1, _uniform(ddpm)),
     "euler": (1, _uniform(euler)),
@@ -380,8 +382,15 @@ SAMPLERS: dict[str, tuple[int, Callable[[Schedule, int], Steps]]] = {
 }
 
 
-def named(name: str, schedule: Schedule, num_steps: int) -> Steps:
+def named(name: str, schedule: Schedule, num_steps: int, t_start: float = 1.0) -> Steps:
     """The `Steps` of a sampler in `SAMPLERS` on its default time grid.
+
+    Args:
+        name: str, of `SAMPLERS`.
+        schedule: such as `VPLinear()`.
+        num_steps: int.
+        t_start: float in (schedule.t_min, 1], the time that the grid begins at; what is later than
+            where the sampler can start from pure noise is where it starts from pure noise.
 
     Raises:
         ValueError: for an unknown name, or fewer steps than the sampler's order.
@@ -391,4 +400,4 @@ def named(name: str, schedule: Schedule, num_steps: int) -> Steps:
             f"Unknown sampler {name!r}.{nearest(name, SAMPLERS)} Known: {', '.join(SAMPLERS)}."
         )
     fewest, builder = SAMPLERS[name]
-    return builder(schedule, as_int(num_steps, f"num_steps of sampler {name!r}", fewest))
+    return builder(schedule, as_int(num_steps, f"num_steps of sampler {name!r}", fewest), t_start)

@@ -11,6 +11,7 @@ from keras_uvit.evaluation.cost import count_parameters as count_parameters
 from keras_uvit.evaluation.files import captioned_grid as captioned_grid
 from keras_uvit.evaluation.files import image_grid as image_grid
 from keras_uvit.evaluation.files import read_images as read_images
+from keras_uvit.evaluation.files import write_film as write_film
 from keras_uvit.evaluation.files import write_npz as write_npz
 from keras_uvit.evaluation.files import write_png as write_png
 from keras_uvit.evaluation.files import write_pngs as write_pngs

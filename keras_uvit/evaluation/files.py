@@ -1,4 +1,4 @@
-"""Samples on disk: the ADM suite's `.npz`, pictures, grids to look at."""
+"""Samples on disk: the ADM suite's `.npz`, pictures, grids and films to look at."""
 
 import warnings
 from collections.abc import Container, Iterable, Sequence
@@ -43,11 +43,11 @@ def read_npz(path: PathLike, what: str, skip: Container[str] = ()) -> dict[str, 
     return {name: a for name, a in content.items() if isinstance(a, np.ndarray)}
 
 
-def _ending(path, suffix):
+def _ending(path, *suffixes):
     """`io.replacing`, for a file that must end so; its folder is made if need be."""
     path = Path(path)
-    if path.suffix != suffix:
-        raise ValueError(f"{path.name} must end in {suffix}.")
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path.name} must end in {' or '.join(suffixes)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return io.replacing(path)
 
@@ -72,9 +72,49 @@ def write_pngs(folder: PathLike, images: Iterable[np.ndarray], first: int = 0) -
 
 def write_png(path: PathLike, image: np.ndarray) -> None:
     """One uint8 image `(H, W, 1 or 3)` as PNG."""
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     with _ending(path, ".png") as beside:
-        picture.save(beside, format="PNG")
+        _picture(image).save(beside, format="PNG")
+
+
+def _picture(image):
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def write_film(path: PathLike, frames: np.ndarray, zoom: int = 1, milliseconds: int = 120) -> None:
+    """How images came about: a strip as PNG, or an animated WebP.
+
+    Args:
+        path: ending in `.png`, a row for each image and a column for each frame, or in `.webp`, all
+            images in a grid, whose last frame stays for a second.
+        frames: `(k, n, H, W, C)` uint8, the second of what `generate(return_intermediates=True)`
+            returns.
+        zoom: int, each pixel repeated so often.
+        milliseconds: int, how long a frame of a WebP is shown.
+
+    Raises:
+        ValueError: for another ending, or frames of another shape or dtype.
+
+    Example:
+        >>> import tempfile
+        >>> frames = np.zeros((3, 2, 8, 8, 1), "uint8")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_film(f"{folder}/film.webp", frames)
+    """
+    frames = np.asarray(frames)
+    if frames.ndim != 5 or not frames.size or frames.dtype != np.uint8:
+        raise ValueError(
+            "frames must have shape (k, n, H, W, C), uint8. "
+            f"Received: {frames.shape} {frames.dtype}."
+        )
+    with _ending(path, ".png", ".webp") as beside:
+        if Path(path).suffix == ".png":
+            strip = frames.swapaxes(0, 1).reshape(-1, *frames.shape[2:])
+            _picture(image_grid(strip, len(frames), zoom)).save(beside, format="PNG")
+            return
+        first, *rest = (_picture(image_grid(images, zoom=zoom)) for images in frames)
+        duration = [*[milliseconds] * len(rest), 1000]
+        first.save(beside, format="WEBP", save_all=True, append_images=rest, duration=duration,
+                   loop=0, lossless=True)  # fmt: skip
 
 
 def read_images(path: PathLike) -> np.ndarray:

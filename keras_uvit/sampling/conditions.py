@@ -9,16 +9,22 @@ from keras_uvit.checks import as_int
 from keras_uvit.encoders import compatibility
 
 
-def conditions_of(model: Any, wants: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def conditions_of(
+    model: Any, wants: dict[str, Any], count: int | None = None
+) -> tuple[dict[str, Any], int]:
     """The network's conditions, one row for each image, and how many images there are.
 
     Args:
         wants: dict of "num_images", "labels" and "prompts", as `generate` takes them.
+        count: int, as many images as there are pictures to start from; None without them. It
+            replaces a `num_images` that is not given.
     """
     network = model.network
     asks = ["labels"] if network.num_classes is not None else []
     asks += ["prompts"] if network.context_shape is not None else []
     asks = asks or ["num_images"]
+    if asks == ["num_images"] and wants["num_images"] is None:
+        wants = {**wants, "num_images": count}
     given = [key for key, value in wants.items() if value is not None]
     if given != asks:
         expected = "`, `".join(asks)

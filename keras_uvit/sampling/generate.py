@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,15 @@ from keras import ops, tree
 
 from keras_uvit import backend, progress
 from keras_uvit.checks import as_int
-from keras_uvit.diffusion import samplers
+from keras_uvit.diffusion import loop, samplers, tables
 from keras_uvit.pixels import from_unit_range
 from keras_uvit.sampling.conditions import conditions_of, unconditional_of
-from keras_uvit.sampling.guidance import denoiser
-from keras_uvit.sampling.options import SamplingOptions, resolve
+from keras_uvit.sampling.editing import Edit, edit_of
+from keras_uvit.sampling.guidance import Guidance, Party, check_acts, check_guidance, denoiser
+from keras_uvit.sampling.options import SamplingOptions, Scale, resolve
 from keras_uvit.types import Array
+
+OnStep = Callable[[int, float, np.ndarray], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +31,18 @@ class Job:
     unconditional: dict  # the same for the other half of guidance; empty without
     total: int
     options: SamplingOptions
+    steps: samplers.Steps | None  # what the loop runs; None returns what it would start from
+    guidance: Guidance
     seed: int
     first: int
     batch_size: int | None
     use_ema: bool
     decode: bool
+    edit: Edit | None
+    noise: np.ndarray | None  # what to start from, in place of the seed's
+    on_step: OnStep | None
+    every: int | None  # rows between two looks at `denoised`; None looks at none
+    keep: bool  # what these looks see is returned too
 
 
 def prepare(
@@ -44,8 +54,17 @@ def prepare(
     negative_prompts: str | Sequence[str] | Array | None = None,
     num_steps: int | None = None,
     sampler: str | samplers.Steps | None = None,
-    guidance_scale: float | None = None,
+    guidance_scale: Scale | None = None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance: Guidance | None = None,
+    image: Array | None = None,
+    strength: float | None = None,
+    mask: Array | None = None,
+    resamples: int = 1,
+    noise: Array | None = None,
+    on_step: OnStep | None = None,
+    return_intermediates: bool = False,
+    every: int = 1,
     seed: int = 0,
     first: int = 0,
     batch_size: int | None = None,
@@ -54,55 +73,166 @@ def prepare(
 ) -> Job:
     """Checks the arguments of `DiffusionModel.generate`, which describes them; draws nothing."""
     model.check_weights()
+    edit = edit_of(model, image, mask, strength, resamples)
+    start = None if noise is None else _noise(model, noise)
+    given = {"noise": start}
+    if edit is not None:
+        given |= {"image": edit.pictures, "mask": edit.mask}
+    counts = {name: len(value) for name, value in given.items() if value is not None}
     wants = {"num_images": num_images, "labels": labels, "prompts": prompts}
-    conditions, total = conditions_of(model, wants)
+    conditions, total = conditions_of(model, wants, max(counts.values(), default=None))
+    for name, count in counts.items():
+        if count not in (1, total):
+            raise ValueError(
+                f"{name} is one for all images, or one for each of {total}. Received: {count}."
+            )
     if decode and model.latent_scale is not None and model.encoders.autoencoder is None:
         raise ValueError(
             "This model makes latents and has no autoencoder to decode them. Call "
             "`model.set_encoders(autoencoder=...)`, or pass decode=False to get the latents."
         )
-    options = resolve(model, sampler, num_steps, guidance_scale, guidance_interval)
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step is a function (step, t, denoised). Received: {on_step!r}.")
+    guidance = Guidance() if guidance is None else guidance
+    check_guidance(model, guidance)
+    every, looks = as_int(every, "every", 1), on_step is not None or return_intermediates
+    options = resolve(
+        model,
+        sampler,
+        num_steps,
+        guidance_scale,
+        guidance_interval,
+        1.0 if strength is None else strength,
+        resamples,
+        guidance,
+    )
+    is_guided = bool(options.guided.any())
+    check_acts(guidance, is_guided, negative_prompts)
+    without = is_guided and guidance.weak_model is None
     return Job(
         conditions,
-        unconditional_of(model, negative_prompts, total, bool(options.guided.any())),
+        unconditional_of(model, negative_prompts, total, without),
         total,
         options,
+        None if strength == 0 else options.steps,
+        guidance,
         as_int(seed, "seed", 0),
         as_int(first, "first", 0),
         batch_size if batch_size is None else as_int(batch_size, "batch_size", 1),
         use_ema,
         decode,
+        edit,
+        start,
+        on_step,
+        every if looks else None,
+        return_intermediates,
     )
 
 
-def draw(model: Any, job: Job, verbose: int = 1) -> np.ndarray:
-    """The images of a job: uint8 pixels, or what the network sees without `decode`."""
+def prepare_inversion(
+    model: Any,
+    image: Array,
+    labels: Array | None = None,
+    prompts: str | Sequence[str] | Array | None = None,
+    *,
+    sampler: str | samplers.Steps = "ddim",
+    evaluations: int = 2,
+    guidance_scale: Scale = 1.0,
+    **options: Any,
+) -> Job:
+    """Checks the arguments of `DiffusionModel.invert`: a job from pictures to noise."""
+    job = prepare(
+        model,
+        labels=labels,
+        prompts=prompts,
+        image=image,
+        strength=0.0,
+        sampler=sampler,
+        guidance_scale=guidance_scale,
+        decode=False,
+        **options,
+    )
+    back = tables.backwards(job.options.steps, model.objective.schedule, evaluations)
+    return dataclasses.replace(job, steps=back)
+
+
+def draw(model: Any, job: Job, verbose: int = 1) -> Any:
+    """The images of a job `(n, H, W, C)`: uint8 pixels, or what the network sees without `decode`;
+    with `keep` a tuple of these and the estimates on the way, `(looks, n, H, W, C)`.
+    """
     _warn_if_untrained(model)
-    network = model.ema_network if job.use_ema else model.network
-    loop, total = _loop(model, network, job.options), job.total
-    weights = [w.value for w in network.variables]
     replicas = backend.replicas()
     at_once = job.batch_size or backend.images_at_once(_widest(model.network))
-    size = -(-min(at_once, total) // replicas) * replicas  # every device gets as many
-    bar = progress.bar(total, verbose, "image")
-    images = []
-    for start in range(0, total, size):
-        chosen = np.arange(start, start + size)
-        rows = np.minimum(chosen, total - 1)  # a ragged last batch is filled up, not recompiled
-        noise, seeds = noise_of(job.seed, job.first + chosen, model.network.image_shape)
-        x = loop(
-            weights,
-            backend.spread(noise),
-            _rows(job.conditions, rows),
-            _rows(job.unconditional, rows),
-            backend.spread(job.options.steps.packed(), axis=None),
-            backend.spread(np.float32(job.options.guidance_scale), axis=None),
-            backend.spread(seeds),
-        )
-        x = backend.whole(x)[: total - start]
-        images.append(_finish(model, x) if job.decode else x)
-        bar.update(min(start + size, total))
-    return np.concatenate(images)
+    size = -(-min(at_once, job.total) // replicas) * replicas  # every device gets as many
+    bar = progress.bar(job.total, verbose, "image")
+    images, looks = [], []
+    for start in range(0, job.total, size):
+        last = min(start + size, job.total)
+        x, seen = _batch(model, job, np.arange(start, start + size), last - start)
+        images.append(x)
+        looks.append(seen)
+        bar.update(last)
+    whole = np.concatenate(images)
+    return (whole, np.concatenate(looks, axis=1)) if job.keep else whole
+
+
+def _batch(model, job, chosen, count):
+    """The first `count` of the chosen images, and what was seen of them on the way."""
+    rows = np.minimum(chosen, job.total - 1)  # a ragged last batch is filled up, not recompiled
+    x, seeds = noise_of(job.seed, job.first + chosen, model.network.image_shape)
+    x = x if job.noise is None else job.noise[rows % len(job.noise)]
+    known = ()
+    if job.edit is not None:
+        picture = job.edit.seen(model, rows)
+        if job.edit.mask is not None:
+            known = (job.edit.drawn(model, rows), picture, x)
+        x = _noised(model, job, picture, x)
+    looks = []
+    if job.steps is not None:
+        x, looks = _run(model, job, rows, x, seeds, known, count)
+    x = x[:count]
+    if job.decode:
+        x, looks = _finish(model, x), [_finish(model, look) for look in looks]
+        x = x if job.edit is None else job.edit.pasted(x, rows[:count])
+    return x, looks
+
+
+def _run(model, job, rows, x, seeds, known, count):
+    """From where the sampler starts to where it ends, in as many calls as there are looks."""
+    weights = [[w.value for w in network.variables] for _, network in _networks(model, job)]
+    given = [_rows(part, rows) for part in (job.conditions, job.unconditional)]
+    seeds, known = backend.spread(seeds), [backend.spread(part) for part in known]
+    carry, table, looks = loop.begin(backend.spread(x)), job.steps.packed(), []
+    for first in range(0, len(table), job.every or len(table)):
+        part = slice(first, first + (job.every or len(table)))
+        program = _program(model, job, job.options.asks_twice(job.steps)[part], bool(known))
+        now = (backend.spread(a, axis=None) for a in (table[part], np.int32(first)))
+        carry = program(weights, carry, *given, *now, seeds, known)
+        if job.every:
+            denoised, last = backend.whole(carry[2])[:count], min(part.stop, len(table)) - 1
+            if job.on_step is not None:
+                job.on_step(last, float(job.steps.t[last]), denoised)
+            if job.keep:
+                looks.append(denoised)
+    return backend.whole(carry[0]), looks
+
+
+def _noised(model, job, picture, noise):
+    """Where a sampler starts from a picture: at the time of its first row; without rows, there."""
+    schedule, strength = model.objective.schedule, job.options.strength
+    if strength == 0:
+        return picture
+    if strength >= schedule.t_start:
+        return noise
+    t = job.steps.t[0]
+    x = schedule.alpha(t) * picture + schedule.sigma(t) * noise
+    return x.astype("float32")
+
+
+def _networks(model, job):
+    """(model, network) of who estimates x0: the model itself, and the weak one, if there is any."""
+    models = [model, job.guidance.weak_model]
+    return [(m, m.ema_network if job.use_ema else m.network) for m in models if m is not None]
 
 
 def _warn_if_untrained(model):
@@ -129,6 +259,20 @@ def _finish(model, x):
     return from_unit_range(x)
 
 
+def _noise(model, noise):
+    """`(n, H, W, C)` float32, checked against the network."""
+    shape, given = tuple(model.network.image_shape), np.asarray(ops.convert_to_numpy(noise))
+    given = given[None] if given.ndim == 3 else given
+    if given.shape[1:] != shape or not len(given) or not np.issubdtype(given.dtype, np.floating):
+        raise ValueError(
+            f"noise is float, of shape (n, {', '.join(map(str, shape))}), as `invert` gives it. "
+            f"Received: {given.dtype} {np.shape(noise)}."
+        )
+    if not np.isfinite(given).all():
+        raise ValueError("noise holds NaN or infinity.")
+    return given.astype("float32")
+
+
 def _rows(conditions, rows):
     return {key: backend.spread(value[rows]) for key, value in conditions.items()}
 
@@ -149,28 +293,31 @@ def noise_of(seed: int, indices: Array, shape: tuple[int, ...]) -> tuple[np.ndar
     return noise, np.array([g.integers(2**31) for g in generators], "int32")
 
 
-def _loop(model, network, options):
+def _program(model, job, guided, is_known):
     """The compiled loop for this pattern of guided rows, made once.
 
     Weights are its arguments: where XLA compiles it, one program serves both networks.
     """
-    network = model.network if backend.HAS_XLA else network
-    runs = tuple((bool(on), len(list(rows))) for on, rows in itertools.groupby(options.guided))
-    key = runs, network.name
+    runs = tuple((bool(on), len(list(rows))) for on, rows in itertools.groupby(guided))
+    networks = [
+        (m, m.network if backend.HAS_XLA else network) for m, network in _networks(model, job)
+    ]
+    key = runs, job.guidance, is_known, tuple(network.name for _, network in networks)
     if key not in model.sampling_loops:
 
-        def loop(weights, noise, condition, unconditional, table, scale, seeds):
-            given = model, network, weights, condition
-            parts = [
-                (count, denoiser(*given, unconditional if is_guided else {}, scale))
-                for is_guided, count in runs
-            ]
-            return samplers.sample(
+        def run(weights, carry, condition, unconditional, table, first, seeds, known):
+            own, *weak = [Party(*pair, values) for pair, values in zip(networks, weights)]
+            given = own, (weak or [None])[0], condition, unconditional
+            parts = [(count, denoiser(*given, job.guidance if on else None)) for on, count in runs]
+            shape = carry[0].shape[1:]
+            return loop.advance(
                 parts,
-                noise,
+                carry,
                 table,
-                lambda i: backend.normal_per_image(seeds, i, noise.shape[1:]),
+                lambda i: backend.normal_per_image(seeds, i, shape),
+                first,
+                tuple(known) or None,
             )
 
-        model.sampling_loops[key] = backend.compiled(loop)
+        model.sampling_loops[key] = backend.compiled(run)
     return model.sampling_loops[key]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -18,6 +18,7 @@ from keras_uvit.encoders import compatibility, holder
 from keras_uvit.inference import own_defaults
 from keras_uvit.networks.network import check_copy, copy_of
 from keras_uvit.private import loss_mean
+from keras_uvit.sampling.guidance import Guidance
 from keras_uvit.training import arguments, batches, draws, fit, frozen, optimizers
 from keras_uvit.training.batches import Batch
 from keras_uvit.training.checkpoints import atomically
@@ -567,8 +568,17 @@ class DiffusionModel(keras.Model):
         negative_prompts: str | Sequence[str] | Array | None = None,
         num_steps: int | None = None,
         sampler: str | Steps | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Callable[[float], float] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance: Guidance | None = None,
+        image: Array | None = None,
+        strength: float | None = None,
+        mask: Array | None = None,
+        resamples: int = 1,
+        noise: Array | None = None,
+        on_step: Callable[[int, float, np.ndarray], Any] | None = None,
+        return_intermediates: bool = False,
+        every: int = 1,
         seed: int = 0,
         first: int = 0,
         batch_size: int | None = None,
@@ -576,8 +586,8 @@ class DiffusionModel(keras.Model):
         decode: bool = True,
         verbose: int = 1,
         **unknown: Any,
-    ) -> np.ndarray:
-        """Draws images.
+    ) -> Any:
+        """Draws images, from noise or from pictures.
 
         Image k depends on `seed` and k alone: not on `batch_size`, and, with a deterministic
         sampler, not on the backend (up to rounding). The whole loop is one compiled program on JAX
@@ -594,8 +604,32 @@ class DiffusionModel(keras.Model):
             num_steps: int, what the sampler makes of it; `None` is the model's default.
             sampler: a name in `diffusion.samplers.SAMPLERS`, or `Steps`; `None` is the model's
                 default.
-            guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off, `None` the model's default.
+            guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off, `None` the model's default. Or
+                a function of the time t in (0, 1] that gives w.
             guidance_interval: (low, high) in [0, 1]: times at which guidance is on.
+            guidance: how guidance combines two estimates, such as `sampling.guidance.APG()`; `None`
+                is classifier-free guidance.
+            image: pictures to start from, `(H, W, C)` for all images or `(n, H, W, C)`, uint8 or
+                float in [-1, 1], of the model's size. Of latents the autoencoder's.
+            strength: float in [0, 1]: noise is added to `image` up to the time t = strength, and
+                sampling starts there (SDEdit: Meng et al. 2022, arXiv 2108.01073). 0 returns the
+                pictures, of latents as the autoencoder decodes them; 1 does not look at them.
+                `None` is 1 with a mask.
+            mask: `(H, W)` or `(n, H, W)`, 1 where images are drawn, 0 where those of `image` are
+                kept, which come back exactly (RePaint: Lugmayr et al. 2022, arXiv 2201.09865). Of
+                latents, each that has a drawn pixel is drawn, and the kept pixels are pasted.
+            resamples: int >= 1, how often each step is made with a mask, with noise in between,
+                so that the drawn part fits to the kept one.
+            noise: `(n, H, W, C)` float to start from, such as `invert` gives it, in place of the
+                seed's; latents' shape for a model of latents.
+            on_step: called as on_step(step, t, denoised) after each `every`-th row of the sampler
+                and the last one, with the row's number from 0, its time and the estimate of the
+                images x0, `(B, H, W, C)` float32 as the network sees them. A batch is drawn after
+                the other, each from step 0.
+            return_intermediates: bool. Return the images, and these estimates
+                `(looks, n, H, W, C)`, decoded as the images are: a film for
+                `evaluation.write_film`.
+            every: int >= 1, rows of the sampler between two looks at the estimate.
             seed: int >= 0.
             first: int >= 0, index of the first image: several calls can share what one would draw.
             batch_size: int, images at a time; `None` is what is fast here, at most 64.
@@ -605,7 +639,7 @@ class DiffusionModel(keras.Model):
             verbose: 0 or 1. Progress bar.
 
         Returns:
-            `(n, H, W, C)` uint8 in [0, 255].
+            `(n, H, W, C)` uint8 in [0, 255]; with `return_intermediates` a tuple.
 
         Raises:
             ValueError, TypeError: if the arguments are unknown or do not fit the model, before
@@ -624,11 +658,70 @@ class DiffusionModel(keras.Model):
             sampler=sampler,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
+            guidance=guidance,
+            image=image,
+            strength=strength,
+            mask=mask,
+            resamples=resamples,
+            noise=noise,
+            on_step=on_step,
+            return_intermediates=return_intermediates,
+            every=every,
             seed=seed,
             first=first,
             batch_size=batch_size,
             use_ema=use_ema,
             decode=decode,
+        )
+        return sampling.draw(self, job, verbose)
+
+    def invert(
+        self,
+        image: Array,
+        labels: Array | None = None,
+        prompts: str | Sequence[str] | Array | None = None,
+        *,
+        num_steps: int | None = None,
+        sampler: str | Steps = "ddim",
+        evaluations: int = 2,
+        guidance_scale: float | Callable[[float], float] = 1.0,
+        batch_size: int | None = None,
+        use_ema: bool = True,
+        verbose: int = 1,
+    ) -> np.ndarray:
+        """The noise from which `generate(noise=...)` draws given pictures.
+
+        The sampler's steps backwards, by fixed-point iteration: `diffusion.tables.backwards`. Pass
+        the same sampler, `num_steps`, conditions and guidance to `generate`.
+
+        Args:
+            image: `(H, W, C)` or `(n, H, W, C)`, uint8 or float in [-1, 1]: see `generate`.
+            labels, prompts: as in `generate`, for models that take them.
+            num_steps: int >= 2; `None` is the model's default.
+            sampler: "ddim", "euler", or deterministic `Steps` of one evaluation a step.
+            evaluations: 1, 2 or 3 of the network for each step: more are more exact.
+            guidance_scale: as in `generate`, but 1.0, off, by default: inversion is less exact with
+                guidance.
+            batch_size, use_ema, verbose: as in `generate`.
+
+        Returns:
+            `(n, H, W, C)` float32, of about standard normal noise; latents' shape for a model of
+            latents.
+
+        Raises:
+            ValueError, TypeError: as `generate`; for a sampler that adds noise or has a memory.
+        """
+        job = sampling.prepare_inversion(
+            self,
+            image,
+            labels,
+            prompts,
+            num_steps=num_steps,
+            sampler=sampler,
+            evaluations=evaluations,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+            use_ema=use_ema,
         )
         return sampling.draw(self, job, verbose)
 

@@ -32,7 +32,7 @@ def run(steps, denoise, x, noise=None):
 def gaussian(schedule, mu=MU, sd=SD):
     """E[x0 | x_t = x] for x0 ~ N(mu, sd^2)."""
 
-    def denoise(x, t, span=0.0):
+    def denoise(x, t):
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         return mu + alpha * sd**2 / (alpha**2 * sd**2 + sigma**2) * (x - alpha * mu)
 

@@ -17,7 +17,9 @@ from tiny import (
 
 from keras_uvit import UNet, UViT
 from keras_uvit.diffusion import FlowMap, samplers
+from keras_uvit.diffusion.loop import advance, begin
 from keras_uvit.diffusion.schedules import LinearPath
+from keras_uvit.sampling import APG
 from keras_uvit.sampling.generate import noise_of
 
 SD = 0.7
@@ -313,16 +315,34 @@ def test_generate_follows_the_learned_map_with_one_evaluation_a_step(steps):
 
 
 @pytest.mark.once
+def test_pictures_are_edited_by_a_flow_map_as_by_any_sampler():
+    model = model_of(**GUIDED, compiled=False)
+    randomize(model.ema_network)
+    given = dict(labels=[0, 2], sampler="flow_map", num_steps=3, guidance_scale=2.0, verbose=0)
+    pictures, mask = DATA["image"][:2], np.arange(16).reshape(4, 4) < 8
+    plain = model.generate(**given)
+    np.testing.assert_array_equal(model.generate(**given, image=pictures, strength=1.0), plain)
+    for resamples in (1, 2):
+        drawn = model.generate(**given, image=pictures, mask=mask, resamples=resamples)
+        np.testing.assert_array_equal(drawn[:, ~mask], pictures[:, ~mask])
+        assert (drawn[:, mask] != pictures[:, mask]).any()
+    halfway = model.generate(**given, guidance_interval=(0.0, 0.5))
+    assert (halfway != plain).any()
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_any_number_of_steps_of_the_exact_map_ends_where_the_flow_does(steps):
     z = normal(64, 3)
 
-    def denoise(x, t, span):
+    def denoise(x, row):
+        t, span = row["t"], row["span"]
         column = ops.ones_like(x[:, 0])
         u = x * ((1 - deviation(t - span) / deviation(t)) / span)
         return x - t * u * column[:, None]
 
-    x0 = numpy(samplers.sample(denoise, z, samplers.named("flow_map", LinearPath(), steps)))
+    table = samplers.named("flow_map", LinearPath(), steps).packed()
+    x0 = numpy(advance([(steps, denoise)], begin(z), table)[0])
     np.testing.assert_allclose(x0, SD * z, atol=1e-6)  # float32 rounding of numbers up to 3
 
 
@@ -363,8 +383,8 @@ LINEAR = dict(schedule=LinearPath(), prediction="velocity")
             ("1.0 to 4.0", "9.0"),
         ),
         (
-            lambda: model_of(**GUIDED).generate(labels=[0], guidance_interval=(0.0, 0.5)),
-            ("guidance_interval",),
+            lambda: model_of(**GUIDED).generate(labels=[0], guidance=APG(), guidance_scale=2.0),
+            ("asked once a step", "APG"),
         ),
     ],
 )

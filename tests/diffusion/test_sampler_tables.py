@@ -6,6 +6,7 @@ from keras import ops
 from oracles import SCHEDULES, X, flow, gaussian, name, run
 from tiny import numpy, refused
 
+from keras_uvit.diffusion.loop import WIDTH
 from keras_uvit.diffusion.samplers import (
     SAMPLERS,
     Steps,
@@ -40,7 +41,7 @@ def test_each_sampler_costs_its_number_of_steps_and_runs_with_its_fewest(sampler
     for n in (fewest, 10, np.int64(50)):
         steps = named(sampler, schedule, n)
         assert steps.nfe == len(steps) == (2 * n - 1 if sampler == "heun" else n)
-        assert steps.packed().shape == (steps.nfe, 8)
+        assert steps.packed().shape == (steps.nfe, WIDTH)
     steps = named(sampler, schedule, fewest)
     assert np.isfinite(run(steps, gaussian(schedule), X, np.zeros((fewest, 3)))).all()
 

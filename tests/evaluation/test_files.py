@@ -14,6 +14,7 @@ from keras_uvit.evaluation import (
     captioned_grid,
     image_grid,
     read_images,
+    write_film,
     write_npz,
     write_png,
     write_pngs,
@@ -228,3 +229,30 @@ def test_long_captions_take_more_lines_up_to_eight():
 @pytest.mark.parametrize("captions", [["a"], "abcde", []])
 def test_there_is_a_caption_an_image(captions):
     refused(ValueError, lambda: captioned_grid(WIDE, captions), "5 captions")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_films_are_strips_or_move(tmp_path, channels):
+    frames = random_images(6)[..., :channels].reshape(3, 2, *random_images(1).shape[1:3], channels)
+    height, width = frames.shape[2:4]
+    write_film(tmp_path / "film.png", frames, zoom=2)
+    strip = np.asarray(Image.open(tmp_path / "film.png")).reshape(-1, 3 * 2 * width + 4, channels)
+    # A row an image, a column a frame.
+    shown = strip[2 * height + 2 :: 2, 2 * (2 * width + 2) :: 2]
+    np.testing.assert_array_equal(shown, frames[2, 1])
+    write_film(tmp_path / "film.webp", frames)
+    with Image.open(tmp_path / "film.webp") as film:
+        assert film.n_frames == 3
+        film.seek(2)
+        last = np.asarray(film.convert("RGB"))
+    np.testing.assert_array_equal(last[:height, :width] - frames[2, 0], 0)
+    np.testing.assert_array_equal(last[:height, width + 2 :] - frames[2, 1], 0)
+
+
+def test_films_of_another_shape_or_name_are_refused(tmp_path):
+    frames = random_images(4)
+    refused(ValueError, lambda: write_film(tmp_path / "film.png", frames), "(k, n, H, W, C)")
+    floats = frames[None].astype("float32")
+    refused(ValueError, lambda: write_film(tmp_path / "film.png", floats), "uint8", "float32")
+    refused(ValueError, lambda: write_film(tmp_path / "film.gif", frames[None]), ".png or .webp")
+    assert names(tmp_path) == []

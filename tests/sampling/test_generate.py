@@ -305,7 +305,7 @@ REFUSED = [
 @pytest.mark.parametrize("case", range(len(REFUSED)), ids=lambda k: str(REFUSED[k][3]))
 def test_bad_requests_are_refused_before_anything_runs(case, monkeypatch):
     kind, options, error, *words = REFUSED[case]
-    monkeypatch.setattr(generate, "_loop", None)
+    monkeypatch.setattr(generate, "_program", None)
     said = refused(error, lambda: model_of(kind).generate(**options), *words)
     assert "cfg" not in options or "Did you mean" not in said  # nothing is near
 
