@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 from tiny import (
+    DATA,
     assert_equal,
     diffusion_model,
     fit,

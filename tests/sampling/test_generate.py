@@ -169,7 +169,7 @@ def traces(model):
 def test_another_sampler_seed_scale_or_weights_compiles_nothing(model):
     draw(model, sampler="dpm_solver_pp_2m", num_steps=7, guidance_scale=2.0)
     before = traces(model)
-    for sampler in samplers.SAMPLERS:
+    for sampler in samplers.SAMPLERS.keys() - {"flow_map"}:  # of models trained for it
         steps = 4 if sampler == "heun" else 7  # 7 evaluations either way
         draw(model, sampler=sampler, num_steps=steps, guidance_scale=1.5, seed=5)
     draw(model, sampler="ddim", num_steps=7, guidance_scale=3.0, use_ema=False)
