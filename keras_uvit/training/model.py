@@ -223,7 +223,7 @@ class DiffusionModel(keras.Model):
             for key in ("network", "schedule", "flow_map")
             if key in config  # older files have no flow map
         }
-        arguments = {**config, **parts}
+        arguments: Config = {**config, **parts}
         paths = arguments.pop("frozen", None)  # older files have none
         model = cls(**arguments)
         if paths is not None:
@@ -443,7 +443,7 @@ class DiffusionModel(keras.Model):
         t, noise, dropped = self.draw(x0, objective)
         conditions = self.condition(batch, dropped if training else None)
         if training and self.flow_map is not None:
-            mean = self.flow_map_loss(network, batch, x0, t, noise, conditions)
+            mean = self.flow_map_loss(self.flow_map, network, batch, x0, t, noise, conditions)
         else:
             inputs = {**self.inputs(objective.add_noise(x0, t, noise), t), **conditions}
             output = ops.cast(network(inputs, training=training), "float32")
@@ -458,6 +458,7 @@ class DiffusionModel(keras.Model):
 
     def flow_map_loss(
         self,
+        flow_map: FlowMap,
         network: Any,
         batch: Batch,
         x0: Tensor,
@@ -465,11 +466,11 @@ class DiffusionModel(keras.Model):
         noise: Tensor,
         conditions: dict[str, Tensor],
     ) -> Tensor:
-        """The loss of `flow_map` for a batch whose times, noise and conditions were drawn."""
+        """The loss of a flow map for a batch whose times, noise and conditions were drawn."""
         draws.go_to(self.random, FLOW_MAP, self.step)
         count = ops.shape(x0)[0]
-        t, span = self.flow_map.times(t, draws.normal(self.random, (count, 2)))
-        scale = self.flow_map.scales(draws.uniform(self.random, (count,)))
+        t, span = flow_map.times(t, draws.normal(self.random, (count, 2)))
+        scale = flow_map.scales(draws.uniform(self.random, (count,)))
         none = self.condition(batch, ops.ones_like(t, dtype="bool"))
 
         def u(z, t, span, scale, rows, conditional=True):
@@ -478,8 +479,8 @@ class DiffusionModel(keras.Model):
             inputs.update({key: value[rows] for key, value in given.items()})
             return ops.cast(network(inputs, training=True), "float32")
 
-        alpha = self.flow_map.alpha_at(self.step)
-        return self.flow_map.loss(u, x0, noise, t, span, alpha, scale)
+        alpha = flow_map.alpha_at(self.step)
+        return flow_map.loss(u, x0, noise, t, span, alpha, scale)
 
     def inputs(
         self, x: Tensor, t: Tensor, span: Tensor | None = None, scale: Tensor | None = None
