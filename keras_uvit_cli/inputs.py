@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 import keras
+import numpy as np
 
 from keras_uvit import data, presets
-from keras_uvit.data import captioned, sources
+from keras_uvit.data import captioned, pictures, sources
 from keras_uvit.data.manifest import MANIFEST, read_manifest
 from keras_uvit.encoders import AutoencoderKL, CLIPText
 from keras_uvit.evaluation.files import read_npz
@@ -201,3 +202,28 @@ def open_model(
     if text is not None:
         model.set_encoders(text_encoder=CLIPText.from_preset(text))
     return model
+
+
+def read_edit(model: DiffusionModel, edit: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` from the options that change a picture; what is not given is not in.
+
+    A mask is drawn where it is white.
+    """
+    edit = {key: value for key, value in edit.items() if value is not None}
+    channels = 3 if model.latent_scale is not None else model.network.image_shape[-1]
+    if "image" in edit:
+        edit["image"] = pictures.read_file(edit["image"], channels=channels)
+    if "mask" in edit:
+        edit["mask"] = pictures.read_file(edit["mask"], channels=1)[..., 0] > 127
+    return edit
+
+
+def before_and_after(images: np.ndarray, edit: dict[str, Any]) -> tuple[np.ndarray, int | None]:
+    """Images for a grid and its number of columns: with a picture also that and its mask."""
+    if "image" not in edit:
+        return images, None
+    shown = [np.broadcast_to(edit["image"], images.shape)]
+    if "mask" in edit:
+        mask = edit["mask"][..., None].astype("uint8") * 255
+        shown.append(np.broadcast_to(mask, images.shape))
+    return np.stack([*shown, images], axis=1).reshape(-1, *images.shape[1:]), len(shown) + 1

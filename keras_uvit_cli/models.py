@@ -189,6 +189,28 @@ def _grids(folder, every, network, prompts):
     return [SampleGridCallback(Path(folder) / "grids", every=every, **what)]
 
 
+EDIT_OPTIONS = gathered(
+    "edit",
+    image=dict(
+        type=click.Path(exists=True, dir_okay=False),
+        help="Picture to start from, of the size that the model makes.",
+    ),
+    mask=dict(
+        type=click.Path(exists=True, dir_okay=False),
+        help="Picture of the same size, white where --image is drawn again; the rest is kept.",
+    ),
+    strength=dict(
+        type=click.FloatRange(0, 1),
+        help="How much of --image is drawn again: 0 returns it, 1 does not look at it.",
+    ),
+    resamples=dict(
+        type=COUNT,
+        show_default="1",
+        help="How often each step is made with --mask; more fit the drawn part better to the kept.",
+    ),
+)
+
+
 def _image_target(context, argument, path):
     """A click callback: rejects a TARGET of `generate` that nothing would be written to."""
     if Path(path).suffix.lower() in OTHER_IMAGES:
@@ -223,6 +245,7 @@ def _image_target(context, argument, path):
     help="Text file with one prompt per line, in UTF-8.",
 )
 @click.option("--negative-prompt", help="Text that guidance leads all images away from.")
+@EDIT_OPTIONS
 @SAMPLING_OPTIONS
 @click.option("--zoom", type=COUNT, default=1, help="Enlarge the images of a grid this many times.")
 def generate(
@@ -234,6 +257,7 @@ def generate(
     prompt: tuple[str, ...],
     prompts: str | None,
     negative_prompt: str | None,
+    edit: dict[str, Any],
     sampling: dict[str, Any],
     zoom: int,
 ) -> None:
@@ -241,7 +265,8 @@ def generate(
 
     MODEL is the name of a preset, a .keras file, or a folder of checkpoints. A TARGET that ends in
     .png gets one picture with all images in a grid, one in .npz the arrays (`arr_0` images, `arr_1`
-    labels); any other TARGET is a folder for PNG files.
+    labels); any other TARGET is a folder for PNG files. With --image the grid shows it, the mask
+    and what was drawn, a row for each image.
 
     \b
     Examples:
@@ -249,22 +274,35 @@ def generate(
           --labels 0,1,2,3,4,5,6,7,8,9 --zoom 8
       keras-uvit generate uvit_tiny_shapes grid.png --weights pretrained --zoom 8 \\
           --prompt "a small red circle left of a large blue square"
+      keras-uvit generate uvit_tiny_digits edit.png --weights pretrained --labels 3,3,8 \\
+          --image three.png --mask half.png --zoom 8
     """
     from keras_uvit import evaluation
-    from keras_uvit_cli.inputs import check_preset, is_preset, open_model, read_prompts
+    from keras_uvit_cli.inputs import (
+        before_and_after,
+        check_preset,
+        is_preset,
+        open_model,
+        read_edit,
+        read_prompts,
+    )
 
     texts = [*prompt, *(read_prompts(prompts) if prompts else [])]
     if is_preset(model):
         check_preset(model, parts["autoencoder"], labels, texts, num_images)
-    images = open_model(model, **parts).generate(
+    opened = open_model(model, **parts)
+    edit = read_edit(opened, edit)
+    images = opened.generate(
         num_images=num_images,
         labels=labels,
         prompts=texts or None,
         negative_prompts=negative_prompt,
+        **edit,
         **given_sampling(sampling),
     )
     if target.endswith(".png"):
-        evaluation.write_png(target, evaluation.image_grid(images, zoom=zoom))
+        shown, columns = before_and_after(images, edit)
+        evaluation.write_png(target, evaluation.image_grid(shown, columns, zoom))
     elif target.endswith(".npz"):
         evaluation.write_npz(target, images, labels)
     else:

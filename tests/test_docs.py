@@ -121,6 +121,14 @@ def test_lines_of_own_choice_and_of_a_run_that_survives_run(here):
     assert list((here / "runs" / "photos" / "checkpoints").glob("step-*"))
 
 
+def test_editing_lines_run(here):
+    every = re.findall(r"```py(?:thon)?\n(.*?)```", PAGES["docs/editing.md"], re.S)
+    made = run("\n".join(every), "editing")  # each block follows on those before it
+    assert made["film"].shape[:2] == (9, 8)  # 25 steps, every third and the last
+    assert made["path"].shape == (5, 8, 8, 1)
+    assert {path.name for path in here.glob("film.*")} == {"film.png", "film.webp"}
+
+
 def test_latent_lines_run(here, downloads):
     (block,) = blocks("docs/latents.md")
     made = run(block, "latents")

@@ -218,12 +218,12 @@ class DiffusionModel(keras.Model):
 
     @classmethod
     def from_config(cls, config: Config, custom_objects: dict | None = None) -> "DiffusionModel":
-        parts = {
+        parts: Config = {
             key: keras.saving.deserialize_keras_object(config[key], custom_objects)
             for key in ("network", "schedule", "flow_map")
             if key in config  # older files have no flow map
         }
-        arguments: Config = {**config, **parts}
+        arguments = {**config, **parts}
         paths = arguments.pop("frozen", None)  # older files have none
         model = cls(**arguments)
         if paths is not None:

@@ -231,3 +231,36 @@ def test_prompts_arrive_at_a_saved_model_with_its_encoder(tmp_path, clip, drawn)
     assert drawn["model"].encoders.text_encoder.id == "words"
     picture = np.asarray(Image.open(tmp_path / "a.png"))
     np.testing.assert_array_equal(picture, evaluation.image_grid(PICTURES))
+
+
+def test_an_edit_arrives_and_its_grid_shows_before_mask_and_after(tmp_path, drawn):
+    before, mask = PICTURES[0], np.zeros((8, 8), "uint8")
+    mask[:, 4:] = 255
+    Image.fromarray(before).save(tmp_path / "before.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    words = ("generate", "uvit_nano_colour", tmp_path / "a.png", "--num-images", 12)
+    words += ("--image", tmp_path / "before.png")
+    run(*words, "--mask", tmp_path / "mask.png", "--resamples", 3)
+    np.testing.assert_array_equal(drawn["image"], before)
+    np.testing.assert_array_equal(drawn["mask"], mask > 0)
+    assert drawn["resamples"] == 3
+    assert "strength" not in drawn
+    white = mask[..., None].repeat(3, -1)
+    rows = [image for after in PICTURES for image in (before, white, after)]
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(picture, evaluation.image_grid(np.stack(rows), 3))
+    run(*words, "--strength", 0.5)
+    assert drawn["strength"] == 0.5
+    rows = [image for after in PICTURES for image in (before, after)]
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(picture, evaluation.image_grid(np.stack(rows), 2))
+
+
+def test_bad_edits_are_refused(tmp_path):
+    Image.fromarray(PICTURES[0][:4]).save(tmp_path / "half.png")
+    words = ("generate", "uvit_nano_colour", tmp_path / "a.png", "--num-images", 1)
+    assert "strength goes with" in refused(*words, "--strength", 0.5)
+    text = refused(*words, "--image", tmp_path / "half.png", "--strength", 0.5)
+    assert "(8, 8, 3)" in text
+    assert "strength" in misused(*words, "--strength", 2)
+    assert not (tmp_path / "a.png").exists()
