@@ -130,11 +130,19 @@ class UViTConfig(NetworkConfig):
         return height // self.patch_size, width // self.patch_size
 
     @property
+    def extras(self) -> dict[str, int]:
+        """The tokens in front of the patches: how many of each kind, in their order."""
+        kinds = {
+            "label": int(self.num_classes is not None),
+            "time": int(self.time == "token"),
+            "context": self.context_shape[0] if self.context_shape else 0,
+        }
+        return {kind: count for kind, count in kinds.items() if count}
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of one image: patches, context, time and label."""
-        extras = (self.time == "token") + (self.num_classes is not None)
-        context = self.context_shape[0] if self.context_shape else 0
-        return self.grid[0] * self.grid[1] + extras + context
+        return self.grid[0] * self.grid[1] + sum(self.extras.values())
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
