@@ -95,7 +95,7 @@ def load(
         >>> model.generate(labels=range(10), num_steps=5, verbose=0).shape
         (10, 8, 8, 1)
         >>> load("uvit_tiny_digits", weights="pretrained", num_classes=3).network.num_classes
-        Kept: 46 weights of 47.
+        Kept: 67 weights of 68.
         Resized: label_embed/embeddings.
         Made anew: none.
         3
