@@ -25,7 +25,8 @@ def entries(network: keras.Model) -> Iterator[Entry]:
     published.update(
         position=("learned",), patch_embed=("linear",), qk_norm=(False,), skip_norm=(False,)
     )
-    published.update(norm=("layer",), mlp=("gelu",), output_conv=(True, False))
+    published.update(norm=("layer",), mlp=("gelu",), lora=(None,))
+    published.update(output_conv=(True, False))
     used = {key: getattr(c, key) for key in published}
     other = {key: value for key, value in used.items() if value not in published[key]}
     if other:

@@ -15,6 +15,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_uvit.networks.lora import KERNELS
+
 # Arguments in which the two networks may differ.
 ADAPTABLE = ("image_shape", "patch_size", "num_classes", "null_label", "context_shape", "lora")
 # Weights that one of the two networks may lack.
@@ -56,17 +58,21 @@ class Transfer:
 
     def text(self) -> str:
         """Three lines: what was kept, what was resized, what was made anew."""
-        low_rank = [path for path in self.new if "/lora_" in path]
-        new = [path for path in self.new if path not in low_rank]
-        new += [f"{len(low_rank)} low-rank kernels"] if low_rank else []
-        out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
+        out = f"; left out: {_listed(self.left_out)}" if self.left_out else ""
         return "\n".join(
             (
                 f"Kept: {len(self.kept)} weights of {len(self.kept + self.resized + self.new)}.",
-                f"Resized: {', '.join(self.resized) or 'none'}.",
-                f"Made anew: {', '.join(new) or 'none'}{out}.",
+                f"Resized: {_listed(self.resized)}.",
+                f"Made anew: {_listed(self.new)}{out}.",
             )
         )
+
+
+def _listed(paths):
+    pairs = [path for path in paths if path.endswith(KERNELS)]
+    words = [path for path in paths if path not in pairs]
+    words += [f"{len(pairs)} low-rank kernels"] if pairs else []
+    return ", ".join(words) or "none"
 
 
 def transfer(

@@ -6,7 +6,7 @@ import keras
 from keras import layers, ops
 
 from keras_uvit.networks import layers as parts
-from keras_uvit.networks import patches
+from keras_uvit.networks import lora, patches
 from keras_uvit.networks.network import (
     Network,
     NetworkConfig,
@@ -14,6 +14,9 @@ from keras_uvit.networks.network import (
     inputs_of,
     label_embedding,
 )
+from keras_uvit.types import Config
+
+LORA_TARGETS = ("attention", "mlp")  # the kernels that can have low-rank pairs
 
 CHOICES = {
     "skip": (*parts.SKIPS, None),
@@ -55,6 +58,11 @@ SPLITS: dict[str, tuple[int | None, int | None]] = {
     rf"{BLOCK}/mlp_gate/kernel": (1, 1),  # (D, 2/3 mlp_dim), as mlp_in then is
     rf"{BLOCK}/mlp_gate/bias": (None, 0),
     rf"{BLOCK}/mlp_out/kernel": (0, 0),  # (mlp_dim, D)
+    # Low-rank pairs, (in, rank) and (rank, out), as their kernels.
+    rf"{BLOCK}/(attention/qkv|mlp_in|mlp_gate)/lora_a": (0, None),
+    rf"{BLOCK}/(attention/qkv|mlp_in|mlp_gate)/lora_b": (1, 1),
+    rf"{BLOCK}/(attention/proj|mlp_out)/lora_a": (0, 0),
+    rf"{BLOCK}/(attention/proj|mlp_out)/lora_b": (1, None),
     r"skip_\d+/proj/kernel": (0, 0),  # (2 D or D, D)
     r"head/kernel": (0, None),  # (D, P P C)
     r"feature_conv/kernel": (3, None),  # (3, 3, D, D)
@@ -88,10 +96,12 @@ class UViTConfig(NetworkConfig):
     norm: str = "layer"
     mlp: str = "gelu"
     remat: bool = False
+    lora: Config | int | None = None
     name: str = dataclasses.field(default="uvit", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "lora", lora.checked(self.lora, LORA_TARGETS))
         shape, patch, dim = self.image_shape, self.patch_size, self.hidden_dim
         if patch < 1 or shape[0] % patch or shape[1] % patch:
             near = [n for n in range(1, min(shape[:2]) + 1) if shape[0] % n == shape[1] % n == 0]
@@ -187,6 +197,9 @@ class UViT(Network):
         mlp: "gelu", or "swiglu" with as many weights; see `layers.TransformerBlock`.
         remat: bool. Recompute blocks and long skips in the backward pass: much less memory, a
             third more work.
+        lora: int, rank of a low-rank pair beside the kernels of all blocks, which alone is then
+            trained; or dict of "rank", "alpha" (the pair is scaled by alpha / rank; the rank) and
+            "targets" (some of `("attention", "mlp")`; both). See `training.adapt`.
         dtype: policy of every layer; `None` is the global policy.
 
     Call arguments, a dict:
@@ -283,6 +296,7 @@ def _trunk(x, time, c, grid):
             norm=c.norm,
             mlp=c.mlp,
             grid=grid,
+            lora=c.lora,
             dtype=c.dtype,
             name=name,
         )

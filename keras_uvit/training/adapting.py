@@ -24,7 +24,9 @@ def adapt(
     """A new `DiffusionModel` that begins at the moving average of `model`, to be fine-tuned.
 
     What `networks.transfer` cannot keep is resized or made anew, and printed in three lines.
-    Weights that are frozen in `model` stay frozen.
+    Weights that are frozen in `model` stay frozen. With `lora=16` low-rank pairs are added, which
+    do not change what the model computes, and they and what was made anew or resized are trained
+    alone (LoRA: Hu et al. 2021, arXiv 2106.09685).
 
     Args:
         model: `DiffusionModel`, which is not changed.
@@ -65,9 +67,10 @@ def adapt(
         if getattr(new, learned) == getattr(model, learned):
             kept[part] = old_parts[part]
     new.encoders = dataclasses.replace(new.encoders, **kept)
-    for weight in new.network.weights:
-        if weight.path in frozen and weight.path in done.kept:
-            weight.trainable = False
+    if getattr(old.config, "lora", None) == getattr(made.config, "lora", None):
+        for weight in new.network.weights:
+            if weight.path in done.kept:
+                weight.trainable = weight.path not in frozen
     return new
 
 
@@ -78,9 +81,15 @@ def begin(
     strict: bool = False,
     verbose: int = 1,
 ) -> Transfer:
-    """Sets the weights of `model` and its average to those of a network, as far as they fit."""
+    """Sets the weights of `model` and its average to those of a network, as far as they fit.
+
+    What is not kept as it is will be trained, beside low-rank pairs too.
+    """
     done = transfer(source, model.network, classes, strict)
     model.copy_weights_to_ema()
+    for weight in model.network.weights:
+        if weight.path in (*done.resized, *done.new):
+            weight.trainable = True
     if verbose and not done.is_exact:
         progress.say(done.text())
     return done
