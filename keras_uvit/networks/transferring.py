@@ -19,6 +19,7 @@ from keras_uvit.networks.lora import KERNELS
 
 # Arguments in which the two networks may differ.
 ADAPTABLE = ("image_shape", "patch_size", "num_classes", "null_label", "context_shape", "lora")
+FREE = ("dtype", "remat")  # and those that concern no weight
 # Weights that one of the two networks may lack.
 OPTIONAL = re.compile(r"(label_embed|context_embed|\w+_context)/.*|.*/lora_[ab]")
 # The axes of an image's channels in a weight, as (input, output); None where there is none. Of a

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from keras_uvit import progress
-from keras_uvit.networks.transferring import ADAPTABLE, Transfer, transfer
+from keras_uvit.networks.transferring import ADAPTABLE, FREE, Transfer, transfer
 from keras_uvit.training.model import DiffusionModel
 
 PARTS = {"autoencoder": "latent_encoder", "text_encoder": "context_encoder"}
@@ -35,7 +35,7 @@ def adapt(
         strict: bool. Raise unless all weights fit as they are.
         verbose: 0 or 1, whether to print what was kept.
         **network: arguments of the network to change: `num_classes`, `null_label`, `image_shape`,
-            `patch_size`, `context_shape` or `lora`.
+            `patch_size`, `context_shape` or `lora`; or `dtype` or `remat`, which concern no weight.
 
     Returns:
         `DiffusionModel` with the settings of `model`, not compiled.
@@ -50,9 +50,10 @@ def adapt(
         >>> adapt(DiffusionModel(net), num_classes=3, verbose=0).network.num_classes
         3
     """
-    unknown = set(network) - set(ADAPTABLE)
+    known = (*ADAPTABLE, *FREE)
+    unknown = set(network) - set(known)
     if unknown:
-        raise TypeError(f"adapt can change {ADAPTABLE}. Received: {sorted(unknown)}.")
+        raise TypeError(f"adapt can change {known}. Received: {sorted(unknown)}.")
     old = model.network
     made = type(old).from_config({**old.get_config(), **network})
     config = {**model.get_config(), "latent_encoder": None, "context_encoder": None}

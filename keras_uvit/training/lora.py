@@ -9,14 +9,13 @@ from keras import ops
 from keras_uvit import distribution, io
 from keras_uvit.inference import fingerprint_of
 from keras_uvit.networks.lora import products
-from keras_uvit.networks.transferring import ADAPTABLE
+from keras_uvit.networks.transferring import ADAPTABLE, FREE
 from keras_uvit.optional import optional
 from keras_uvit.training.adapting import adapt
 from keras_uvit.training.model import DiffusionModel
 from keras_uvit.types import PathLike
 
 FORMAT, VERSION = "keras_uvit lora", 1
-FREE = ("name", "dtype", "remat")  # arguments of a network that do not change what it computes
 
 
 def save_lora(model: DiffusionModel, path: PathLike) -> None:
@@ -71,7 +70,7 @@ def load_lora(model: DiffusionModel, path: PathLike, strength: float = 1.0) -> D
     arrays, content = _read(path)
     here, there = model.network.get_config(), content["network"]
     here = json.loads(json.dumps(here))
-    other = {key for key in there if key not in FREE and there[key] != here.get(key)}
+    other = {key for key in there if key not in ("name", *FREE) and there[key] != here.get(key)}
     if other - set(ADAPTABLE):
         raise ValueError(
             f"{path} was learned on a network that differs in {sorted(other - set(ADAPTABLE))}."
