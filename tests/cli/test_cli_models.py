@@ -126,6 +126,7 @@ def test_a_preset_is_fine_tuned_and_then_the_run_with_low_rank_pairs(tmp_path, a
     expected = dict(learning_rate=0.25, warmup_steps=0.05, decay_steps="run")
     assert {key: model.optimizer_config[key] for key in expected} == expected
 
+    (tmp_path / "run").mkdir()
     photos = save_pngs(tmp_path / "photos")  # read in grey, as the model is
     model.save(tmp_path / "m.keras")
     words = ("--from", tmp_path / "m.keras", "--image-size", 4, "--steps", 3, "--lora", 2)
