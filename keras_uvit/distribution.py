@@ -181,6 +181,15 @@ def divides_among_processes() -> bool:
     return _divides() and process()[1] > 1
 
 
+def check_whole() -> None:
+    """Raises where no process has all weights, so that none can write them into a file."""
+    if divides_among_processes():
+        raise ValueError(
+            "Each process has a part of the weights: `training.Checkpoint` saves all of them, "
+            "and `training.load_checkpoint` makes the whole model of it, in one process."
+        )
+
+
 def _divides():
     return isinstance(keras.distribution.distribution(), keras.distribution.ModelParallel)
 

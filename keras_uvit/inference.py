@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,13 @@ def fingerprint(network: keras.Model) -> str:
 
     Equal weights have equal fingerprints on every backend.
     """
+    return fingerprint_of(network.weights)
+
+
+def fingerprint_of(weights: Iterable[keras.Variable]) -> str:
+    """The fingerprint of some weights of a network."""
     digest = hashlib.sha256()
-    for weight in network.weights:
+    for weight in weights:
         value = np.ascontiguousarray(ops.convert_to_numpy(weight), "<f4")
         digest.update(str(value.shape).encode())
         digest.update(value.data)

@@ -8,6 +8,7 @@ import click
 from keras_uvit_cli.options import (
     COUNT,
     DEVICES,
+    ENCODER_OPTIONS,
     LAYOUTS,
     MODEL_OPTIONS,
     PRECISIONS,
@@ -92,11 +93,35 @@ PLAN_OPTIONS = gathered(
 )
 
 
+BEGIN: dict[str, dict[str, Any]] = {
+    "from": dict(
+        metavar="WEIGHTS",
+        show_default="random weights",
+        help="Fine-tune these weights: a .keras file or a folder of checkpoints; with --preset "
+        'also "pretrained" or a file of weights (.weights.h5, .pth or .safetensors).',
+    ),
+    "key": dict(help="Part of a published checkpoint that holds several, such as ema."),
+    "num_classes": dict(
+        type=COUNT,
+        show_default="as many as the data has",
+        help="Number of classes of the fine-tuned model.",
+    ),
+    "lora": dict(
+        type=COUNT,
+        metavar="RANK",
+        show_default="all weights are trained",
+        help="Fine-tune low-rank pairs of this rank, and what is made anew, alone.",
+    ),
+}
+BEGIN_OPTIONS = gathered("begin", **BEGIN)
+
+
 @click.command()
 @click.argument("dataset")
 @click.argument("folder", type=Target())
 @PLAN_OPTIONS
-@MODEL_OPTIONS
+@BEGIN_OPTIONS
+@ENCODER_OPTIONS
 @click.option(
     "--batch-size",
     type=COUNT,
@@ -122,6 +147,7 @@ def train(
     dataset: str,
     folder: str,
     plan: dict[str, Any],
+    begin: dict[str, Any],
     parts: dict[str, Any],
     batch_size: int | None,
     seed: int,
@@ -133,14 +159,16 @@ def train(
 
     DATASET is a folder of images (with a sub-folder for each class, or without), a cache that
     `encode` made, tfds:NAME, or digits. Network, recipe and length of the run suit the data, unless
-    a --preset is named. A text-to-image model is trained on a cache, and draws samples of each
-    --prompt. Run the same command again to resume an interrupted run.
+    a --preset is named. With --from a trained model is fine-tuned: what is kept of its weights, and
+    what does not fit, is printed. A text-to-image model is trained on a cache, and draws samples of
+    each --prompt. Run the same command again to resume an interrupted run.
 
     \b
     Examples:
       keras-uvit train my_photos runs/photos
       keras-uvit train my_photos runs/photos --image-size 64 --hours 2
       keras-uvit train digits runs/tiny --preset uvit_tiny_digits --steps 440
+      keras-uvit train my_photos runs/tuned --from runs/photos/model.keras --lora 16 --steps 1000
     """
     from keras_uvit import distribution, training
     from keras_uvit.training.run_length import epoch_of
@@ -151,7 +179,14 @@ def train(
         raise click.UsageError(f"Choose one of {' and '.join(lengths)}.")
     distribution.choose(run["devices"], run["layout"], run["model_devices"])
     model, samples, validation, steps = planned(
-        dataset, folder, plan, parts, batch_size, seed, run["precision"]
+        dataset,
+        folder,
+        plan,
+        begin,
+        parts,
+        batch_size,
+        seed,
+        run["precision"],
     )
     if prompt and not (model.network.context_shape and model.encoders.text_encoder):
         raise click.UsageError("--prompt needs a text-to-image model, and --text.")
@@ -171,6 +206,8 @@ def train(
         callbacks=callbacks,
         validation_data=validation,
     )
+    if begin["lora"]:
+        training.save_lora(model, Path(folder) / "lora.safetensors")
     click.echo(f"Trained: {Path(folder) / 'model.keras'}")
 
 

@@ -93,13 +93,7 @@ SOURCE_OPTIONS = gathered(
     ),
     data_dir=dict(type=click.Path(), help="Folder in which TensorFlow data sets are kept."),
 )
-MODEL_OPTIONS = gathered(
-    "parts",
-    weights=dict(
-        show_default="random weights",
-        help='Weights of a preset: "pretrained" for those that ship with the package, or a file '
-        "(.weights.h5, .keras, .pth or .safetensors).",
-    ),
+ENCODERS: dict[str, dict[str, Any]] = dict(
     autoencoder=dict(
         type=click.Path(exists=True),
         help="Weights of the autoencoder, for a model of latents: a file or a diffusers folder.",
@@ -108,6 +102,16 @@ MODEL_OPTIONS = gathered(
         help="CLIP text encoder, for a text-to-image model: a Hugging Face or keras-hub folder, or "
         "clip_vit_large_patch14, which is downloaded.",
     ),
+)
+ENCODER_OPTIONS = gathered("parts", **ENCODERS)
+MODEL_OPTIONS = gathered(
+    "parts",
+    weights=dict(
+        show_default="random weights",
+        help='Weights of a preset: "pretrained" for those that ship with the package, or a file '
+        "(.weights.h5, .keras, .pth or .safetensors).",
+    ),
+    **ENCODERS,
 )
 SAMPLING_OPTIONS = gathered(
     "sampling",

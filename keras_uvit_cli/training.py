@@ -10,14 +10,15 @@ from keras_uvit.data import LatentDataset, sources
 from keras_uvit.data.images import ImageDataset
 from keras_uvit.data.manifest import MANIFEST
 from keras_uvit.presets import own_data
-from keras_uvit.training import DiffusionModel
-from keras_uvit_cli.inputs import open_dataset
+from keras_uvit.training import DiffusionModel, adapt
+from keras_uvit_cli.inputs import is_preset, open_dataset, open_model
 
 
 def planned(
     dataset: str,
     folder: str,
     plan: dict[str, Any],
+    begin: dict[str, Any],
     parts: dict[str, Any],
     batch_size: int | None,
     seed: int,
@@ -28,7 +29,8 @@ def planned(
     Args:
         dataset, folder: the command's arguments.
         plan: dict of the options that `train` gathers under this name.
-        parts: dict of weights, autoencoder and text encoder.
+        begin: dict of the options that `train` gathers under this name.
+        parts: dict of autoencoder and text encoder.
         batch_size: int, or None for the usual.
         seed: int.
         precision: dtype policy.
@@ -40,14 +42,20 @@ def planned(
     for option, argument in (("width", "hidden_dim"), ("layers", "num_layers")):
         if plan[option]:
             network[argument] = plan[option]
-    samples = _open(dataset, row, plan, batch_size, seed)
+    base = _base(row, plan, begin, parts)
+    known = base.network.get_config() if base else row and row.network
+    samples = _open(dataset, row, known, plan, begin, batch_size, seed)
     if plan["mirror"] is not None:
         if not isinstance(samples, ImageDataset):
             raise click.UsageError("--mirror is for pictures: encode latents with --flip.")
         samples.flip = plan["mirror"]
     samples, validation = _split(samples, plan["validation_share"], seed)
     optimizer = {"learning_rate": plan["learning_rate"]} if plan["learning_rate"] else {}
-    if row is not None:
+    if begin["from"]:
+        model, steps = _by_weights(
+            base, known, samples, plan, begin, parts, seed, network, optimizer
+        )
+    elif row is not None:
         model, steps = _by_preset(row, samples, plan, parts, seed, network, optimizer)
     else:
         model, steps = _by_data(samples, folder, plan, parts, seed, network, optimizer)
@@ -72,10 +80,35 @@ def _check_dataset(name):
         )
 
 
-def _open(dataset, row, plan, batch_size, seed):
-    shape = row.network["image_shape"] if row else None
-    size = plan["image_size"]
-    if row is not None and size and (row.latent_scale is not None or size != shape[0]):
+def _base(row, plan, begin, parts):
+    """The model that --from names without a --preset; checks what goes with --from."""
+    source = begin["from"]
+    if not source:
+        extra = [f"--{key.replace('_', '-')}" for key, value in begin.items() if value]
+        if extra:
+            raise click.UsageError(f"{extra[0]} goes with --from, the weights to begin at.")
+        return None
+    if not plan["steps"] and not plan["epochs"]:
+        raise click.UsageError("--from needs --steps or --epochs: how long to fine-tune.")
+    if plan["width"] or plan["layers"]:
+        raise click.UsageError("--width and --layers cannot be changed with --from.")
+    if row is not None:
+        return None
+    if begin["key"] or is_preset(source):
+        raise click.UsageError(
+            f"--from {source} goes with --preset, the network that these weights are of. Without "
+            "it, --from takes a .keras file or a folder of checkpoints."
+        )
+    return open_model(source, None, **parts)
+
+
+def _open(dataset, row, known, plan, begin, batch_size, seed):
+    shape, size = known and known["image_shape"], plan["image_size"]
+    if begin["from"]:
+        side = (size, size) if size else shape[:2]
+        known = {**known, "image_shape": (*side, shape[2])}
+        known["num_classes"] = begin["num_classes"] or known.get("num_classes")
+    elif row is not None and size and (row.latent_scale is not None or size != shape[0]):
         raise click.UsageError(
             f"--preset {plan['preset']} is for {'x'.join(map(str, shape))}. Received: "
             f"--image-size {size}. Leave --preset out for a network that suits your pictures."
@@ -87,10 +120,10 @@ def _open(dataset, row, plan, batch_size, seed):
     if is_pictures:
         survey = sources.survey(dataset)
         click.echo(survey.text())
-        if row is None:
+        if known is None:
             size = size or survey.suitable_side(own_data.SIDES[own_data.machine()])
             click.echo(f"They are resized to {size}x{size}; --image-size chooses another size.")
-        elif not size and not survey.all_of(shape):
+        elif not begin["from"] and not size and not survey.all_of(shape):
             raise click.UsageError(
                 f"--preset {plan['preset']} is for pictures of {'x'.join(map(str, shape))}. Pass "
                 f"--image-size {shape[0]} to resize them, or leave --preset out for a network that "
@@ -98,7 +131,7 @@ def _open(dataset, row, plan, batch_size, seed):
             )
     usual = row.batch_size if row else None
     try:
-        return open_dataset(dataset, row and row.network, size, batch_size or usual, seed)
+        return open_dataset(dataset, known, size, batch_size or usual, seed)
     except ValueError as error:
         if "batch_size" not in str(error):
             raise
@@ -132,7 +165,6 @@ def _by_preset(row, samples, plan, parts, seed, network, optimizer):
         raise click.UsageError("--hours goes without --preset, whose recipe is of --steps.")
     model = presets.load(
         name,
-        parts["weights"],
         autoencoder=parts["autoencoder"],
         text_encoder=parts["text"],
         seed=seed,
@@ -142,11 +174,35 @@ def _by_preset(row, samples, plan, parts, seed, network, optimizer):
     return model, _steps(samples, plan) or row.iterations
 
 
+def _by_weights(base, known, samples, plan, begin, parts, seed, network, optimizer):
+    """A model that begins at weights, its ends made for the data."""
+    facts = own_data.facts_of(samples)
+    if begin["num_classes"] or known.get("num_classes"):
+        classes = begin["num_classes"] or samples.num_classes
+        network["num_classes"] = classes or known["num_classes"]
+    if begin["lora"]:
+        network["lora"] = begin["lora"]
+    network["image_shape"] = facts.image_shape
+    if base is not None:
+        model = adapt(base, **network)
+        model.seed = seed
+    else:
+        model = presets.load(
+            plan["preset"],
+            begin["from"],
+            key=begin["key"],
+            autoencoder=parts["autoencoder"],
+            text_encoder=parts["text"],
+            seed=seed,
+            **network,
+        )
+    model.optimizer_config.update({"warmup_steps": 0.05, "decay_steps": "run", **optimizer})
+    return model, _steps(samples, plan)
+
+
 def _by_data(samples, folder, plan, parts, seed, network, optimizer):
     from keras_uvit.encoders import AutoencoderKL, CLIPText
 
-    if parts["weights"]:
-        raise click.UsageError("--weights goes with --preset, the network that they are of.")
     model = presets.for_data(
         samples,
         steps=_steps(samples, plan),

@@ -22,12 +22,12 @@ NETWORKS = [
             [
                 dict(num_classes=5, qkv_bias=True, output_conv="before", patch_embed="conv"),
                 dict(skip="add_project", time="adaln", context_shape=(4, 6), mlp_dim=24),
-                dict(skip=None, time_mlp=True, position="rotary", norm="rms", mlp="swiglu"),
+                dict(skip=None, time_mlp=True, position="rotary", norm="rms", mlp="swiglu", lora=2),
                 dict(skip="project_sum", position="sinusoidal", qk_norm=True, skip_norm=True),
                 dict(patch_embed="conv", patch_size=4, num_layers=1, qkv_bias=True, time="adaln"),
             ],
         ),
-        (UNet, TINY_UNET, [dict(num_classes=5), dict(context_shape=(4, 6))]),
+        (UNet, TINY_UNET, [dict(num_classes=5), dict(context_shape=(4, 6), lora=2)]),
     )
     for more in variants
 ]

@@ -105,7 +105,7 @@ def _matched(entries, tensors, file_name):
             problems.append(
                 f"wrong shape: {name} is {tensors[name].shape}, which becomes "
                 f"{tuple(value.shape)}; the network has {tuple(variable.shape)}"
-                + _label_hint(name, value, variable)
+                + _hint(name, value, variable)
             )
         new.append((variable, value))
     if not names & set(tensors):
@@ -116,7 +116,9 @@ def _matched(entries, tensors, file_name):
     return new
 
 
-def _label_hint(name, value, variable):
-    if name != "label_emb.weight" or abs(len(value) - variable.shape[0]) != 1:
-        return ""
-    return " (published tables count the 'no label' row: check num_classes and null_label)"
+def _hint(name, value, variable):
+    if name == "pos_embed":
+        return " (presets.load and networks.transfer resize positions)"
+    if name == "label_emb.weight" and abs(len(value) - variable.shape[0]) == 1:
+        return " (published tables count the 'no label' row: check num_classes and null_label)"
+    return ""

@@ -4,14 +4,14 @@ Channels come first there, and a linear layer stores (out, in). `depth` is `num_
 `num_classes` counts every row of the label table.
 """
 
-import warnings
 from collections.abc import Iterator
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_uvit.convert.layouts import SAME, Entry, Layout, Tensors, conv, linear, norm
+
+# (1, L, D) to (L, D); a file may have either.
+POSITIONS = Layout(lambda a: a[0] if a.ndim == 3 else a, lambda a: a[None])
 
 
 def entries(network: keras.Model) -> Iterator[Entry]:
@@ -25,7 +25,8 @@ def entries(network: keras.Model) -> Iterator[Entry]:
     published.update(
         position=("learned",), patch_embed=("linear",), qk_norm=(False,), skip_norm=(False,)
     )
-    published.update(norm=("layer",), mlp=("gelu",), output_conv=(True, False))
+    published.update(norm=("layer",), mlp=("gelu",), lora=(None,))
+    published.update(output_conv=(True, False))
     used = {key: getattr(c, key) for key in published}
     other = {key: value for key, value in used.items() if value not in published[key]}
     if other:
@@ -33,7 +34,7 @@ def entries(network: keras.Model) -> Iterator[Entry]:
             f"Published checkpoints have none of {other}. Build the network with {published}."
         )
     layer = network.get_layer
-    yield "pos_embed", layer("position").embeddings, _positions(network)
+    yield "pos_embed", layer("position").embeddings, POSITIONS
     yield "patch_embed.proj.weight", layer("patch_embed").proj.kernel, _patch_kernel(network)
     yield "patch_embed.proj.bias", layer("patch_embed").proj.bias, SAME
     if c.time_mlp:
@@ -84,27 +85,3 @@ def _patch_kernel(network):
         return a.reshape(patch, patch, channels, -1).transpose(3, 2, 0, 1)
 
     return Layout(to_keras, to_torch)
-
-
-def _positions(network):
-    """(1, L, D) to (L, D); patch positions of another size are resized, with a warning."""
-    grid = network.config.grid
-    extras = network.get_layer("position").embeddings.shape[0] - grid[0] * grid[1]
-
-    def to_keras(a):
-        a = a[0] if a.ndim == 3 else a
-        old = round((len(a) - extras) ** 0.5) if len(a) > extras else 0
-        if (old, old) == grid or old**2 != len(a) - extras:
-            return a  # fits, or no square grid: the caller compares shapes
-        warnings.warn(
-            f"Position embeddings resized from {old}x{old} to {grid[0]}x{grid[1]} patches; quality "
-            "at a size the network was not trained for is not promised.",
-            stacklevel=2,
-        )
-        a = a.astype("float32")
-        patches = a[extras:].reshape(1, old, old, -1)
-        patches = ops.image.resize(patches, grid, "bilinear", data_format="channels_last")
-        patches = ops.convert_to_numpy(patches).reshape(grid[0] * grid[1], -1)
-        return np.concatenate([a[:extras], patches])
-
-    return Layout(to_keras, lambda a: a[None])

@@ -4,6 +4,7 @@ import math
 
 import keras
 
+from keras_uvit.networks import lora
 from keras_uvit.networks.layers import Attention
 from keras_uvit.networks.patches import ConvPatchEmbedding
 from keras_uvit.networks.unet_layers import UNetAttention
@@ -36,7 +37,7 @@ def count_macs(network: keras.Model) -> int:
         keys = _attended(layer, places)
         others = {"modulation": 1, "key_value": keys}  # once an image, once a token attended to
         for weight in layer.weights:
-            if weight.name == "kernel":
+            if weight.name in ("kernel", *lora.KERNELS):
                 times = others.get(weight.path.split("/")[-2], places)
                 total += times * math.prod(weight.shape)
         for part in layers_in(layer):

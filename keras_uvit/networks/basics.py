@@ -9,7 +9,8 @@ import keras
 from keras import initializers, layers, ops
 
 from keras_uvit import backend
-from keras_uvit.types import Tensor
+from keras_uvit.checks import refuses
+from keras_uvit.types import Config, Tensor
 
 DType: TypeAlias = str | keras.DTypePolicy  # of a layer: a policy or its name
 Shape: TypeAlias = tuple[Any, ...]  # of a tensor: ints, None where the size is not fixed
@@ -45,18 +46,59 @@ def fan_in_init(fan_in: int) -> initializers.Initializer:
 
 
 @serializable
+@refuses(
+    {
+        "enable_lora": "Low-rank pairs are part of a network's config: `UViT(..., lora=16)`, or "
+        "`training.adapt(model, lora=16)` for a model that is trained."
+    }
+)
 class Dense(layers.Dense):
-    """Keras' own, by the product that is fastest on each backend."""
+    """Keras' own, by the product that is fastest on each backend; maybe with a low-rank pair.
+
+    Args:
+        units: int, width of the output.
+        lora: dict of "rank" and "alpha", or None for no pair; see `networks.lora`.
+    """
+
+    def __init__(self, units: int, lora: Config | None = None, **kwargs: Any) -> None:
+        super().__init__(units, **kwargs)
+        self.lora = lora
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        if self.lora is not None:
+            width, rank = input_shape[-1], self.lora["rank"]
+            first = fan_in_init(width)
+            self.lora_a = self.add_weight(shape=(width, rank), initializer=first, name="lora_a")
+            self.lora_b = self.add_weight(
+                shape=(rank, self.units), initializer="zeros", name="lora_b"
+            )
 
     def call(self, inputs: Tensor) -> Tensor:
         kernel = ops.convert_to_tensor(self.kernel)
         bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
         x = backend.project(inputs, kernel, bias)
+        if self.lora is not None:
+            # Not added to the kernel, whose gradient is then never computed.
+            a, b = ops.convert_to_tensor(self.lora_a), ops.convert_to_tensor(self.lora_b)
+            low = backend.project(backend.project(inputs, a), b)
+            x = x + (self.lora["alpha"] / self.lora["rank"]) * low
         return x if self.activation is None else self.activation(x)
 
+    def save_own_variables(self, store: Any) -> None:
+        # All of them: Keras' dense layer knows its own two alone.
+        layers.Layer.save_own_variables(self, store)
 
-def dense(units: int, dtype: DType, name: str, use_bias: bool = True) -> Dense:
-    return Dense(units, use_bias=use_bias, kernel_initializer=normal_init(), dtype=dtype, name=name)
+    def load_own_variables(self, store: Any) -> None:
+        layers.Layer.load_own_variables(self, store)
+
+
+def dense(
+    units: int, dtype: DType, name: str, use_bias: bool = True, lora: Config | None = None
+) -> Dense:
+    initializer = normal_init()
+    options: Config = dict(kernel_initializer=initializer, dtype=dtype, name=name)
+    return Dense(units, lora, use_bias=use_bias, **options)
 
 
 def layer_norm(dtype: DType, name: str, affine: bool = True) -> layers.LayerNormalization:

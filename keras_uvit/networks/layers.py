@@ -27,10 +27,11 @@ from keras_uvit.networks.basics import (
 from keras_uvit.networks.basics import Dense as Dense
 from keras_uvit.networks.basics import fan_in_init as fan_in_init
 from keras_uvit.networks.basics import serializable as serializable
+from keras_uvit.networks.lora import pair_of
 from keras_uvit.networks.positions import PositionEmbedding as PositionEmbedding
 from keras_uvit.networks.positions import SinusoidalPositions as SinusoidalPositions
 from keras_uvit.networks.positions import rotary_turns, rotate
-from keras_uvit.types import Tensor
+from keras_uvit.types import Config, Tensor
 
 SKIPS = ("concat", "add", "add_project", "project_sum")
 MLPS = ("gelu", "swiglu")
@@ -110,6 +111,7 @@ class Attention(layers.Layer):
             without bias and centring; the RMSNorm of Stable Diffusion 3, arXiv 2403.03206).
         grid: pair of ints `(H/P, W/P)`: queries and keys of the patches, the last tokens, are
             turned by their place; see `positions.rotary_turns`. `None`: they are not.
+        lora: dict or None, of the pairs of both projections; see `networks.lora`.
 
     Call arguments:
         tokens: `(B, L, D)`.
@@ -124,6 +126,7 @@ class Attention(layers.Layer):
         qkv_bias: bool = False,
         qk_norm: bool = False,
         grid: tuple[int, int] | None = None,
+        lora: Config | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -131,12 +134,13 @@ class Attention(layers.Layer):
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
         self.grid = grid
+        self.lora = lora
 
     def build(self, input_shape: Shape) -> None:
         _, length, dim = input_shape
         head_dim = dim // self.num_heads
-        self.qkv = dense(3 * dim, self.dtype_policy, "qkv", use_bias=self.qkv_bias)
-        self.proj = dense(dim, self.dtype_policy, "proj")
+        self.qkv = dense(3 * dim, self.dtype_policy, "qkv", self.qkv_bias, self.lora)
+        self.proj = dense(dim, self.dtype_policy, "proj", lora=self.lora)
         self.qkv.build(input_shape)
         self.proj.build(input_shape)
         if self.qk_norm:
@@ -184,6 +188,7 @@ class TransformerBlock(layers.Layer):
         norm: "layer" or "rms"; see `basics.RMSNorm`.
         mlp: one of the above.
         grid: pair of ints or None; see `Attention`.
+        lora: dict or None, of the pairs of its attention and MLP; see `networks.lora`.
 
     Call arguments:
         tokens: `(B, L, D)`.
@@ -204,6 +209,7 @@ class TransformerBlock(layers.Layer):
         norm: str = "layer",
         mlp: str = "gelu",
         grid: tuple[int, int] | None = None,
+        lora: Config | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -216,22 +222,30 @@ class TransformerBlock(layers.Layer):
         self.norm = norm
         self.mlp = mlp
         self.grid = grid
+        self.lora = lora
 
     def build(self, tokens_shape: Shape, time_shape: Shape | None = None) -> None:
         policy, dim = self.dtype_policy, tokens_shape[-1]
         self.norm_1 = NORMS[self.norm](policy, "norm_1", affine=not self.adaln)
         self.attention = Attention(
-            self.num_heads, self.qkv_bias, self.qk_norm, self.grid, dtype=policy, name="attention"
+            self.num_heads,
+            self.qkv_bias,
+            self.qk_norm,
+            self.grid,
+            pair_of(self.lora, "attention"),
+            dtype=policy,
+            name="attention",
         )
         self.norm_2 = NORMS[self.norm](policy, "norm_2", affine=not self.adaln)
         width = self.mlp_dim if self.mlp == "gelu" else gated_width(self.mlp_dim)
-        self.mlp_in = dense(width, policy, "mlp_in")
-        self.mlp_out = dense(dim, policy, "mlp_out")
+        pair = pair_of(self.lora, "mlp")
+        self.mlp_in = dense(width, policy, "mlp_in", lora=pair)
+        self.mlp_out = dense(dim, policy, "mlp_out", lora=pair)
         for layer in (self.norm_1, self.attention, self.norm_2, self.mlp_in):
             layer.build(tokens_shape)
         self.mlp_out.build((*tokens_shape[:-1], width))
         if self.mlp == "swiglu":
-            self.mlp_gate = dense(width, policy, "mlp_gate")
+            self.mlp_gate = dense(width, policy, "mlp_gate", lora=pair)
             self.mlp_gate.build(tokens_shape)
         if self.adaln:
             self.modulation = dense(4 * dim, policy, "modulation")

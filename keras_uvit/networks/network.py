@@ -13,6 +13,7 @@ from keras import initializers, layers
 from keras_uvit import backend
 from keras_uvit.checks import nearest, plain, refuses
 from keras_uvit.networks.basics import DType
+from keras_uvit.networks.lora import train_pairs_alone
 from keras_uvit.types import Config, PathLike, Tensor
 
 Arguments = ParamSpec("Arguments")
@@ -125,6 +126,8 @@ class Network(keras.Model):
         self.num_classes = config.num_classes
         self.null_label = self.num_classes if config.null_label else None
         self.takes_span, self.takes_guidance = config.takes_span, config.takes_guidance
+        if getattr(config, "lora", None):
+            train_pairs_alone(self)
 
     def export(self, filepath: PathLike, format: str = "tf_saved_model", **kwargs: Any) -> None:
         """As `keras.Model.export`, in the formats in which Keras can export a dict of inputs."""
@@ -170,7 +173,8 @@ def check_copy(network: keras.Model, copy: keras.Model) -> None:
             raise ValueError(
                 f"Weight {k} of the network is {weight}, and of its moving average {other}: a "
                 "layer was changed after it was made, such as by enable_lora, quantize or "
-                "add_weight. This is not supported: use the network as its config makes it."
+                "add_weight. This is not supported: use the network as its config makes it; "
+                "`training.adapt(model, lora=16)` gives it low-rank pairs."
             )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from keras import layers, saving
 
+from keras_uvit.networks import lora
 from keras_uvit.networks import unet_layers as parts
 from keras_uvit.networks.layers import TimeEmbedding, with_flow_map_inputs
 from keras_uvit.networks.network import (
@@ -13,6 +14,7 @@ from keras_uvit.networks.network import (
     inputs_of,
     label_embedding,
 )
+from keras_uvit.types import Config
 
 # Which dimension of a weight each layout splits, as in `uvit.SPLITS`, which has the rows of
 # label_embed, time_mlp_in, time_mlp_out (here (4 D, 4 D)) and output_conv.
@@ -28,6 +30,10 @@ SPLITS: dict[str, tuple[int | None, int | None]] = {
     rf"{BLOCK}_(attention|context)/(query|key_value)/kernel": (1, 1),  # (in, out or 2 out)
     rf"{BLOCK}_(attention|context)/(query|key_value)/bias": (None, 0),
     rf"{BLOCK}_(attention|context)/proj/kernel": (0, 0),  # (out, out)
+    rf"{BLOCK}_(attention|context)/(query|key_value)/lora_a": (0, None),  # (in, rank)
+    rf"{BLOCK}_(attention|context)/(query|key_value)/lora_b": (1, 1),  # (rank, out or 2 out)
+    rf"{BLOCK}_(attention|context)/proj/lora_a": (0, 0),
+    rf"{BLOCK}_(attention|context)/proj/lora_b": (1, None),
 }
 
 
@@ -46,10 +52,12 @@ class UNetConfig(NetworkConfig):
     attention_levels: tuple[int, ...] = (1, 2)
     head_dim: int = 64
     remat: bool = False
+    lora: Config | int | None = None
     name: str = dataclasses.field(default="unet", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "lora", lora.checked(self.lora, ("attention",)))
         shape, widths = self.image_shape, self.multipliers
         for key in ("multipliers", "attention_levels"):
             value = getattr(self, key)
@@ -117,6 +125,9 @@ class UNet(Network):
             more work.
         takes_span: bool. The network reads the span t - r of a step, too; see `diffusion.FlowMap`.
         takes_guidance: bool. It reads the guidance scale, so that one evaluation is guided.
+        lora: int, rank of a low-rank pair beside the kernels of attention, which alone is then
+            trained; or dict of "rank" and "alpha" (the pair is scaled by alpha / rank; the rank).
+            See `training.adapt`.
         dtype: policy of every layer; `None` is the global policy.
 
     Call arguments, a dict:
@@ -173,10 +184,11 @@ def _trunk(x, time, context, c):
         if not attends:
             return x
         heads = dim // c.head_dim
-        x = parts.UNetAttention(heads, **shared, name=f"{name}_attention")(x)
+        x = parts.UNetAttention(heads, **shared, lora=c.lora, name=f"{name}_attention")(x)
         if context is None:
             return x
-        return parts.UNetAttention(heads, **shared, name=f"{name}_context")(x, context)
+        cross = parts.UNetAttention(heads, **shared, lora=c.lora, name=f"{name}_context")
+        return cross(x, context)
 
     outputs = [x]
     for level, dim in enumerate(widths):

@@ -11,7 +11,7 @@ from keras import initializers, layers, ops
 
 from keras_uvit import backend
 from keras_uvit.networks.basics import Dense, DType, Shape, rematerialized, serializable
-from keras_uvit.types import Tensor
+from keras_uvit.types import Config, Tensor
 
 RESAMPLINGS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
@@ -37,8 +37,10 @@ def conv(dim: int, size: int, dtype: DType, name: str, zero: bool = False) -> la
     )
 
 
-def linear(dim: int, dtype: DType, name: str, zero: bool = False) -> Dense:
-    return Dense(dim, kernel_initializer=kernel_init(zero), dtype=dtype, name=name)
+def linear(
+    dim: int, dtype: DType, name: str, zero: bool = False, lora: Config | None = None
+) -> Dense:
+    return Dense(dim, lora, kernel_initializer=kernel_init(zero), dtype=dtype, name=name)
 
 
 def group_norm(dim: int, dtype: DType, name: str) -> layers.GroupNormalization:
@@ -128,6 +130,7 @@ class UNetAttention(layers.Layer):
     Args:
         num_heads: int N, divides C.
         remat: bool; see `UNetBlock`.
+        lora: dict or None, of the pairs of its projections; see `networks.lora`.
 
     Call arguments:
         x: `(B, H, W, C)`.
@@ -137,17 +140,20 @@ class UNetAttention(layers.Layer):
         `(B, H, W, C)`.
     """
 
-    def __init__(self, num_heads: int, remat: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, num_heads: int, remat: bool = False, lora: Config | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.remat = remat
+        self.lora = lora
 
     def build(self, x_shape: Shape, context_shape: Shape | None = None) -> None:
         policy, dim = self.dtype_policy, x_shape[-1]
         self.norm = group_norm(dim, policy, "norm")
-        self.query = linear(dim, policy, "query")
-        self.key_value = linear(2 * dim, policy, "key_value")
-        self.proj = linear(dim, policy, "proj", zero=True)
+        self.query = linear(dim, policy, "query", lora=self.lora)
+        self.key_value = linear(2 * dim, policy, "key_value", lora=self.lora)
+        self.proj = linear(dim, policy, "proj", zero=True, lora=self.lora)
         for layer in (self.norm, self.query, self.proj):
             layer.build(x_shape)
         self.key_value.build(context_shape or x_shape)

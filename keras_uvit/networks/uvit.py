@@ -6,7 +6,7 @@ import keras
 from keras import layers, ops
 
 from keras_uvit.networks import layers as parts
-from keras_uvit.networks import patches
+from keras_uvit.networks import lora, patches
 from keras_uvit.networks.network import (
     Network,
     NetworkConfig,
@@ -14,6 +14,9 @@ from keras_uvit.networks.network import (
     inputs_of,
     label_embedding,
 )
+from keras_uvit.types import Config
+
+LORA_TARGETS = ("attention", "mlp")  # the kernels that can have low-rank pairs
 
 CHOICES = {
     "skip": (*parts.SKIPS, None),
@@ -55,6 +58,11 @@ SPLITS: dict[str, tuple[int | None, int | None]] = {
     rf"{BLOCK}/mlp_gate/kernel": (1, 1),  # (D, 2/3 mlp_dim), as mlp_in then is
     rf"{BLOCK}/mlp_gate/bias": (None, 0),
     rf"{BLOCK}/mlp_out/kernel": (0, 0),  # (mlp_dim, D)
+    # Low-rank pairs, (in, rank) and (rank, out), as their kernels.
+    rf"{BLOCK}/(attention/qkv|mlp_in|mlp_gate)/lora_a": (0, None),
+    rf"{BLOCK}/(attention/qkv|mlp_in|mlp_gate)/lora_b": (1, 1),
+    rf"{BLOCK}/(attention/proj|mlp_out)/lora_a": (0, 0),
+    rf"{BLOCK}/(attention/proj|mlp_out)/lora_b": (1, None),
     r"skip_\d+/proj/kernel": (0, 0),  # (2 D or D, D)
     r"head/kernel": (0, None),  # (D, P P C)
     r"feature_conv/kernel": (3, None),  # (3, 3, D, D)
@@ -88,10 +96,12 @@ class UViTConfig(NetworkConfig):
     norm: str = "layer"
     mlp: str = "gelu"
     remat: bool = False
+    lora: Config | int | None = None
     name: str = dataclasses.field(default="uvit", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "lora", lora.checked(self.lora, LORA_TARGETS))
         shape, patch, dim = self.image_shape, self.patch_size, self.hidden_dim
         if patch < 1 or shape[0] % patch or shape[1] % patch:
             near = [n for n in range(1, min(shape[:2]) + 1) if shape[0] % n == shape[1] % n == 0]
@@ -130,11 +140,19 @@ class UViTConfig(NetworkConfig):
         return height // self.patch_size, width // self.patch_size
 
     @property
+    def extras(self) -> dict[str, int]:
+        """The tokens in front of the patches: how many of each kind, in their order."""
+        kinds = {
+            "label": int(self.num_classes is not None),
+            "time": int(self.time == "token"),
+            "context": self.context_shape[0] if self.context_shape else 0,
+        }
+        return {kind: count for kind, count in kinds.items() if count}
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of one image: patches, context, time and label."""
-        extras = (self.time == "token") + (self.num_classes is not None)
-        context = self.context_shape[0] if self.context_shape else 0
-        return self.grid[0] * self.grid[1] + extras + context
+        return self.grid[0] * self.grid[1] + sum(self.extras.values())
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
@@ -181,6 +199,9 @@ class UViT(Network):
             third more work.
         takes_span: bool. The network reads the span t - r of a step, too; see `diffusion.FlowMap`.
         takes_guidance: bool. It reads the guidance scale, so that one evaluation is guided.
+        lora: int, rank of a low-rank pair beside the kernels of all blocks, which alone is then
+            trained; or dict of "rank", "alpha" (the pair is scaled by alpha / rank; the rank) and
+            "targets" (some of `("attention", "mlp")`; both). See `training.adapt`.
         dtype: policy of every layer; `None` is the global policy.
 
     Call arguments, a dict:
@@ -280,6 +301,7 @@ def _trunk(x, time, c, grid):
             norm=c.norm,
             mlp=c.mlp,
             grid=grid,
+            lora=c.lora,
             dtype=c.dtype,
             name=name,
         )

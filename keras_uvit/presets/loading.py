@@ -2,6 +2,7 @@
 
 import difflib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -13,12 +14,16 @@ from keras_uvit.convert.files import TORCH
 from keras_uvit.encoders import AutoencoderKL, CLIPText
 from keras_uvit.encoders.holder import LEFT_OUT
 from keras_uvit.inference import DAMAGE, load_keras_weights, naming_missing_classes
+from keras_uvit.networks.transferring import ADAPTABLE
 from keras_uvit.presets.preset import Preset
 from keras_uvit.presets.table import PRESETS
-from keras_uvit.training import DiffusionModel
+from keras_uvit.training import DiffusionModel, load_checkpoint
+from keras_uvit.training.adapting import begin, take_encoders
+from keras_uvit.training.checkpoints import steps_in
 from keras_uvit.types import PathLike
 
 SHIPPED = Path(__file__).parents[1] / "weights"
+PUBLISHED = (*TORCH, ".safetensors")
 
 
 def names() -> list[str]:
@@ -40,19 +45,31 @@ def load(
     name: str,
     weights: PathLike | None = None,
     *,
+    key: str | None = None,
+    classes: Mapping[int, int] | None = None,
+    strict: bool = False,
     autoencoder: Any = None,
     text_encoder: Any = None,
     seed: int = 0,
+    verbose: int = 1,
     **network: Any,
 ) -> DiffusionModel:
-    """A `DiffusionModel` of a preset.
+    """A `DiffusionModel` of a preset, with fresh weights or with weights to begin at.
+
+    The weights may be those of other classes, of another image size, of other channels or another
+    context. What `networks.transfer` cannot keep of them is resized or made anew, and printed in
+    three lines.
 
     Args:
         name: one of `names()`.
         weights: None for a fresh start; "pretrained" for the weights that ship with the package;
             or the path of network weights (`.weights.h5`, the model's `ema_network.save_weights`),
-            of a saved model (`.keras`, whose moving average is taken), or, for a U-ViT, of a
-            published checkpoint (`.pth`, `.safetensors`).
+            of a saved model (`.keras`) or a folder of checkpoints, whose moving average is taken,
+            or, for a U-ViT, of a published checkpoint (`.pth`, `.safetensors`).
+        key: str, the part of a published checkpoint that holds several, such as "ema".
+        classes: dict of a class to the class of the weights whose row of the label table it begins
+            with. `None`: the table is kept where both have as many classes.
+        strict: bool. Raise unless all weights fit as they are.
         autoencoder: for presets of latents, `encoders.AutoencoderKL` or the path of its weights,
             see `AutoencoderKL.from_file`; the preset's `autoencoder` says which file its FID is of.
             `generate` needs it to make pixels of latents.
@@ -60,6 +77,7 @@ def load(
             see `CLIPText.from_preset`. `generate` needs it for prompts that are strings. With
             "pretrained" weights the one that ships with them is taken.
         seed: int, of training.
+        verbose: 0 or 1, whether to print what was kept, where it is not all.
         **network: arguments of the network (`UViT`, `UNet`) to change, such as `num_classes=` or
             `image_shape=` for your own data.
 
@@ -76,16 +94,28 @@ def load(
         >>> model = load("uvit_tiny_digits", weights="pretrained")
         >>> model.generate(labels=range(10), num_steps=5, verbose=0).shape
         (10, 8, 8, 1)
+        >>> load("uvit_tiny_digits", weights="pretrained", num_classes=3).network.num_classes
+        Kept: 67 weights of 68.
+        Resized: label_embed/embeddings.
+        Made anew: none.
+        3
     """
     row = get(name)
     path = _weight_file(name, row, weights)
+    if key is not None and (path is None or path.suffix not in PUBLISHED):
+        raise ValueError(f"key={key!r} chooses a part of a file in {PUBLISHED}. Received: {path}.")
     if isinstance(autoencoder, str | Path) and not Path(autoencoder).exists():
         raise FileNotFoundError(f"No autoencoder weights at {autoencoder}.")
     encoder = row.context_encoder if weights == "pretrained" else None
     model = row.build(network, context_encoder=encoder, seed=seed, name=name)
     if path is not None:
-        changes = ", ".join(f"{key}={value!r}" for key, value in network.items())
-        _load_weights(model, path, f"preset {name!r}" + (changes and f" with {changes}"))
+        changes = ", ".join(f"{k}={value!r}" for k, value in network.items())
+        what = f"preset {name!r}" + (changes and f" with {changes}")
+        source = _source(model, row, network, path, key, what)
+        try:
+            begin(model, source, classes, strict, verbose)
+        except ValueError as error:
+            raise ValueError(f"{path.name} does not fit {what}: {error}") from error
     if isinstance(autoencoder, str | Path):
         autoencoder = AutoencoderKL.from_file(autoencoder, scale=row.latent_scale or 1.0)
     if text_encoder is None and row.text_encoder and weights == "pretrained":
@@ -109,39 +139,63 @@ def _weight_file(name, row, weights):
             )
         return SHIPPED / row.weights
     path = Path(weights)
+    if steps_in(path):
+        return path
     kinds = (".weights.h5", ".keras")
     if row.architecture.__name__ in FAMILIES:  # there are published checkpoints
-        kinds += (*TORCH, ".safetensors")
+        kinds += PUBLISHED
     if not path.is_file():
         raise FileNotFoundError(f'No weight file at {path}. ("pretrained" takes shipped weights.)')
     if not path.name.endswith(kinds):
         raise ValueError(
             f"{path.name}: unknown kind of weight file for a {row.architecture.__name__}. "
-            f"Expected one of {kinds}."
+            f"Expected one of {kinds}, or a folder of checkpoints."
         )
     return path
 
 
-def _load_weights(model, path, what):
-    if path.suffix in (*TORCH, ".safetensors"):
-        load_torch_weights(model, path)
-        return
-    if path.name.endswith(".weights.h5"):
-        load_keras_weights(model.network, path, what)
-    else:
+def _source(model, row, changes, path, key, what):
+    """A network with the weights of the file."""
+    if path.is_dir() or path.suffix == ".keras":
+        saved = _saved(path, what)
+        take_encoders(model, saved)
+        return saved.ema_network
+    # The file does not say of which network it is: of the one that is asked for, or of the preset.
+    usual = {name: value for name, value in changes.items() if name not in ADAPTABLE}
+    network = model.network
+    try:
+        _read(network, path, key, what)
+    except ValueError as error:
+        if usual == changes:
+            raise
+        network = row.new_network(**usual)
         try:
-            with naming_missing_classes(path), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", f".*{LEFT_OUT}")  # `load` sets the encoders
-                saved = keras.saving.load_model(path, compile=False)
-            model.network.set_weights(saved.ema_network.get_weights())
-            _take_encoders(model, saved)
-        except (*DAMAGE, BadZipFile) as error:
-            raise ValueError(f"{path.name} is damaged or does not fit {what}: {error}") from error
-    model.copy_weights_to_ema()
+            _read(network, path, key, what)
+        except ValueError:
+            raise ValueError(
+                f"{error} Nor is it a file of the preset's own network. If it is of a third one, "
+                "load it with the arguments of that one, and pass the model to `training.adapt`."
+            ) from error
+    return network
 
 
-def _take_encoders(model, saved):
-    """Whose latents and contexts the weights have learned, and their "no prompt"."""
-    model.latent_encoder, model.context_encoder = saved.latent_encoder, saved.context_encoder
-    if model.network.context_shape is not None:
-        model.null_context.assign(saved.null_context)
+def _read(network, path, key, what):
+    if path.suffix in PUBLISHED:
+        load_torch_weights(network, path, key)
+    else:
+        load_keras_weights(network, path, what)
+
+
+def _saved(path, what):
+    """The `DiffusionModel` of a file or of a folder of checkpoints."""
+    try:
+        with naming_missing_classes(path), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", f".*{LEFT_OUT}")  # `load` sets the encoders
+            if path.is_dir():
+                return load_checkpoint(path)
+            saved = keras.saving.load_model(path, compile=False)
+        if isinstance(saved, DiffusionModel):
+            return saved
+        raise ValueError(f"expected a DiffusionModel, received {type(saved).__name__}")
+    except (*DAMAGE, BadZipFile) as error:
+        raise ValueError(f"{path.name} is damaged or does not fit {what}: {error}") from error

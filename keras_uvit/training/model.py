@@ -747,10 +747,6 @@ class DiffusionModel(keras.Model):
 
     def _write(self, write, filepath, overwrite, **kwargs):
         self.check_weights()
-        if distribution.divides_among_processes():
-            raise ValueError(
-                "Each process has a part of the weights: `training.Checkpoint` saves all of them, "
-                "and `training.load_checkpoint` makes the whole model of it, in one process."
-            )
+        distribution.check_whole()
         with distribution.alone():  # Keras makes an optimizer to look at, in all processes
             atomically(write, filepath, overwrite, **kwargs)

@@ -113,6 +113,32 @@ def test_train_a_model_of_text(tmp_path, asked, clip):
     assert "--prompt needs" in misused(*words, "--prompt", "a")
 
 
+# From trained weights -----------------------------------------------------------------------------
+
+
+def test_a_preset_is_fine_tuned_and_then_the_run_with_low_rank_pairs(tmp_path, asked, trained):
+    words = ("--from", trained[0] / "ema.weights.h5", "--preset", "uvit_nano_digits", "--epochs", 2)
+    text = run("train", "digits", tmp_path, *words, "--num-classes", 12, "--learning-rate", 0.25)
+    assert "Resized: label_embed/embeddings." in text
+    model = asked["model"]
+    assert model.network.num_classes == 12
+    assert asked["iterations"] == 2 * len(asked["samples"])
+    expected = dict(learning_rate=0.25, warmup_steps=0.05, decay_steps="run")
+    assert {key: model.optimizer_config[key] for key in expected} == expected
+
+    (tmp_path / "run").mkdir()
+    photos = save_pngs(tmp_path / "photos")  # read in grey, as the model is
+    model.save(tmp_path / "m.keras")
+    words = ("--from", tmp_path / "m.keras", "--image-size", 4, "--steps", 3, "--lora", 2)
+    run("train", photos, tmp_path / "run", *words, "--precision", "mixed_bfloat16", "--seed", 7)
+    tuned = asked["model"]
+    config = dict(image_shape=(4, 4, 1), num_classes=12, dtype="mixed_bfloat16")
+    assert {key: getattr(tuned.network.config, key) for key in config} == config
+    assert tuned.network.config.lora["rank"] == 2
+    assert (tuned.seed, asked["iterations"]) == (7, 3)
+    assert (tmp_path / "run" / "lora.safetensors").is_file()
+
+
 # Without a preset ---------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from published import CASES, GOLDEN, answer_of, network_of
 from safetensors import torch as torch_safetensors
-from tiny import assert_equal, numpy, refused, uvit
+from tiny import assert_equal, refused, uvit
 
 from keras_uvit import DiffusionModel, convert, evaluation
 from keras_uvit.convert import load_torch_weights, save_torch_weights
@@ -140,43 +140,6 @@ def test_a_network_that_was_never_published_is_neither_read_nor_written(tmp_path
     for writer in (network, DiffusionModel(network)):
         refused(ValueError, lambda w=writer: save_torch_weights(w, path), *words)
     assert not path.exists()
-
-
-# Position embeddings of another size --------------------------------------------------------------
-
-
-def _positions(network):
-    return numpy(network.get_layer("position").embeddings)
-
-
-@pytest.mark.parametrize(
-    ("name", "extras", "size", "grids"),
-    [
-        ("uvit_uncond", 1, (4, 4), "4x4 to 2x2"),
-        ("uvit_class", 2, (8, 32), "4x4 to 2x8"),  # as many patches, in other places
-        ("uvit_text", 8, (12, 12), "4x4 to 6x6"),
-    ],
-)
-def test_another_image_size_resizes_positions_with_a_warning(name, extras, size, grids):
-    network = network_of(name, image_shape=(*size, CASES[name].get("in_chans", 3)))
-    with pytest.warns(UserWarning, match=f"resized from {grids} patches"):
-        load_torch_weights(network, GOLDEN / f"{name}.pth")
-    loaded, stored = _positions(network), _tensors(name)["pos_embed"][0].numpy()
-    np.testing.assert_array_equal(loaded[:extras], stored[:extras])  # label, time, text
-    assert np.isfinite(loaded).all()
-
-
-@pytest.mark.each_backend
-def test_resized_positions_keep_rows_and_columns_apart(tmp_path):
-    tensors, network = _tensors(), network_of("uvit_uncond", image_shape=(8, 16, 3))
-    columns = np.tile(np.arange(4.0), 4)[:, None]  # each position's vector is its column, 0 to 3
-    tensors["pos_embed"][0, 1:] = torch.tensor(np.repeat(columns, 48, axis=1))
-    with pytest.warns(UserWarning, match="4x4 to 4x8"):
-        load_torch_weights(network, _save(tensors, tmp_path / "ramp.pth"))
-    # A linear ramp, but for the edges; 1e-5 is float32 rounding of numbers below 4.
-    ramp = np.array([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
-    expected = np.broadcast_to(ramp[None, :, None], (4, 8, 48))
-    np.testing.assert_allclose(_positions(network)[1:].reshape(4, 8, 48), expected, atol=1e-5)
 
 
 # Unsafe, damaged and foreign files ----------------------------------------------------------------

@@ -23,7 +23,7 @@ TINY_UNET |= dict(num_blocks=1, head_dim=4)
 # One value per argument that is not the default.
 SHARED = dict(
     num_classes=7, null_label=False, context_shape=(3, 5), remat=True, dtype="mixed_bfloat16",
-    name="other",
+    lora=dict(rank=2, alpha=3.0, targets=("attention",)), name="other",
 )  # fmt: skip
 OTHER = dict(
     **SHARED, mlp_dim=24, skip="add_project", time="adaln", time_mlp=True, qkv_bias=True,

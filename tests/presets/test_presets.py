@@ -8,6 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import torch
 from published import answer_of
 from sklearn.svm import SVC
 from tiny import assert_equal, numpy, randomize, refused, uvit, weights
@@ -18,9 +19,11 @@ from keras_uvit.data import digits, shapes
 from keras_uvit.diffusion import samplers
 from keras_uvit.diffusion.schedules import LinearPath, VPDiscrete, VPLinear
 from keras_uvit.encoders import AutoencoderKL, CLIPText, clip
+from keras_uvit.networks.transferring import resized
 from keras_uvit.presets import loading
 from keras_uvit.presets.preset import OF_MODEL
-from keras_uvit.training.optimizers import adamw
+from keras_uvit.training import checkpoints
+from keras_uvit.training.optimizers import adamw, settings
 
 pytestmark = pytest.mark.once
 
@@ -251,6 +254,83 @@ def test_a_published_checkpoint_is_loaded_by_its_path():
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
+# Weights to begin at ------------------------------------------------------------------------------
+
+PUBLISHED_SIZE = dict(hidden_dim=48, num_layers=5, num_heads=4)
+
+
+@pytest.mark.parametrize("kind", ["w.weights.h5", "w.keras"])
+def test_files_of_the_preset_begin_a_model_of_other_classes_and_another_size(saved, capsys, kind):
+    model, folder = saved
+    changes = dict(num_classes=2, image_shape=(12, 8, 1))  # positions are sinusoids
+    load = functools.partial(presets.load, "uvit_tiny_digits", folder / kind, **SMALL)
+    loaded = load(**changes, classes={1: 7})
+    assert "Resized: label_embed/embeddings." in capsys.readouterr().out
+    tables = [
+        net.get_layer("label_embed").embeddings for net in (loaded.network, model.ema_network)
+    ]
+    assert_equal(numpy(tables[0])[1:], numpy(tables[1])[[7, 10]])
+    for layer in ("mid_block", "head", "output_conv"):
+        expected = weights(model.ema_network.get_layer(layer))
+        for network in (loaded.network, loaded.ema_network):
+            assert_equal(weights(network.get_layer(layer)), expected)
+    refused(ValueError, lambda: load(**changes, strict=True), f"{kind} does not fit", "strict=True")
+    # A file of the very network that is asked for fits as it is, and nothing is said.
+    loaded.ema_network.save_weights(folder / "other.weights.h5")
+    capsys.readouterr()
+    again = presets.load(
+        "uvit_tiny_digits", folder / "other.weights.h5", **SMALL, **changes, strict=True
+    )
+    assert_equal(weights(again.network), weights(loaded.ema_network))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_of_checkpoints_begins_a_model_of_other_classes(tmp_path):
+    model = presets.load("uvit_tiny_digits", **SMALL)
+    model.compile()
+    randomize(model.ema_network)
+    optimizer = settings(model)
+    checkpoints.write(model, tmp_path, 1, checkpoints.Place(0, 1, 1, 8), optimizer=optimizer)
+    loaded = presets.load("uvit_tiny_digits", tmp_path, **SMALL, num_classes=2)
+    for layer in ("mid_block", "head", "position"):
+        found, expected = (
+            weights(net.get_layer(layer)) for net in (loaded.network, model.ema_network)
+        )
+        assert_equal(found, expected)
+
+
+def test_a_published_checkpoint_begins_a_model_of_another_size_and_of_classes(monkeypatch):
+    path, own = GOLDEN / "uvit_uncond.pth", dict(image_shape=(8, 8, 3))
+    load = functools.partial(presets.load, "uvit_small_cifar10", path, **PUBLISHED_SIZE, verbose=0)
+    source = load(**own).network
+    # The preset is of 32x32 pixels, and the file of 8x8.
+    words = "pos_embed", "preset's own network", "training.adapt"
+    refused(ValueError, lambda: load(image_shape=(16, 16, 3)), *words)
+    row = presets.get("uvit_small_cifar10")
+    row = dataclasses.replace(row, network={**row.network, **own})
+    monkeypatch.setitem(presets.PRESETS, "uvit_small_cifar10", row)
+    model = load(image_shape=(16, 16, 3), num_classes=5)
+    for layer in ("mid_block", "head"):
+        assert_equal(weights(model.network.get_layer(layer)), weights(source.get_layer(layer)))
+    new, old = (numpy(net.get_layer("position").embeddings) for net in (model.network, source))
+    np.testing.assert_array_equal(new[1], old[0])  # the time token's
+    np.testing.assert_array_equal(new[2:], resized(old[1:], (4, 4), (8, 8)))
+
+
+def test_a_part_of_a_published_checkpoint_is_chosen_by_name(tmp_path):
+    tensors = torch.load(GOLDEN / "uvit_uncond.pth", weights_only=True)
+    other = {name: 2 * a for name, a in tensors.items()}
+    torch.save({"model": other, "ema": tensors, "step": 5}, tmp_path / "w.pth")
+    arguments = dict(image_shape=(8, 8, 3), **PUBLISHED_SIZE)
+    load = functools.partial(presets.load, "uvit_small_cifar10", **arguments)
+    refused(ValueError, lambda: load(tmp_path / "w.pth"), "['ema', 'model']", "key=")
+    expected = weights(load(GOLDEN / "uvit_uncond.pth").network)
+    assert_equal(weights(load(tmp_path / "w.pth", key="ema").network), expected)
+    refused(ValueError, lambda: load("pretrained", key="ema"), "ships no weights")
+    call = functools.partial(presets.load, "uvit_tiny_digits", "pretrained", key="ema")
+    refused(ValueError, call, "key='ema' chooses a part")
+
+
 # Autoencoders -------------------------------------------------------------------------------------
 
 HUGE = "uvit_huge_imagenet256"
@@ -415,7 +495,7 @@ def test_a_damaged_file_is_named(saved, tmp_path, kind, damage):
 def test_weights_of_another_network_are_refused(saved, kind, change):
     (changed,) = change
     load = functools.partial(presets.load, "uvit_tiny_digits", saved[1] / kind)
-    words = f"{kind} is damaged or does not fit", "uvit_tiny_digits", f"{changed}="
+    words = f"{kind} ", "does not fit", "uvit_tiny_digits", f"{changed}="
     refused(ValueError, lambda: load(**{**SMALL, **change}), *words)
 
 
