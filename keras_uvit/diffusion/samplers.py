@@ -229,9 +229,6 @@ def dpm_solver_pp(
         order: 1, 2 or 3; singlestep also takes a list, one per step.
         multistep: bool.
         on_grid: bool, singlestep only.
-
-    Returns:
-        `Steps`.
     """
     if not multistep:
         return _singlestep(schedule, times, order, _data_weights, "dpm_solver_pp", on_grid)
@@ -386,11 +383,9 @@ def named(name: str, schedule: Schedule, num_steps: int, t_start: float = 1.0) -
     """The `Steps` of a sampler in `SAMPLERS` on its default time grid.
 
     Args:
-        name: str, of `SAMPLERS`.
-        schedule: such as `VPLinear()`.
-        num_steps: int.
-        t_start: float in (schedule.t_min, 1], the time that the grid begins at; what is later than
-            where the sampler can start from pure noise is where it starts from pure noise.
+        name, schedule, num_steps: a key of `SAMPLERS`, such as `VPLinear()`, an int.
+        t_start: float in (schedule.t_min, 1], the time that the grid begins at, if the sampler
+            does not begin earlier.
 
     Raises:
         ValueError: for an unknown name, or fewer steps than the sampler's order.

@@ -18,10 +18,15 @@ from keras import ops
 from keras_uvit.networks.lora import KERNELS
 
 # Arguments in which the two networks may differ.
-ADAPTABLE = ("image_shape", "patch_size", "num_classes", "null_label", "context_shape", "lora")
+ADAPTABLE = (
+    *("image_shape", "patch_size", "num_classes", "null_label", "context_shape", "lora"),
+    *("takes_span", "takes_guidance"),
+)
 FREE = ("dtype", "remat")  # and those that concern no weight
 # Weights that one of the two networks may lack.
-OPTIONAL = re.compile(r"(label_embed|context_embed|\w+_context)/.*|.*/lora_[ab]")
+OPTIONAL = re.compile(
+    r"(label_embed|context_embed|\w+_context|(span|guidance)_mlp_(in|out))/.*|.*/lora_[ab]"
+)
 # The axes of an image's channels in a weight, as (input, output); None where there is none. Of a
 # weight with (P P C) in one axis, they are those after this axis has become (P P, C).
 CHANNELS: dict[str, tuple[int | None, int | None]] = {
