@@ -19,7 +19,7 @@ from keras_uvit.types import Tensor
 # The later and the earlier time of a step: sigmoids of these normal variables (mean, deviation);
 # the larger of the two is t. Those of SoFlow.
 LATER, EARLIER = (0.2, 0.8), (-1.0, 0.8)
-# Guidance fades to none between these times: near pure noise it drives the images apart.
+# Guidance fades to none between these times.
 FULL_UNTIL, NONE_FROM = 0.8, 1.0
 
 FLOOR = 1e-2  # keeps images that are nearly right from counting without bound
@@ -141,9 +141,10 @@ class FlowMap:
             scale: `(B,)`, from `scales`.
         """
         z = column(1.0 - t, x0) * x0 + column(t, x0) * noise
-        v = noise - x0
+        v, stretch = noise - x0, ops.ones_like(t)
         if self.guidance:
-            v = v + self._guidance(u, z, t, scale)
+            stretch = 1.0 + (scale - 1.0) * _fading(t)
+            v = v + column(stretch - 1.0, x0) * (v - self._unconditional(u, z, t))
         rows = slice(None, None, self.every)  # of the images that train a step
         way = alpha * span[rows]
         ahead = u(
@@ -153,23 +154,24 @@ class FlowMap:
         is_step = _every(self.every, t)
         target = ops.where(column(is_step, x0), _placed(target, self.every, x0), v)
         error = ops.square(u(z, t, span, scale, slice(None)) - ops.stop_gradient(target))
-        weight = ops.where(is_step, 1.0 / alpha, 1.0)
+        weight = ops.where(is_step, 1.0 / alpha, 1.0) / ops.square(stretch)
         if self.power:
             size = ops.mean(error, axis=tuple(range(1, len(x0.shape)))) * ops.square(weight)
             weight = weight / ops.stop_gradient(size + FLOOR) ** self.power
         return ops.mean(column(weight, x0) * error)
 
-    def _guidance(self, u, z, t, scale):
-        """What guidance adds to v: (w - 1) (u(conditional) - u(unconditional)) at r = t.
-
-        The network's own velocities without guidance, whose target is v: the difference of
-        classifier-free guidance. For an image whose condition was dropped it is zero.
-        """
+    def _unconditional(self, u, z, t):
+        """The velocity u without condition and guidance, where images are guided."""
         rows = slice(None, None, 2)
-        given = z[rows], t[rows], ops.zeros_like(t[rows]), ops.ones_like(t[rows]), rows
-        difference = ops.stop_gradient(u(*given) - u(*given, conditional=False))
-        fading = ops.clip((NONE_FROM - t) / (NONE_FROM - FULL_UNTIL), 0.0, 1.0)
-        return column((scale - 1.0) * fading, z) * _placed(difference, 2, z)
+        zero, one = ops.zeros_like(t[rows]), ops.ones_like(t[rows])
+        return ops.stop_gradient(
+            _placed(u(z[rows], t[rows], zero, one, rows, conditional=False), 2, z)
+        )
+
+
+def _fading(t):
+    """How much of guidance is left at t: near pure noise it drives images apart."""
+    return ops.clip((NONE_FROM - t) / (NONE_FROM - FULL_UNTIL), 0.0, 1.0)
 
 
 def _every(count, like):

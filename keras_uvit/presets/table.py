@@ -10,6 +10,7 @@ The last rows are of what U-ViT is compared with. Layouts of the U-Nets were not
 are the nearest to the published parameters and cost.
 """
 
+from keras_uvit.diffusion import FlowMap
 from keras_uvit.networks import UNet
 from keras_uvit.presets.preset import Preset
 from keras_uvit.presets.recipes import (
@@ -27,6 +28,7 @@ from keras_uvit.presets.recipes import (
     LATENT_LARGE,
     MID,
     SHAPES,
+    SHIPPED_FAST,
     SMALL,
     SMALL_DEEP,
     TINY,
@@ -51,6 +53,44 @@ PRESETS: dict[str, Preset] = {
         params=610_692,
         gmacs=0.0519,
         weights="uvit_tiny_shapes.weights.h5",
+        context_encoder="0b172bfaf6eacfa5",
+    ),
+    "uvit_tiny_digits_fast": Preset(
+        paper_name="none: 8x8 digits in 1 to 4 steps, ships with its weights",
+        network=dict(
+            image_shape=(8, 8, 1),
+            patch_size=2,
+            hidden_dim=80,
+            num_classes=10,
+            **TINY,
+            **FAST_INPUTS,
+        ),
+        **SHIPPED_FAST,
+        flow_map=FlowMap(3000, guidance=(1.0, 4.0)),
+        iterations=3000,
+        guidance_scale=1.2,
+        params=0,
+        gmacs=0.0078,
+        weights="uvit_tiny_digits_fast.weights.h5",
+    ),
+    "uvit_tiny_shapes_fast": Preset(
+        paper_name="none: 32x32 captioned shapes in 1 to 4 steps, ships with its weights",
+        network=dict(
+            image_shape=(32, 32, 3),
+            patch_size=4,
+            hidden_dim=96,
+            context_shape=(12, 64),
+            **TINY,
+            **FAST_INPUTS,
+        ),
+        **SHIPPED_FAST,
+        flow_map=FlowMap(5000, guidance=(1.0, 4.0)),
+        iterations=5000,
+        guidance_scale=2.0,
+        text_encoder="uvit_tiny_shapes_text",
+        params=0,
+        gmacs=0.052,
+        weights="uvit_tiny_shapes_fast.weights.h5",
         context_encoder="0b172bfaf6eacfa5",
     ),
     "uvit_small_cifar10": Preset(

@@ -443,7 +443,9 @@ class DiffusionModel(keras.Model):
         t, noise, dropped = self.draw(x0, objective)
         conditions = self.condition(batch, dropped if training else None)
         if training and self.flow_map is not None:
-            mean = self.flow_map_loss(self.flow_map, network, batch, x0, t, noise, conditions)
+            mean = self.flow_map_loss(
+                self.flow_map, network, batch, x0, t, noise, conditions, dropped
+            )
         else:
             inputs = {**self.inputs(objective.add_noise(x0, t, noise), t), **conditions}
             output = ops.cast(network(inputs, training=training), "float32")
@@ -465,12 +467,14 @@ class DiffusionModel(keras.Model):
         t: Tensor,
         noise: Tensor,
         conditions: dict[str, Tensor],
+        dropped: Tensor,
     ) -> Tensor:
         """The loss of a flow map for a batch whose times, noise and conditions were drawn."""
         draws.go_to(self.random, FLOW_MAP, self.step)
         count = ops.shape(x0)[0]
         t, span = flow_map.times(t, draws.normal(self.random, (count, 2)))
-        scale = flow_map.scales(draws.uniform(self.random, (count,)))
+        # Without a condition there is nothing to guide.
+        scale = ops.where(dropped, 1.0, flow_map.scales(draws.uniform(self.random, (count,))))
         none = self.condition(batch, ops.ones_like(t, dtype="bool"))
 
         def u(z, t, span, scale, rows, conditional=True):
