@@ -179,3 +179,15 @@ def test_help_teaches(name):
         assert word in text
     own = ("shapes", "cka", "fashion", "digits")  # whose data are there
     assert ("keras-uvit " in text) == (name not in own)
+
+
+@pytest.mark.once
+def test_editing_draws_and_measures(run, tmp_path):
+    run("editing", "--quick", "--out", tmp_path)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["known pixels that came back"] == 1.0
+    assert found["completed, read as the scan's class, 4 resamples"] == 1.0  # of six
+    assert found["recoloured, scenes right"] == 1.0  # of six; 100 of 100 were measured
+    names = {path.name for path in tmp_path.iterdir()}
+    films = {"film-digits.png", "film-shapes.png", "film.webp"}
+    assert names == {"digits.png", "shapes.png", "metrics.json"} | films

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from keras import ops, tree
 
-from keras_uvit import io, progress
+from keras_uvit import io, progress, sampling
 from keras_uvit.evaluation.classifier import Classifier
 from keras_uvit.evaluation.files import image_grid
 from keras_uvit.evaluation.frechet import frechet_distance
@@ -75,6 +75,9 @@ def report(
     """
     plot = _matplotlib()
     images, labels = _pictures(model, data)
+    of_sampling = ("sampler", "num_steps", "guidance_scale", "guidance_interval")
+    asked_for = {name: value for name, value in options.items() if name in of_sampling}
+    chosen = sampling.resolve(model, **asked_for).record()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     say = progress.say if verbose else lambda text: None
@@ -90,7 +93,7 @@ def report(
     found = {
         "images": num_images,
         "seed": seed,
-        "guidance_scale": options.get("guidance_scale", model.guidance_scale),
+        "guidance_scale": chosen["guidance_scale"],
         "num_steps": options.get("num_steps", model.num_steps),
     }
     if asked is not None:

@@ -24,7 +24,12 @@ class Edit:
 
     def seen(self, model: Any, rows: np.ndarray) -> np.ndarray:
         """`(B, h, w, c)` float32: pictures as the network sees them, of latents the mean."""
-        return as_seen(model, _at(self.pictures, rows))
+        pictures = _at(self.pictures, rows)
+        if model.latent_scale is None:
+            return pictures
+        autoencoder = model.encoders.autoencoder
+        moments = np.asarray(autoencoder.encode(pictures, verbose=0), "float32")
+        return np.float32(autoencoder.scale) * np.split(moments, 2, axis=-1)[0]
 
     def drawn(self, model: Any, rows: np.ndarray) -> np.ndarray:
         """`(B, h, w, 1)` float32: 1 where the network draws. A latent is drawn if any of its
@@ -44,15 +49,6 @@ class Edit:
 
 def _at(array, rows):
     return array[rows % len(array)]
-
-
-def as_seen(model: Any, pictures: np.ndarray) -> np.ndarray:
-    """`(B, h, w, c)` float32 of pictures in [-1, 1]: themselves, or the mean of their latents."""
-    if model.latent_scale is None:
-        return pictures
-    autoencoder = model.encoders.autoencoder
-    moments = np.asarray(autoencoder.encode(pictures, verbose=0), "float32")
-    return np.float32(autoencoder.scale) * np.split(moments, 2, axis=-1)[0]
 
 
 def edit_of(
@@ -76,17 +72,17 @@ def edit_of(
         )
     if mask is None and resamples != 1:
         raise ValueError("resamples goes with a mask: without one, there is no known part.")
-    pictures = pictures_of(model, image)
+    pictures = _pictures(model, image)
     return Edit(pictures, None if mask is None else _mask(mask, pictures.shape[1:3]))
 
 
-def pictures_of(model: Any, image: Array, name: str = "image") -> np.ndarray:
+def _pictures(model, image):
     """`(n, H, W, C)` float32 in [-1, 1] of one picture or several, checked against the model."""
     autoencoder, shape = model.encoders.autoencoder, tuple(model.network.image_shape)
     is_latent = model.latent_scale is not None
     if is_latent and (autoencoder is None or not hasattr(autoencoder, "encode")):
         raise ValueError(
-            f"This model works on latents, and {name} is encoded by its autoencoder: call "
+            "This model works on latents, and image is encoded by its autoencoder: call "
             "`model.set_encoders(autoencoder=...)` with one that has an encoder."
         )
     pictures = np.asarray(image)
@@ -96,13 +92,13 @@ def pictures_of(model: Any, image: Array, name: str = "image") -> np.ndarray:
     channels = pictures.shape[-1] if is_latent and pictures.ndim == 4 else shape[-1]
     if pictures.ndim != 4 or pictures.shape[1:] != (*size, channels) or not len(pictures):
         raise ValueError(
-            f"{name} must have shape {(*size, 'C' if is_latent else channels)}, or (n, ...) of "
+            f"image must have shape {(*size, 'C' if is_latent else channels)}, or (n, ...) of "
             f"several. Received: {np.shape(image)}. Resize pictures first, such as by "
             f"np.asarray(PIL.Image.open(path).resize({size[::-1]}))."
         )
     if is_latent and autoencoder.moments_shape(pictures.shape[1:]) != (*shape[:2], 2 * shape[2]):
         raise ValueError(
-            f"{name} of {pictures.shape[1:]} has latents of another shape than {shape}."
+            f"image of {pictures.shape[1:]} has latents of another shape than {shape}."
         )
     return to_unit_range(pictures)
 

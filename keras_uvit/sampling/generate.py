@@ -187,7 +187,7 @@ def _batch(model, job, chosen, count):
         if job.edit.mask is not None:
             known = (job.edit.drawn(model, rows), picture, x)
         x = _noised(model, job, picture, x)
-    looks = []
+    looks = [x[:count]]  # without steps
     if job.steps is not None:
         x, looks = _run(model, job, rows, x, seeds, known, count)
     x = x[:count]
@@ -202,11 +202,12 @@ def _run(model, job, rows, x, seeds, known, count):
     weights = [[w.value for w in network.variables] for _, network in _networks(model, job)]
     given = [_rows(part, rows) for part in (job.conditions, job.unconditional)]
     seeds, known = backend.spread(seeds), [backend.spread(part) for part in known]
-    carry, table, looks = loop.begin(backend.spread(x)), job.steps.packed(), []
+    zeros, table, looks = np.zeros_like(x), job.steps.packed(), []
+    carry = tuple(backend.spread(part) for part in (x, x, zeros, zeros))  # as `loop.begin`
     for first in range(0, len(table), job.every or len(table)):
         part = slice(first, first + (job.every or len(table)))
         program = _program(model, job, job.options.asks_twice(job.steps)[part], bool(known))
-        now = (backend.spread(a, axis=None) for a in (table[part], np.int32(first)))
+        now = backend.spread(table[part], axis=None), np.array(first, "int32")
         carry = program(weights, carry, *given, *now, seeds, known)
         if job.every:
             denoised, last = backend.whole(carry[2])[:count], min(part.stop, len(table)) - 1
