@@ -1,8 +1,12 @@
 """Between uint8 images and the [-1, 1] of networks."""
 
+from typing import Any, TypeAlias
+
 import numpy as np
 
 from keras_uvit.types import Array
+
+PerChannel: TypeAlias = float | tuple[float, ...]  # of latents: one for all channels, or for each
 
 
 def to_unit_range(images: Array) -> np.ndarray:
@@ -39,11 +43,61 @@ def from_unit_range(images: np.ndarray) -> np.ndarray:
     return np.clip(np.round((images + 1.0) * 127.5), 0, 255).astype("uint8")
 
 
-def moments_std(moments: Array) -> float:
-    """Standard deviation of latents drawn from moments `(..., 2 C)`, without any scale."""
+def moments_std(moments: Array, scale: PerChannel = 1.0, shift: PerChannel = 0.0) -> float:
+    """Standard deviation of scale (z - shift), z latents drawn from moments `(..., 2 C)`."""
     mean, log_variance = np.split(np.asarray(moments, "float32"), 2, axis=-1)
-    noise = np.exp(np.clip(log_variance, -30.0, 20.0)).mean()
-    return float(np.sqrt(mean.var() + noise))
+    noise = np.asarray(scale) ** 2 * np.exp(np.clip(log_variance, -30.0, 20.0))
+    return float(np.sqrt(scaled(mean, scale, shift).var() + noise.mean()))
+
+
+def scaled(latents: Array, scale: PerChannel, shift: PerChannel) -> np.ndarray:
+    """scale (z - shift): latents as diffusion models learn them, float32."""
+    return np.asarray(scale, "float32") * (latents - np.asarray(shift, "float32"))
+
+
+def unscaled(latents: Array, scale: PerChannel, shift: PerChannel) -> np.ndarray:
+    """z / scale + shift, float32: undoes `scaled`."""
+    latents = np.asarray(latents, "float32")
+    return latents / np.asarray(scale, "float32") + np.asarray(shift, "float32")
+
+
+def per_channel(
+    value: Any, name: str, positive: bool = False, channels: int | None = None
+) -> PerChannel:
+    """A number, or one for each channel as a tuple, with Python's own floats.
+
+    Args:
+        value: number, or a sequence of them.
+        name: what to call it in errors.
+        positive: bool, whether all must be above 0.
+        channels: int, how many channels there are; None where it is not known.
+
+    Raises:
+        ValueError: for other things, NaN and infinity.
+    """
+    numbers = np.asarray(value, "float64")
+    if numbers.ndim > 1 or not np.isfinite(numbers).all() or positive and not (numbers > 0).all():
+        kind = "positive" if positive else "finite"
+        raise ValueError(
+            f"{name} must be a {kind} number, or one for each channel. Received: {value!r}."
+        )
+    if numbers.ndim and channels not in (None, len(numbers)):
+        raise ValueError(
+            f"{name} must be one number, or one for each of {channels} channels. Received: "
+            f"{len(numbers)} numbers."
+        )
+    return float(numbers) if numbers.ndim == 0 else tuple(numbers.tolist())
+
+
+def listed(value: Any) -> Any:
+    """As JSON keeps it: a tuple becomes a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def same_per_channel(a: PerChannel, b: PerChannel) -> bool:
+    """Whether two of them are equal, up to float32 rounding."""
+    lengths = {len(value) for value in (a, b) if isinstance(value, tuple)}
+    return len(lengths) < 2 and bool(np.allclose(a, b, rtol=1e-5, atol=1e-6))
 
 
 def check_latents(latents: Array) -> None:

@@ -197,7 +197,9 @@ def open_model(
     if not isinstance(model, DiffusionModel):
         raise ValueError(f"Expected a DiffusionModel in {name}. Received: {type(model).__name__}.")
     if autoencoder is not None:
-        autoencoder = AutoencoderKL.from_file(autoencoder, scale=model.latent_scale or 1.0)
+        autoencoder = AutoencoderKL.from_file(
+            autoencoder, scale=model.latent_scale or 1.0, shift=model.latent_shift
+        )
         model.set_encoders(autoencoder=autoencoder)
     if text is not None:
         model.set_encoders(text_encoder=CLIPText.from_preset(text))

@@ -214,7 +214,9 @@ def _by_data(samples, folder, plan, parts, seed, network, optimizer):
     )
     if parts["autoencoder"]:
         scale = model.latent_scale or 1.0
-        autoencoder = AutoencoderKL.from_file(parts["autoencoder"], scale=scale)
+        autoencoder = AutoencoderKL.from_file(
+            parts["autoencoder"], scale=scale, shift=model.latent_shift
+        )
         model.set_encoders(autoencoder=autoencoder)
     if parts["text"]:
         model.set_encoders(text_encoder=CLIPText.from_preset(parts["text"]))

@@ -6,6 +6,7 @@ from keras_uvit.data.images import image_folder as image_folder
 from keras_uvit.data.latents import LatentDataset as LatentDataset
 from keras_uvit.data.latents import image_shards as image_shards
 from keras_uvit.data.published import published_pickles as published_pickles
+from keras_uvit.data.statistics import latent_statistics as latent_statistics
 from keras_uvit.data.tfds import tfds_images as tfds_images
 from keras_uvit.data.tfds import tfds_source as tfds_source
 from keras_uvit.data.writing import write_images as write_images

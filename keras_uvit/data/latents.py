@@ -13,6 +13,7 @@ from keras_uvit.data.contexts import Contexts
 from keras_uvit.data.images import ImageDataset
 from keras_uvit.data.manifest import CacheError
 from keras_uvit.data.shuffled import ShuffledDataset
+from keras_uvit.pixels import PerChannel, per_channel
 from keras_uvit.types import Array, PathLike
 
 
@@ -64,8 +65,8 @@ class LatentDataset(ShuffledDataset):
         path: folder that `write_latents` or `keras-uvit encode` made.
         batch_size: int, of all processes together; a multiple of their number.
         labels, captions: "auto" reads them where there are any; None leaves them out.
-        scale: float, another scale than the autoencoder had when the cache was written: moments
-            are kept without it. See `encoders.fitting_scale`.
+        scale, shift: floats or one per channel, other ones than the autoencoder had when the cache
+            was written: moments are kept without them. See `latent_statistics`.
         seed: int.
         process: (index, count): this process gets the `index`-th of `count` equal parts of each
             batch; `None` is its place in the job.
@@ -74,7 +75,8 @@ class LatentDataset(ShuffledDataset):
 
     Attributes:
         manifest: dict, all that is known of the cache.
-        scale, autoencoder_id, fingerprint: the autoencoder's, None where the cache does not say.
+        scale, shift, autoencoder_id, fingerprint: the autoencoder's, None where the cache does not
+            say.
         image_size: [height, width] in pixels, or None.
         sample_shape: (h, w, 2 C) of the moments.
         num_classes: int, or None without labels.
@@ -97,7 +99,8 @@ class LatentDataset(ShuffledDataset):
         *,
         labels: str | None = "auto",
         captions: str | None = "auto",
-        scale: float | None = None,
+        scale: PerChannel | None = None,
+        shift: PerChannel | None = None,
         seed: int = 0,
         process: tuple[int, int] | None = None,
         verify: bool = True,
@@ -109,7 +112,11 @@ class LatentDataset(ShuffledDataset):
         )
         super().__init__(arrays, batch_size, seed, process, contexts)
         about = self.manifest["autoencoder"] or {}
-        self.scale = about.get("scale") if scale is None else float(scale)
+        chosen = {"scale": scale, "shift": shift}
+        found = {key: about.get(key) if v is None else v for key, v in chosen.items()}
+        self.scale, self.shift = (
+            None if v is None else per_channel(v, key, key == "scale") for key, v in found.items()
+        )
         self.autoencoder_id = about.get("id")
         self.fingerprint = about.get("fingerprint")
         self.image_size = self.manifest["image_size"]

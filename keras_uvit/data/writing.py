@@ -15,6 +15,7 @@ import numpy as np
 from keras_uvit import backend, progress
 from keras_uvit.data import manifest, sources
 from keras_uvit.data.manifest import CacheError
+from keras_uvit.pixels import listed
 from keras_uvit.types import Array, PathLike
 from keras_uvit.version import __version__
 
@@ -110,7 +111,10 @@ def _about(source, autoencoder):
     return {
         "shape": list(shape),
         "image_size": list(image_size),
-        "autoencoder": {key: getattr(autoencoder, key) for key in ("id", "fingerprint", "scale")},
+        "autoencoder": {
+            key: listed(getattr(autoencoder, key, 0.0))  # one of your own may have no shift
+            for key in ("id", "fingerprint", "scale", "shift")
+        },
     }
 
 

@@ -1,5 +1,6 @@
 """The autoencoder of Stable Diffusion: pixels to latents and back."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_uvit import backend
+from keras_uvit import backend, pixels
 from keras_uvit.convert import load_torch_weights
 from keras_uvit.convert.files import TORCH
 from keras_uvit.inference import (
@@ -22,14 +23,12 @@ from keras_uvit.inference import (
 )
 from keras_uvit.networks.basics import DType, Shape
 from keras_uvit.networks.layers import serializable
-from keras_uvit.pixels import check_latents, from_unit_range, to_unit_range
+from keras_uvit.pixels import PerChannel, from_unit_range, per_channel, to_unit_range
 from keras_uvit.types import Array, Config, PathLike, Tensor
 
 # In a diffusers folder, the first of these that is there.
-DIFFUSERS_FILES = [
-    f"diffusion_pytorch_model{ending}"
-    for ending in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
-]
+ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
+DIFFUSERS_FILES = [f"diffusion_pytorch_model{ending}" for ending in ENDINGS]
 
 
 def group_norm(name: str) -> layers.GroupNormalization:
@@ -208,7 +207,9 @@ class AutoencoderKL(keras.Model):
         latent_channels: channels of the latents.
         image_channels: channels of the images.
         scale: float, what latents are multiplied by to have variance 1: 0.18215 on ImageNet,
-            0.23010 for the COCO models. It must be the diffusion model's `latent_scale`.
+            0.23010 for the COCO models; or one for each channel. It must be the diffusion model's
+            `latent_scale`.
+        shift: float, what is subtracted before, or one for each channel: its `latent_shift`.
         id: name of the weights, kept in caches and records.
 
     Call arguments: images `(B, H, W, C)` in [-1, 1]; returns them encoded to the mean and decoded.
@@ -226,15 +227,14 @@ class AutoencoderKL(keras.Model):
         num_res_blocks: int = 2,
         latent_channels: int = 4,
         image_channels: int = 3,
-        scale: float = 0.18215,
+        scale: PerChannel = 0.18215,
+        shift: PerChannel = 0.0,
         id: str = "random",
         name: str = "autoencoder_kl",
         dtype: DType = "float32",
     ) -> None:
         if base_dim % 32:
             raise ValueError(f"base_dim must be a multiple of 32. Received: {base_dim}.")
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"scale must be positive. Received: {scale}.")
         if not multipliers or num_res_blocks < 1:
             raise ValueError(
                 "There is at least one level, with one block. Received: "
@@ -248,7 +248,8 @@ class AutoencoderKL(keras.Model):
             "latent_channels": latent_channels,
             "image_channels": image_channels,
         }
-        self.scale, self.id = float(scale), id
+        self.scale = per_channel(scale, "scale", True, latent_channels)
+        self.shift, self.id = per_channel(shift, "shift", channels=latent_channels), id
         self.factor = 2 ** (len(multipliers) - 1)
         with own_defaults(dtype):
             self.encoder, self.decoder = encoder(**self.config), decoder(**self.config)
@@ -257,15 +258,15 @@ class AutoencoderKL(keras.Model):
         self.built = True
 
     @classmethod
-    def from_file(cls, path: PathLike, scale: float | None = None, **arguments: Any) -> Self:
+    def from_file(cls, path: PathLike, **arguments: Any) -> Self:
         """With weights from a file; its name becomes the `id`.
 
         Args:
             path: the published program's `autoencoder_kl.pth` or `autoencoder_kl_ema.pth`, a
                 diffusers folder or its `diffusion_pytorch_model.safetensors`, Keras weights
                 (`.weights.h5`), or an autoencoder that `save` wrote (`.keras`).
-            scale: see the class; `None` is that of a saved autoencoder, else 0.18215.
-            **arguments: of the class, for another architecture than Stable Diffusion 1's.
+            **arguments: of the class: `scale` and `shift` other than those of a saved autoencoder;
+                for other files also another architecture than Stable Diffusion 1's.
 
         Raises:
             FileNotFoundError, ImportError, ValueError: see `convert.load_torch_weights`.
@@ -277,10 +278,9 @@ class AutoencoderKL(keras.Model):
         if not path.is_file():
             raise FileNotFoundError(f"No weight file at {path}.")
         if path.suffix == ".keras":
-            return cls._saved(path, scale)
-        scale = 0.18215 if scale is None else scale
+            return cls._saved(path, arguments)
         name = path.parent.name if path.name in DIFFUSERS_FILES else _without_ending(path.name)
-        autoencoder = cls(**{"scale": scale, "id": name, **arguments})
+        autoencoder = cls(**{"id": name, **arguments})
         if path.name.endswith(".weights.h5"):
             load_keras_weights(autoencoder, path)
         else:
@@ -288,7 +288,7 @@ class AutoencoderKL(keras.Model):
         return autoencoder
 
     @classmethod
-    def _saved(cls, path, scale):
+    def _saved(cls, path, arguments):
         try:
             with naming_missing_classes(path):
                 autoencoder = keras.saving.load_model(path, compile=False)
@@ -298,8 +298,9 @@ class AutoencoderKL(keras.Model):
             raise ValueError(
                 f"Expected an AutoencoderKL in {path.name}. Received: {type(autoencoder).__name__}."
             )
-        if scale is not None:
-            autoencoder.scale = float(scale)
+        for key in arguments.keys() & {"scale", "shift"}:
+            channels = autoencoder.config["latent_channels"]
+            setattr(autoencoder, key, per_channel(arguments[key], key, key == "scale", channels))
         return autoencoder
 
     @property
@@ -347,7 +348,7 @@ class AutoencoderKL(keras.Model):
         return self._encode(images, batch_size, to_unit_range, verbose).astype("float32")
 
     def sample(self, moments: Array, seed: int = 0) -> np.ndarray:
-        """Latents, times `scale`: scale (mean + exp(log-variance / 2) noise), float32.
+        """Latents, float32: scale (mean + exp(log-variance / 2) noise - shift).
 
         Args:
             moments: `(n, h, w, 2 latent_channels)`.
@@ -356,14 +357,15 @@ class AutoencoderKL(keras.Model):
         self._check(moments, 2 * self.config["latent_channels"], "moments")
         mean, log_variance = np.split(np.asarray(moments, "float32"), 2, axis=-1)
         noise = np.random.default_rng(seed).standard_normal(mean.shape, "float32")
-        return self.scale * (mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise)
+        latents = mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise
+        return pixels.scaled(latents, self.scale, self.shift)
 
     def decode(self, latents: Array, batch_size: int = 8, verbose: int = 0) -> np.ndarray:
         """Images of latents.
 
         Args:
-            latents: `(n, h, w, latent_channels)` float, times `scale`, as a diffusion model
-                makes them.
+            latents: `(n, h, w, latent_channels)` float, scaled and shifted, as a diffusion
+                model makes them.
             batch_size: int, images at a time. Memory grows with it; 1 needs least.
             verbose: 0 or 1. Progress bar.
 
@@ -374,11 +376,9 @@ class AutoencoderKL(keras.Model):
             ValueError, TypeError: if the latents do not fit.
         """
         self._check(latents, self.config["latent_channels"], "latents")
-        check_latents(latents)
-        scale = np.float32(self.scale)
-        images = self._decode(
-            latents, batch_size, lambda z: np.asarray(z, "float32") / scale, verbose
-        )
+        pixels.check_latents(latents)
+        prepare = functools.partial(pixels.unscaled, scale=self.scale, shift=self.shift)
+        images = self._decode(latents, batch_size, prepare, verbose)
         return from_unit_range(images)
 
     def _check(self, arrays, channels, what):
@@ -394,5 +394,5 @@ class AutoencoderKL(keras.Model):
         return self.decoder(mean)
 
     def get_config(self) -> Config:
-        own = {"scale": self.scale, "id": self.id, "name": self.name}
+        own = {key: pixels.listed(getattr(self, key)) for key in ("scale", "shift", "id", "name")}
         return {**self.config, **own, "dtype": self.dtype_policy.name}

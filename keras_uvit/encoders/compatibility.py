@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_uvit.pixels import moments_std
+from keras_uvit.pixels import moments_std, same_per_channel
 from keras_uvit.types import Array
 
 # Bounds on the standard deviation of scaled latents. Stable Diffusion's have 5.5 without their
@@ -45,12 +45,15 @@ def check_latents(model: Any, other: Any, what: str) -> None:
     """
     name = getattr(other, "id", None) or getattr(other, "autoencoder_id", None)
     check_is_latent(model, other, what)
-    if other.scale is not None and not np.isclose(other.scale, model.latent_scale, rtol=1e-5):
-        raise ValueError(
-            f"{what} ({name}) has scale {other.scale}, the model latent_scale="
-            f"{model.latent_scale}. Latents of one scale are noise or grey at the other: build the "
-            "model with the same, or choose the other autoencoder."
-        )
+    for key in ("scale", "shift"):
+        theirs = getattr(other, key, 0.0)  # an encoder of your own may have no shift
+        ours = getattr(model, f"latent_{key}")
+        if theirs is not None and not same_per_channel(theirs, ours):
+            raise ValueError(
+                f"{what} ({name}) has {key} {theirs}, the model latent_{key}={ours}. Latents of "
+                f"one {key} are noise or grey at the other: build the model with the same, or "
+                "choose the other autoencoder."
+            )
     if None not in (other.fingerprint, model.latent_encoder) and (
         other.fingerprint != model.latent_encoder
     ):
@@ -107,10 +110,11 @@ def check_std(model: Any, key: str, value: Array) -> None:
             f"All numbers in the first batch of {key!r} are equal: {value.flat[0]:g}. Pass what an "
             "autoencoder makes of images, such as a cache of `keras-uvit encode`."
         )
-    std = value.std() if key == "latent" else model.latent_scale * moments_std(value)
+    scale, shift = model.latent_scale, model.latent_shift
+    std = value.std() if key == "latent" else moments_std(value, scale, shift)
     if not STD[0] < std < STD[1]:
-        times = "" if key == "latent" else f", times latent_scale={model.latent_scale},"
-        fits = f"{(1 if key == 'latent' else model.latent_scale) / std:.4g}"
+        times = "" if key == "latent" else f", times latent_scale={scale},"
+        fits = f"{1 / (std if key == 'latent' else moments_std(value)):.4g}"
         advice = (
             f"the scale that fits is {fits}: multiply them by it."
             if key == "latent"

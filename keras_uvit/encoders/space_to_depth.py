@@ -2,7 +2,16 @@
 
 import numpy as np
 
-from keras_uvit.pixels import check_latents, from_unit_range, to_unit_range
+from keras_uvit.checks import as_int
+from keras_uvit.pixels import (
+    PerChannel,
+    check_latents,
+    from_unit_range,
+    per_channel,
+    scaled,
+    to_unit_range,
+    unscaled,
+)
 from keras_uvit.types import Array
 
 
@@ -14,19 +23,19 @@ class SpaceToDepth:
 
     Args:
         factor: int, side of a block in pixels.
-        scale: float, what latents (pixels in [-1, 1]) are multiplied by to have variance 1.
+        scale: float, what latents (pixels in [-1, 1]) are multiplied by to have variance 1;
+            or one for each channel of the latents.
+        shift: float, what is subtracted before, or one for each channel.
 
     Example:
         >>> SpaceToDepth().encode(np.zeros((1, 8, 8, 1), "uint8")).shape
         (1, 4, 4, 8)
     """
 
-    def __init__(self, factor: int = 2, scale: float = 1.0) -> None:
-        if factor < 1 or not 0 < scale < float("inf"):
-            raise ValueError(
-                f"factor is at least 1, scale positive. Received: factor={factor}, scale={scale}."
-            )
-        self.factor, self.scale = factor, scale
+    def __init__(self, factor: int = 2, scale: PerChannel = 1.0, shift: PerChannel = 0.0) -> None:
+        self.factor = as_int(factor, "factor", 1)
+        self.scale = per_channel(scale, "scale", positive=True)
+        self.shift = per_channel(shift, "shift")
         self.id = self.fingerprint = f"space-to-depth-{factor}"
 
     def moments_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -50,12 +59,13 @@ class SpaceToDepth:
         return np.concatenate([mean, np.full_like(mean, -30.0)], axis=-1)
 
     def sample(self, moments: Array, seed: int = 0) -> np.ndarray:
-        """Latents times `scale`, float32: the means, for there is no noise."""
+        """Latents scale (mean - shift), float32: there is no noise."""
         _check_shape("moments", moments)
-        return self.scale * np.split(np.asarray(moments, "float32"), 2, axis=-1)[0]
+        mean, _ = np.split(np.asarray(moments, "float32"), 2, axis=-1)
+        return scaled(mean, self.scale, self.shift)
 
     def decode(self, latents: Array, batch_size: int | None = None, verbose: int = 0) -> np.ndarray:
-        """Images `(n, factor h, factor w, C)` uint8 of latents times `scale`."""
+        """Images `(n, factor h, factor w, C)` uint8 of latents as models make them."""
         _check_shape("latents", latents)
         check_latents(latents)
         n, height, width, depth = latents.shape
@@ -65,7 +75,8 @@ class SpaceToDepth:
                 f"latents must have shape (n, h, w, c), c a multiple of {f**2}. "
                 f"Received: c={depth}."
             )
-        blocks = (np.asarray(latents) / self.scale).reshape(n, height, width, f, f, -1)
+        means = unscaled(latents, self.scale, self.shift)
+        blocks = means.reshape(n, height, width, f, f, -1)
         images = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height * f, width * f, -1)
         return from_unit_range(images)
 

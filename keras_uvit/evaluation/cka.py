@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_uvit.inference import Frozen
 from keras_uvit.networks.layers import LongSkip, TransformerBlock
+from keras_uvit.pixels import scaled
 from keras_uvit.training import batches
 from keras_uvit.types import Array
 
@@ -202,7 +203,7 @@ def layer_outputs(
 def _clean(model, data):
     if "moments" in data:
         mean, _ = np.split(np.asarray(data["moments"], "float32"), 2, axis=-1)
-        return model.latent_scale * mean
+        return scaled(mean, model.latent_scale, model.latent_shift)
     return ops.convert_to_numpy(model.clean(data))
 
 

@@ -17,6 +17,7 @@ from keras_uvit.evaluation.frechet import MIN_IMAGES, USUAL, Reference, frechet_
 from keras_uvit.evaluation.inception import InceptionFeatures
 from keras_uvit.evaluation.metrics import inception_score, precision_recall
 from keras_uvit.inference import fingerprint
+from keras_uvit.pixels import listed
 from keras_uvit.types import PathLike
 from keras_uvit.version import __version__
 
@@ -322,7 +323,8 @@ def describe(
         "seed": seed,
         "image_size": _image_size(model),
         "autoencoder": autoencoder and autoencoder.id,
-        "latent_scale": model.latent_scale,
+        "latent_scale": listed(model.latent_scale),
+        "latent_shift": listed(model.latent_shift),
         "backend": backend.NAME,
         "keras_uvit": __version__,
     }

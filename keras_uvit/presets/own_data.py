@@ -17,6 +17,7 @@ from keras import ops
 from keras_uvit import backend, distribution, io, progress
 from keras_uvit.diffusion.schedules import LinearPath, VPCosine
 from keras_uvit.networks import UViT
+from keras_uvit.pixels import PerChannel
 from keras_uvit.training import DiffusionModel
 from keras_uvit.training.optimizers import default_arguments
 from keras_uvit.types import PathLike
@@ -64,7 +65,8 @@ class Facts:
         batch_size: int.
         num_classes: int, or None.
         context_shape: (length, width) of the captions' contexts, or None.
-        latent_scale: float, or None for pixels.
+        latent_scale: float or one per channel, or None for pixels.
+        latent_shift: float or one per channel.
         counts: pictures of each class, or None where they are not known.
         flip: whether the pictures are mirrored left to right at random.
     """
@@ -74,7 +76,8 @@ class Facts:
     batch_size: int = 64
     num_classes: int | None = None
     context_shape: tuple[int, int] | None = None
-    latent_scale: float | None = None
+    latent_scale: PerChannel | None = None
+    latent_shift: PerChannel = 0.0
     counts: tuple | None = None
     flip: bool = False
 
@@ -151,6 +154,7 @@ def for_data(
         chosen = {
             **OBJECTIVES[objective_of(facts, net)][0],
             "latent_scale": facts.latent_scale,
+            "latent_shift": facts.latent_shift,
             "condition_dropout": CONDITION_DROPOUT if has_condition(facts) else 0.0,
             "ema_decay": ema_decay(steps),
             **SAMPLING,
@@ -267,6 +271,7 @@ def facts_of(dataset: Any) -> Facts:
         num_classes=classes if labels is not None else None,
         context_shape=context_shape and tuple(context_shape),
         latent_scale=scale,
+        latent_shift=getattr(dataset, "shift", None) or 0.0,
         counts=None if labels is None else tuple(np.bincount(labels, minlength=classes or 0)),
         flip=getattr(dataset, "flip", False),
     )

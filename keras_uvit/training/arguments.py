@@ -8,6 +8,7 @@ import keras
 from keras_uvit.checks import as_int, nearest
 from keras_uvit.diffusion.flow_map import FlowMap
 from keras_uvit.networks.network import ATTRIBUTES, FORMATS
+from keras_uvit.pixels import per_channel
 
 # Arguments that are whole numbers: the least that each can be.
 OF_MODEL = {"seed": 0, "num_steps": 1, "max_skipped_steps": 0, "planned_steps": 1}
@@ -121,6 +122,10 @@ def check_model(model: Any, has_null: bool) -> None:
     for key, least in OF_MODEL.items():
         if key != "planned_steps" or model.planned_steps is not None:
             setattr(model, key, as_int(getattr(model, key), key, least))
+    channels = model.network.image_shape[-1]
+    if model.latent_scale is not None:
+        model.latent_scale = per_channel(model.latent_scale, "latent_scale", True, channels)
+    model.latent_shift = per_channel(model.latent_shift, "latent_shift", channels=channels)
     if not 0 <= model.condition_dropout <= 1 or not 0 <= model.ema_decay < 1:
         raise ValueError(
             "condition_dropout is in [0, 1] and ema_decay in [0, 1). Received: "

@@ -28,6 +28,7 @@ from keras import ops
 
 from keras_uvit import backend
 from keras_uvit.encoders import compatibility
+from keras_uvit.pixels import PerChannel
 from keras_uvit.training import arguments
 from keras_uvit.types import Tensor
 
@@ -104,15 +105,22 @@ def adopt(model: Any, x: Any) -> None:
         compatibility.adopt_arrays(model)
 
 
-def clean(batch: Batch, latent_scale: float | None, normal: Callable[[Any], Tensor]) -> Tensor:
+def clean(
+    batch: Batch,
+    latent_scale: PerChannel | None,
+    normal: Callable[[Any], Tensor],
+    latent_shift: PerChannel = 0.0,
+) -> Tensor:
     """x0 of a batch, float32 `(B, H, W, C)`.
 
-    Images come to [-1, 1]; moments become a sample of the posterior, times `latent_scale`.
+    Images come to [-1, 1]; moments become latent_scale (z - latent_shift) of a sample z of the
+    posterior.
 
     Args:
         batch: dict, as above.
-        latent_scale: float, or None for a model of pixels.
+        latent_scale: float or one per channel, or None for a model of pixels.
         normal: function of a shape to standard normal numbers.
+        latent_shift: float or one per channel.
     """
     if "image" in batch:
         image = ops.convert_to_tensor(batch["image"])
@@ -123,7 +131,10 @@ def clean(batch: Batch, latent_scale: float | None, normal: Callable[[Any], Tens
         return ops.cast(batch["latent"], "float32")
     mean, log_variance = ops.split(ops.cast(batch["moments"], "float32"), 2, axis=-1)
     std = ops.exp(0.5 * ops.clip(log_variance, -30.0, 20.0))
-    return latent_scale * (mean + std * normal(ops.shape(mean)))
+    scale, shift = (
+        ops.convert_to_tensor(np.asarray(v, "float32")) for v in (latent_scale, latent_shift)
+    )
+    return scale * (mean + std * normal(ops.shape(mean)) - shift)
 
 
 def condition(

@@ -1,6 +1,7 @@
 """A network, a noise schedule and a loss: a Keras model to `fit` and `generate` with."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from keras_uvit.diffusion.schedules import VPLinear
 from keras_uvit.encoders import compatibility, holder
 from keras_uvit.inference import own_defaults
 from keras_uvit.networks.network import check_copy, copy_of
+from keras_uvit.pixels import PerChannel, listed
 from keras_uvit.private import loss_mean
 from keras_uvit.sampling.guidance import Guidance
 from keras_uvit.training import arguments, batches, draws, fit, frozen, optimizers
@@ -29,6 +31,7 @@ TRAIN, TEST, FLOW_MAP = 0, 1, 2  # streams of randomness
 PLAIN = (
     "condition_dropout",
     "latent_scale",
+    "latent_shift",
     "latent_encoder",
     "context_encoder",
     "ema_decay",
@@ -73,8 +76,9 @@ class DiffusionModel(keras.Model):
         flow_map: `diffusion.FlowMap`, for images in one to four steps; `None` trains each time by
             itself. It needs a network made with `takes_span=True`, `LinearPath()` and "velocity".
         condition_dropout: float in [0, 1]; `None` is 0.1 where the network knows "none", else 0.
-        latent_scale: float, what latents are multiplied by (0.18215 for Stable Diffusion);
-            `None` for models of pixels.
+        latent_scale: float, what latents are multiplied by (0.18215 for Stable Diffusion), or one
+            for each channel; `None` for models of pixels.
+        latent_shift: float, what is subtracted before, or one for each channel.
         latent_encoder: str, fingerprint of the encoder whose latents the model works on. `None`:
             that of the first cache it is fitted on, or of the `autoencoder` set, whichever is
             first. From then on, latents of a different encoder raise an error.
@@ -112,7 +116,8 @@ class DiffusionModel(keras.Model):
         loss_weighting: str = "uniform",
         flow_map: FlowMap | None = None,
         condition_dropout: float | None = None,
-        latent_scale: float | None = None,
+        latent_scale: PerChannel | None = None,
+        latent_shift: PerChannel = 0.0,
         latent_encoder: str | None = None,
         context_encoder: str | None = None,
         ema_decay: float = 0.9999,
@@ -145,7 +150,7 @@ class DiffusionModel(keras.Model):
         if condition_dropout is None:
             condition_dropout = 0.1 if has_null else 0.0
         self.condition_dropout = condition_dropout
-        self.latent_scale = latent_scale
+        self.latent_scale, self.latent_shift = latent_scale, latent_shift
         self.latent_encoder, self.context_encoder = latent_encoder, context_encoder
         self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
         self.optimizer_config = dict(optimizer or optimizers.default_arguments(network))
@@ -212,7 +217,7 @@ class DiffusionModel(keras.Model):
             "flow_map": serialize(self.flow_map),
             "optimizer": dict(self.optimizer_config),
             **{key: getattr(self.objective, key) for key in OF_OBJECTIVE},
-            **{key: getattr(self, key) for key in PLAIN},
+            **{key: listed(getattr(self, key)) for key in PLAIN},
             "frozen": frozen.frozen(self.network),
         }
 
@@ -507,7 +512,8 @@ class DiffusionModel(keras.Model):
 
     def clean(self, batch: Batch) -> Tensor:
         """x0 `(B, H, W, C)` of a batch, float32; of moments a new posterior sample."""
-        return batches.clean(batch, self.latent_scale, lambda s: draws.normal(self.random, s))
+        normal = functools.partial(draws.normal, self.random)
+        return batches.clean(batch, self.latent_scale, normal, self.latent_shift)
 
     def condition(self, batch: Batch, dropped: Tensor | None = None) -> dict[str, Tensor]:
         """The network's conditions, replaced by "none" where `dropped`, `(B,)` bool."""

@@ -80,7 +80,7 @@ def test_the_manifest_says_how_the_cache_was_made(tmp_path):
     name = "space-to-depth-2"
     wanted = dict(source="arrays", source_length=10, field="moments", shape=[2, 3, 24])
     wanted |= dict(dtype="float16", image_size=[4, 6], num_classes=4, flip="none", shard_size=4)
-    wanted["autoencoder"] = {"id": name, "fingerprint": name, "scale": 0.3}
+    wanted["autoencoder"] = {"id": name, "fingerprint": name, "scale": 0.3, "shift": 0.0}
     wanted["keras_uvit"] = keras_uvit.__version__
     assert {key: made[key] for key in wanted} == wanted
     assert [shard["count"] for shard in made["shards"]] == [4, 4, 2]

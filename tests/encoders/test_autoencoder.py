@@ -465,7 +465,8 @@ def test_a_saved_autoencoder_comes_back_whole(tiny, tmp_path):
 def test_every_argument_is_in_the_configuration():
     arguments = {
         "base_dim": 64, "multipliers": (1, 2, 1), "num_res_blocks": 1, "latent_channels": 3,
-        "image_channels": 1, "scale": 0.5, "id": "x", "name": "y", "dtype": "mixed_bfloat16",
+        "image_channels": 1, "scale": 0.5, "shift": [0.1, 0.2, 0.3],
+        "id": "x", "name": "y", "dtype": "mixed_bfloat16",
     }  # fmt: skip
     with keras.StatelessScope(initialize_variables=False):
         network = AutoencoderKL(**arguments)
@@ -522,14 +523,14 @@ OF_KL = [
     (lambda a: a.decode(np.zeros((1, 4, 4, 8))), ValueError, ["latents must have", "4, 8)"]),
     (lambda a: a.moments_shape((8, 8, 1)), ValueError, ["takes 3 channels", "of 1"]),
     (lambda a: AutoencoderKL(48), ValueError, ["base_dim must be a multiple of 32", "48"]),
-    (lambda a: AutoencoderKL(**TINY, scale=0.0), ValueError, ["scale must be positive", "0.0"]),
-    (lambda a: AutoencoderKL(**TINY, scale=NAN), ValueError, ["scale must be positive", "nan"]),
+    (lambda a: AutoencoderKL(**TINY, scale=0.0), ValueError, ["scale must be a positive", "0.0"]),
+    (lambda a: AutoencoderKL(**TINY, scale=NAN), ValueError, ["scale must be a positive", "nan"]),
     (lambda a: AutoencoderKL(multipliers=()), ValueError, ["at least one level", "=()"]),
 ]
 OF_SPACE_TO_DEPTH = [
     (lambda a: a.decode(np.zeros((1, 4, 4, 6))), ValueError, ["latents must have", "c=6"]),
-    (lambda a: SpaceToDepth(0), ValueError, ["factor is at least 1", "factor=0"]),
-    (lambda a: SpaceToDepth(scale=NAN), ValueError, ["scale positive", "nan"]),
+    (lambda a: SpaceToDepth(0), ValueError, ["factor must be an int >= 1", "0"]),
+    (lambda a: SpaceToDepth(scale=NAN), ValueError, ["scale must be a positive", "nan"]),
 ]
 
 

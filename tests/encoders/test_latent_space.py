@@ -9,8 +9,8 @@ import pytest
 from tiny import assert_equal, normal, numpy, refused, uvit
 from words import Words
 
-from keras_uvit import DiffusionModel
-from keras_uvit.data import LatentDataset, sources, write_latents
+from keras_uvit import DiffusionModel, presets
+from keras_uvit.data import LatentDataset, latent_statistics, sources, write_latents
 from keras_uvit.encoders import AutoencoderKL, SpaceToDepth, fitting_scale
 
 pytestmark = pytest.mark.once
@@ -38,7 +38,7 @@ def cache(folder, autoencoder=None, classes=None, pictures=PICTURES):
 def unknown(folder):
     """A cache that does not know its autoencoder, as its reader sets it."""
     dataset = cache(folder)
-    dataset.scale = dataset.autoencoder_id = dataset.fingerprint = None
+    dataset.scale = dataset.shift = dataset.autoencoder_id = dataset.fingerprint = None
     return dataset
 
 
@@ -409,3 +409,58 @@ def test_an_encoder_that_is_set_as_an_attribute_is_refused(kl):
     refused(ValueError, lambda: model.generate(num_images=1, verbose=0), *words)
     other.set_encoders(autoencoder=kl)
     assert other.count_params() == count
+
+
+# A scale and a shift for each channel -------------------------------------------------------------
+
+
+@pytest.mark.each_backend
+def test_statistics_of_a_cache_bring_each_channel_to_mean_0_and_variance_1(tmp_path):
+    pictures = PICTURES.copy()
+    pictures[:, ::2, ::2] //= 8  # the first of four latent channels is dark and even
+    cache(tmp_path, pictures=pictures)
+    found = latent_statistics(LatentDataset(tmp_path, 8, verbose=0))
+    dataset = LatentDataset(tmp_path, 16, **found, verbose=0)
+    autoencoder = SpaceToDepth(2, **found)
+    autoencoder.id, autoencoder.fingerprint = dataset.autoencoder_id, dataset.fingerprint
+    model = DiffusionModel(
+        uvit(image_shape=(8, 8, 4)),
+        latent_scale=found["scale"],
+        latent_shift=list(found["shift"]),
+        optimizer=dict(warmup_steps=0),
+    )
+    model.set_encoders(autoencoder=autoencoder)
+    batch = next(iter(dataset))
+    x0 = numpy(model.clean(batch))
+    # 1e-3: the cache is float16, whose last bit is 5e-4 of a number below 1.
+    np.testing.assert_allclose(x0.mean(axis=(0, 1, 2)), 0, atol=1e-3)
+    np.testing.assert_allclose(x0.std(axis=(0, 1, 2)), 1, atol=1e-3)
+    back = autoencoder.decode(x0).astype(int)
+    order = [int(np.abs(pictures - image).sum(axis=(1, 2, 3)).argmin()) for image in back]
+    assert np.abs(back - pictures[order]).max() <= 1  # float16 again
+    # The moments' deviation, exp(-15), times the largest scale, 14, times a normal number.
+    np.testing.assert_allclose(autoencoder.sample(batch["moments"]), x0, atol=5e-5)
+    model.compile()
+    model.fit(dataset, verbose=0)
+    model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match="autoencoder"):
+        again = keras.saving.load_model(tmp_path / "m.keras")
+    assert (again.latent_scale, again.latent_shift) == (found["scale"], found["shift"])
+    own = presets.for_data(dataset, steps=1, verbose=0, network=dict(hidden_dim=16, num_layers=1))
+    assert (own.latent_scale, own.latent_shift) == (found["scale"], found["shift"])
+
+
+def test_a_scale_or_a_shift_of_other_channels_is_refused(tmp_path):
+    four = (1.0, 1.5, 2.0, 2.5)
+    refused(ValueError, lambda: make(latent_scale=four[:3]), "latent_scale", "4 channels", "3 num")
+    refused(ValueError, lambda: make(latent_shift=[0, 1]), "latent_shift", "each of 4 channels")
+    refused(ValueError, lambda: make(latent_scale=(1, 1, 1, -1)), "positive")
+    refused(ValueError, lambda: make(latent_shift=float("nan")), "finite")
+    autoencoder = encoder(scale=four)
+    words = "has scale (1.0, 1.5, 2.0, 2.5)", "latent_scale=1.7"
+    refused(ValueError, lambda: make().set_encoders(autoencoder=autoencoder), *words)
+    make(latent_scale=four).set_encoders(autoencoder=autoencoder)
+    model = make(latent_shift=0.5)
+    words = ["has shift 0.0", "latent_shift=0.5"]
+    assert_refused(model, cache(tmp_path), words=words)
+    refused(ValueError, lambda: latent_statistics(np.zeros((4, 2, 2, 6)) - 30), "does not vary")

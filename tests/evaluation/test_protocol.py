@@ -123,6 +123,7 @@ def test_a_record_holds_what_the_numbers_depend_on(models, real, measure):
         "image_size": [8, 8],
         "autoencoder": None,
         "latent_scale": None,
+        "latent_shift": 0.0,
         "backend": keras.config.backend(),
         "reference": real.hash,
         "reference_images": 40,
