@@ -203,7 +203,8 @@ def _run(model, job, rows, x, seeds, known, count):
     given = [_rows(part, rows) for part in (job.conditions, job.unconditional)]
     seeds, known = backend.spread(seeds), [backend.spread(part) for part in known]
     zeros, table, looks = np.zeros_like(x), job.steps.packed(), []
-    carry = tuple(backend.spread(part) for part in (x, x, zeros, zeros))  # as `loop.begin`
+    # As `loop.begin`, on all devices.
+    carry = tuple(backend.spread(part) for part in (x, x, zeros, zeros))
     for first in range(0, len(table), job.every or len(table)):
         part = slice(first, first + (job.every or len(table)))
         program = _program(model, job, job.steps.guided[part], bool(known))

@@ -162,6 +162,16 @@ def test_bad_guidance_is_refused_before_anything_runs(case, monkeypatch):
 
 
 @pytest.mark.once
+def test_a_weak_model_of_another_encoders_latents_is_refused():
+    model, other = (DiffusionModel(uvit(), latent_scale=0.5, num_steps=2) for _ in range(2))
+    draw = functools.partial(model.generate, 1, guidance=AutoGuidance(other), decode=False)
+    other.latent_encoder = "def"  # the model does not know its own
+    assert draw(guidance_scale=2.0, verbose=0).shape == (1, 4, 4, 1)
+    model.latent_encoder = "abc"
+    refused(ValueError, lambda: draw(guidance_scale=2.0), "latent_encoder def instead of abc")
+
+
+@pytest.mark.once
 def test_numbers_of_guidance_are_checked_when_it_is_made():
     for make, word in (
         (lambda: APG(eta=-1), "eta=-1"),
