@@ -28,7 +28,7 @@ CHUNK = 1024  # images drawn, measured and written at a time
 USUAL_PROMPTS = 30_000  # of the papers' COCO numbers
 NEIGHBOURS = 3  # of precision and recall
 # What `evaluate` passes on to `generate`: what the images depend on, and how they are drawn.
-OF_SAMPLING = ("sampler", "num_steps", "guidance_scale", "guidance_interval")
+OF_SAMPLING = ("sampler", "num_steps", "guidance_scale", "guidance_interval", "guidance")
 OPTIONS = (*OF_SAMPLING, "batch_size", "use_ema")
 
 
@@ -185,8 +185,8 @@ def evaluate(
         path: JSON file for the record.
         allow_few, verbose: see `scores`.
         usual: int, fewer images warn; `None` is 50,000, with prompts 30,000.
-        **options: of `generate`: sampler, num_steps, guidance_scale, guidance_interval, batch_size,
-            use_ema.
+        **options: of `generate`: sampler, num_steps, guidance_scale, guidance_interval, guidance,
+            batch_size, use_ema.
 
     Returns:
         dict: the scores, with `clip` also "clip_score", and what they are of.

@@ -75,7 +75,7 @@ def report(
     """
     plot = _matplotlib()
     images, labels = _pictures(model, data)
-    of_sampling = ("sampler", "num_steps", "guidance_scale", "guidance_interval")
+    of_sampling = ("sampler", "num_steps", "guidance_scale", "guidance_interval", "guidance")
     asked_for = {name: value for name, value in options.items() if name in of_sampling}
     chosen = sampling.resolve(model, **asked_for).record()
     folder = Path(folder)

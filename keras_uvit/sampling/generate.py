@@ -32,7 +32,6 @@ class Job:
     total: int
     options: SamplingOptions
     steps: samplers.Steps | None  # what the loop runs; None returns what it would start from
-    guidance: Guidance
     seed: int
     first: int
     batch_size: int | None
@@ -115,7 +114,6 @@ def prepare(
         total,
         options,
         None if strength == 0 else options.steps,
-        guidance,
         as_int(seed, "seed", 0),
         as_int(first, "first", 0),
         batch_size if batch_size is None else as_int(batch_size, "batch_size", 1),
@@ -203,7 +201,8 @@ def _run(model, job, rows, x, seeds, known, count):
     given = [_rows(part, rows) for part in (job.conditions, job.unconditional)]
     seeds, known = backend.spread(seeds), [backend.spread(part) for part in known]
     zeros, table, looks = np.zeros_like(x), job.steps.packed(), []
-    carry = tuple(backend.spread(part) for part in (x, x, zeros, zeros))  # as `loop.begin`
+    # As `loop.begin`, on all devices.
+    carry = tuple(backend.spread(part) for part in (x, x, zeros, zeros))
     for first in range(0, len(table), job.every or len(table)):
         part = slice(first, first + (job.every or len(table)))
         program = _program(model, job, job.options.asks_twice(job.steps)[part], bool(known))
@@ -232,7 +231,7 @@ def _noised(model, job, picture, noise):
 
 def _networks(model, job):
     """(model, network) of who estimates x0: the model itself, and the weak one, if there is any."""
-    models = [model, job.guidance.weak_model]
+    models = [model, job.options.guidance.weak_model]
     return [(m, m.ema_network if job.use_ema else m.network) for m in models if m is not None]
 
 
@@ -303,13 +302,14 @@ def _program(model, job, guided, is_known):
     networks = [
         (m, m.network if backend.HAS_XLA else network) for m, network in _networks(model, job)
     ]
-    key = runs, job.guidance, is_known, tuple(network.name for _, network in networks)
+    guidance = job.options.guidance
+    key = runs, guidance, is_known, tuple(network.name for _, network in networks)
     if key not in model.sampling_loops:
 
         def run(weights, carry, condition, unconditional, table, first, seeds, known):
             own, *weak = [Party(*pair, values) for pair, values in zip(networks, weights)]
             given = own, (weak or [None])[0], condition, unconditional
-            parts = [(count, denoiser(*given, job.guidance if on else None)) for on, count in runs]
+            parts = [(count, denoiser(*given, guidance if on else None)) for on, count in runs]
             shape = carry[0].shape[1:]
             return loop.advance(
                 parts,

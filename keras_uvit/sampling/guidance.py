@@ -145,7 +145,12 @@ def check_guidance(model: Any, guidance: Any) -> None:
         raise TypeError(f"weak_model must be a DiffusionModel. Received: {weak!r}.")
     weak.check_weights()
     own, other = _facts(model), _facts(weak)
-    differ = [f"{key} {other[key]} instead of {own[key]}" for key in own if own[key] != other[key]]
+    unknown = [key for key in own if "encoder" in key and None in (own[key], other[key])]
+    differ = [
+        f"{key} {other[key]} instead of {own[key]}"
+        for key in own
+        if key not in unknown and own[key] != other[key]
+    ]
     if differ:
         raise ValueError(
             "The weak model must be of the same images, conditions and schedule as the model. It "

@@ -9,8 +9,10 @@ import numpy as np
 
 from keras_uvit.checks import as_int
 from keras_uvit.diffusion import samplers, tables
+from keras_uvit.inference import fingerprint
 from keras_uvit.sampling.guidance import Guidance
 
+CLASSIFIER_FREE = Guidance()
 Scale = float | Callable[[float], float]
 
 
@@ -25,6 +27,7 @@ class SamplingOptions:
         guidance_scale: float w, D_u + w (D_c - D_u); 1.0 is off. Or a function of t.
         guidance_interval: (low, high) in [0, 1], the times at which guidance is on.
         strength: float in [0, 1], the time at which a picture's noise begins to be removed.
+        guidance: `Guidance`, how two estimates of x0 become one.
         guided_inside: bool. Whether the network takes the scale as an input, so that a guided
             evaluation needs no second one.
     """
@@ -35,6 +38,7 @@ class SamplingOptions:
     guidance_scale: Scale
     guidance_interval: tuple[float, float]
     strength: float
+    guidance: Guidance
     guided_inside: bool
 
     @property
@@ -48,13 +52,16 @@ class SamplingOptions:
 
     def record(self) -> dict[str, Any]:
         """What JSON keeps of it; of a scale that is a function, its values at the rows."""
-        scale = self.guidance_scale
+        scale, own = self.guidance_scale, self.guidance
+        weak = own.weak_model and fingerprint(own.weak_model)
+        kind = {"kind": type(own).__name__, **vars(own), "weak_model": weak}
         return {
             "sampler": self.sampler,
             "num_steps": self.num_steps,
             "nfe": self.steps.nfe,
             "guidance_scale": self.steps.guidance.tolist() if callable(scale) else float(scale),
             "guidance_interval": [float(t) for t in self.guidance_interval],
+            **({} if own == CLASSIFIER_FREE else {"guidance": kind}),
         }
 
 
@@ -66,7 +73,7 @@ def resolve(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     strength: float = 1.0,
     resamples: int = 1,
-    guidance: Guidance | None = None,
+    guidance: Guidance = CLASSIFIER_FREE,
 ) -> SamplingOptions:
     """The options of one call, with the model's own where they are None.
 
@@ -92,7 +99,7 @@ def resolve(
         raise ValueError(
             f"guidance_interval is (low, high) in [0, 1]. Received: {guidance_interval}."
         )
-    scale = _scale(model, guidance_scale, guidance is not None and guidance.weak_model is not None)
+    scale = _scale(model, guidance_scale, guidance.weak_model is not None)
     scales = np.where((steps.t >= low) & (steps.t <= high), _at(scale, steps.t), 1.0)
     steps = dataclasses.replace(steps, guidance=scales)
     if steps.span.any() and model.flow_map is None:
@@ -103,7 +110,7 @@ def resolve(
     inside = model.network.takes_guidance
     if inside:
         _check_learned(model, scales)
-    return SamplingOptions(steps, name, num_steps, scale, (low, high), strength, inside)
+    return SamplingOptions(steps, name, num_steps, scale, (low, high), strength, guidance, inside)
 
 
 def _check_learned(model, scales):

@@ -12,7 +12,8 @@ from tiny import diffusion_model, normal, numpy, refused, uvit
 from keras_uvit import DiffusionModel
 from keras_uvit.diffusion import samplers
 from keras_uvit.diffusion.schedules import VPCosine
-from keras_uvit.sampling import APG, AutoGuidance, Guidance, Rescale, generate
+from keras_uvit.inference import fingerprint
+from keras_uvit.sampling import APG, AutoGuidance, Guidance, Rescale, generate, resolve
 
 pytestmark = pytest.mark.eager
 STRONG, WEAK = normal(3, 4, 4, 2), normal(3, 4, 4, 2, seed=1)
@@ -159,6 +160,28 @@ def test_bad_guidance_is_refused_before_anything_runs(case, monkeypatch):
     options = {"guidance_scale": 1.0 if case == "weak, off" else 2.0, **options}
     monkeypatch.setattr(generate, "_program", None)
     refused(error, lambda: model_of("labels").generate(labels=[0], **options), *words)
+
+
+@pytest.mark.once
+def test_a_weak_model_of_another_encoders_latents_is_refused():
+    model, other = (DiffusionModel(uvit(), latent_scale=0.5, num_steps=2) for _ in range(2))
+    draw = functools.partial(model.generate, 1, guidance=AutoGuidance(other), decode=False)
+    other.latent_encoder = "def"  # the model does not know its own
+    assert draw(guidance_scale=2.0, verbose=0).shape == (1, 4, 4, 1)
+    model.latent_encoder = "abc"
+    refused(ValueError, lambda: draw(guidance_scale=2.0), "latent_encoder def instead of abc")
+
+
+@pytest.mark.once
+def test_the_record_of_a_distance_says_what_guided():
+    told = functools.partial(resolve, model_of("labels"), guidance_scale=2.0)
+    assert "guidance" not in told().record()
+    kind = {"kind": "APG", "eta": 0.5, "most": None, "weak_model": None}
+    assert told(guidance=APG(eta=0.5)).record()["guidance"] == kind
+    by_weak = told(guidance=AutoGuidance(model_of("weak"))).record()["guidance"]
+    assert by_weak == {"kind": "AutoGuidance", "weak_model": fingerprint(model_of("weak"))}
+    scales = told(guidance_scale=lambda t: 1.0 + t).record()["guidance_scale"]
+    assert (scales[0], len(scales)) == (2.0, 6)
 
 
 @pytest.mark.once
