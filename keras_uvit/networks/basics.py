@@ -45,6 +45,14 @@ def fan_in_init(fan_in: int) -> initializers.Initializer:
     return initializers.RandomUniform(-bound, bound)
 
 
+# name: the initialiser of the kernels that read a block's tokens, from their fan-in. Those that
+# write into the tokens are N(0, 0.02^2) always, so that each block begins near the identity.
+INITS: dict[str, Callable[[int], initializers.Initializer]] = {
+    "published": lambda fan_in: normal_init(),
+    "fan_in": lambda fan_in: initializers.RandomNormal(stddev=fan_in**-0.5),
+}
+
+
 @serializable
 @refuses(
     {
@@ -94,10 +102,14 @@ class Dense(layers.Dense):
 
 
 def dense(
-    units: int, dtype: DType, name: str, use_bias: bool = True, lora: Config | None = None
+    units: int,
+    dtype: DType,
+    name: str,
+    use_bias: bool = True,
+    lora: Config | None = None,
+    initializer: initializers.Initializer | None = None,
 ) -> Dense:
-    initializer = normal_init()
-    options: Config = dict(kernel_initializer=initializer, dtype=dtype, name=name)
+    options: Config = dict(kernel_initializer=initializer or normal_init(), dtype=dtype, name=name)
     return Dense(units, lora, use_bias=use_bias, **options)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_uvit import backend
+from keras_uvit.networks.basics import INITS as INITS
 from keras_uvit.networks.basics import (
     NORMS,
     DType,
@@ -112,6 +113,7 @@ class Attention(layers.Layer):
         grid: pair of ints `(H/P, W/P)`: queries and keys of the patches, the last tokens, are
             turned by their place; see `positions.rotary_turns`. `None`: they are not.
         lora: dict or None, of the pairs of both projections; see `networks.lora`.
+        init: a name in `basics.INITS`, of the projection to query, key and value.
 
     Call arguments:
         tokens: `(B, L, D)`.
@@ -127,6 +129,7 @@ class Attention(layers.Layer):
         qk_norm: bool = False,
         grid: tuple[int, int] | None = None,
         lora: Config | None = None,
+        init: str = "published",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -135,11 +138,13 @@ class Attention(layers.Layer):
         self.qk_norm = qk_norm
         self.grid = grid
         self.lora = lora
+        self.init = init
 
     def build(self, input_shape: Shape) -> None:
         _, length, dim = input_shape
         head_dim = dim // self.num_heads
-        self.qkv = dense(3 * dim, self.dtype_policy, "qkv", self.qkv_bias, self.lora)
+        reading = INITS[self.init](dim)
+        self.qkv = dense(3 * dim, self.dtype_policy, "qkv", self.qkv_bias, self.lora, reading)
         self.proj = dense(dim, self.dtype_policy, "proj", lora=self.lora)
         self.qkv.build(input_shape)
         self.proj.build(input_shape)
@@ -189,6 +194,7 @@ class TransformerBlock(layers.Layer):
         mlp: one of the above.
         grid: pair of ints or None; see `Attention`.
         lora: dict or None, of the pairs of its attention and MLP; see `networks.lora`.
+        init: a name in `basics.INITS`, of query, key, value and the MLP's first layer.
 
     Call arguments:
         tokens: `(B, L, D)`.
@@ -210,6 +216,7 @@ class TransformerBlock(layers.Layer):
         mlp: str = "gelu",
         grid: tuple[int, int] | None = None,
         lora: Config | None = None,
+        init: str = "published",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -223,6 +230,7 @@ class TransformerBlock(layers.Layer):
         self.mlp = mlp
         self.grid = grid
         self.lora = lora
+        self.init = init
 
     def build(self, tokens_shape: Shape, time_shape: Shape | None = None) -> None:
         policy, dim = self.dtype_policy, tokens_shape[-1]
@@ -233,19 +241,21 @@ class TransformerBlock(layers.Layer):
             self.qk_norm,
             self.grid,
             pair_of(self.lora, "attention"),
+            self.init,
             dtype=policy,
             name="attention",
         )
         self.norm_2 = NORMS[self.norm](policy, "norm_2", affine=not self.adaln)
         width = self.mlp_dim if self.mlp == "gelu" else gated_width(self.mlp_dim)
         pair = pair_of(self.lora, "mlp")
-        self.mlp_in = dense(width, policy, "mlp_in", lora=pair)
+        self.mlp_in = dense(width, policy, "mlp_in", lora=pair, initializer=INITS[self.init](dim))
         self.mlp_out = dense(dim, policy, "mlp_out", lora=pair)
         for layer in (self.norm_1, self.attention, self.norm_2, self.mlp_in):
             layer.build(tokens_shape)
         self.mlp_out.build((*tokens_shape[:-1], width))
         if self.mlp == "swiglu":
-            self.mlp_gate = dense(width, policy, "mlp_gate", lora=pair)
+            reading = INITS[self.init](dim)
+            self.mlp_gate = dense(width, policy, "mlp_gate", lora=pair, initializer=reading)
             self.mlp_gate.build(tokens_shape)
         if self.adaln:
             self.modulation = dense(4 * dim, policy, "modulation")

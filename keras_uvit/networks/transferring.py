@@ -22,7 +22,7 @@ ADAPTABLE = (
     *("image_shape", "patch_size", "num_classes", "null_label", "context_shape", "lora"),
     *("takes_span", "takes_guidance"),
 )
-FREE = ("dtype", "remat")  # and those that concern no weight
+FREE = ("dtype", "remat", "init")  # and those that concern no weight
 # Weights that one of the two networks may lack.
 OPTIONAL = re.compile(
     r"(label_embed|context_embed|\w+_context|(span|guidance)_mlp_(in|out))/.*|.*/lora_[ab]"

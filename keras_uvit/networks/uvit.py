@@ -26,6 +26,7 @@ CHOICES = {
     "output_conv": (True, "before", False),
     "norm": tuple(parts.NORMS),
     "mlp": parts.MLPS,
+    "init": tuple(parts.INITS),
 }
 
 # Path of a weight: the dimension that the layout "fsdp" splits, the one that "tensor" splits; None
@@ -95,6 +96,7 @@ class UViTConfig(NetworkConfig):
     skip_norm: bool = False
     norm: str = "layer"
     mlp: str = "gelu"
+    init: str = "published"
     remat: bool = False
     lora: Config | int | None = None
     name: str = dataclasses.field(default="uvit", kw_only=True)
@@ -195,6 +197,10 @@ class UViT(Network):
         skip_norm: bool. A layer norm after each long skip; see `layers.LongSkip`. For float16.
         norm: "layer" or "rms", in the blocks and before the head; see `basics.RMSNorm`.
         mlp: "gelu", or "swiglu" with as many weights; see `layers.TransformerBlock`.
+        init: "published", N(0, 0.02^2) for the kernels of the blocks, or "fan_in", N(0, 1 / D) for
+            those of them that read tokens (query, key, value, the MLP's first). The published one
+            suits a width of 1,000 and more. In a narrow network its queries and keys are so small
+            that attention begins as a mean over all tokens, and learns late.
         remat: bool. Recompute blocks and long skips in the backward pass: much less memory, a
             third more work.
         takes_span: bool. The network reads the span t - r of a step, too; see `diffusion.FlowMap`.
@@ -300,6 +306,7 @@ def _trunk(x, time, c, grid):
             remat=c.remat,
             norm=c.norm,
             mlp=c.mlp,
+            init=c.init,
             grid=grid,
             lora=c.lora,
             dtype=c.dtype,

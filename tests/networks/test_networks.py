@@ -23,12 +23,13 @@ TINY_UNET |= dict(num_blocks=1, head_dim=4)
 # One value per argument that is not the default.
 SHARED = dict(
     num_classes=7, null_label=False, context_shape=(3, 5), remat=True, dtype="mixed_bfloat16",
-    lora=dict(rank=2, alpha=3.0, targets=("attention",)), name="other",
+    takes_span=True, takes_guidance=True, lora=dict(rank=2, alpha=3.0, targets=("attention",)),
+    name="other",
 )  # fmt: skip
 OTHER = dict(
     **SHARED, mlp_dim=24, skip="add_project", time="adaln", time_mlp=True, qkv_bias=True,
     output_conv=False, position="sinusoidal", patch_embed="conv", qk_norm=True, skip_norm=True,
-    norm="rms", mlp="swiglu",
+    norm="rms", mlp="swiglu", init="fan_in",
 )  # fmt: skip
 
 
@@ -94,6 +95,9 @@ def inputs_for(network, count=2):
         values["context"] = normal(count, *network.context_shape, seed=1)
     if network.num_classes:
         values["label"] = np.arange(count) % network.num_classes
+    for name in ("span", "guidance"):
+        if getattr(network, f"takes_{name}"):
+            values[name] = np.linspace(0, 1, count).astype("float32")
     return values
 
 
@@ -290,6 +294,14 @@ def test_published_sizes_of_the_initial_weights():
     assert not numpy(block.mlp_in.bias).any()
 
 
+def test_kernels_that_read_tokens_may_begin_by_their_fan_in():
+    block = UViT(**{**TINY, "hidden_dim": 64}, mlp="swiglu", init="fan_in").get_layer("mid_block")
+    reading = (block.attention.qkv, block.mlp_in, block.mlp_gate)
+    for layers_, expected in ((reading, 1 / 8), ((block.attention.proj, block.mlp_out), 0.02)):
+        for layer in layers_:  # 4,000 numbers and more: 4 % is twice their sample deviation's own
+            assert np.std(numpy(layer.kernel)) == pytest.approx(expected, rel=0.04), layer.name
+
+
 @pytest.mark.parametrize("dim", [512, 1152])
 def test_later_switches_leave_the_number_of_weights_nearly_as_it_was(dim):
     later = dict(norm="rms", mlp="swiglu", position="rotary")
@@ -314,7 +326,7 @@ OF_UVIT = [
     (dict(num_layers=4), "odd.*Received: 4; use 3 or 5"),
     (dict(num_heads=3), r"num_heads=3 does not divide hidden_dim=16.*\[1, 2, 4, 8, 16\]"),
     *[(dict.fromkeys([key], "x"), f"{key} must be one of .*'x'")
-      for key in ("skip", "time", "position", "norm", "mlp", "patch_embed", "output_conv")],
+      for key in ("skip", "time", "position", "norm", "mlp", "init", "patch_embed", "output_conv")],
     (dict(position="rotary", num_heads=8), "hidden_dim / num_heads = 2; .* multiple of 4"),
     (dict(skip_norm=True, skip=None), "skip_norm=True .* skip=None has none"),
     (dict(image_shape=(6, 6, 3), patch_size=3, patch_embed="conv"), "power of two.*patch_size=3"),
