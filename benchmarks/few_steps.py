@@ -97,7 +97,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/few_steps"), help="(%(default)s)")
     parser.add_argument("--task", choices=TASKS, default="digits", help="(%(default)s)")
     parser.add_argument("--seeds", type=int, default=4, help="(%(default)s)")
-    parser.add_argument("--images", type=int, default=500, help="a seed draws (%(default)s)")
+    parser.add_argument("--images", type=int, default=1000, help="a seed draws (%(default)s)")
     parser.add_argument("--steps", type=int, help="of the flow map's training (the preset's)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
