@@ -29,7 +29,7 @@ import keras_uvit
 from keras_uvit import data, presets
 from keras_uvit.data import shapes
 from keras_uvit.encoders import CLIPText
-from keras_uvit.evaluation import within_class_spread
+from keras_uvit.evaluation.metrics import within_class_spread
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -92,6 +92,8 @@ OTHERS = {
     "16 patches": dict(patches=16),
     "256 patches": dict(patches=256),
     "qk_norm": dict(network=dict(qk_norm=True)),
+    "fan_in": dict(network=dict(init="fan_in")),
+    "flow, fan_in": dict(prediction="velocity", network=dict(init="fan_in"), **FLOW),
 }
 CANDIDATES = OBJECTIVES | OTHERS
 BATCH = 16
