@@ -43,7 +43,7 @@ SMALL_PATCH = 16  # numbers: smaller patches, and latents of any, learn by flow 
 # than few steps with small ones (clothes of 28 pixels: 16 patches and 49 at equal time), as long as
 # the network is wide enough for a patch; where it is not, the second number of patches holds.
 SIZES = {
-    "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4, init="fan_in"), (32, 64), 5_000),
+    "cpu": (dict(hidden_dim=128, num_layers=5, num_heads=4), (32, 64), 5_000),
     "accelerator": (dict(hidden_dim=512, num_layers=13, num_heads=8), (256, 256), 20_000),
 }
 NUMBERS_PER_WIDTH = 2  # at most so many numbers of a patch for each dimension of a token
