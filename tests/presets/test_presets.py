@@ -87,6 +87,8 @@ PUBLISHED = {
 }  # fmt: skip
 # The same networks, by USiT's recipe (DC-AE's program).
 FLOW = {f"{name}_flow": name for name in ("uvit_huge_imagenet256", "uvit_huge_imagenet512")}
+# The same networks with the inputs of a flow map.
+FAST = {f"{name}_fast": name for name in ("uvit_large_imagenet256", "uvit_huge_imagenet256")}
 # What U-ViT is compared with: the row whose recipe it has, millions of parameters and GMACs to be
 # near to (the paper's; of digits and shapes, U-ViT's own), FID (Table 1, Appendix E, Table 4).
 COMPARED = {
@@ -104,8 +106,8 @@ PROCESSES = {"continuous": (VPLinear(0.1, 20.0), 999.0), "discrete": (VPDiscrete
 
 def test_every_published_recipe_is_in_the_table():
     assert presets.names() == list(presets.PRESETS)
-    shipped = {"uvit_tiny_digits", "uvit_tiny_shapes"}
-    assert set(presets.names()) == {*PUBLISHED, *FLOW, *COMPARED, *shipped}
+    shipped = {name for name in presets.names() if presets.get(name).weights}
+    assert set(presets.names()) == {*PUBLISHED, *FLOW, *FAST, *COMPARED, *shipped}
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -176,6 +178,20 @@ def test_a_row_of_flow_matching_is_its_network_by_the_recipe_of_usit(name):
     assert (row.time_sampling, row.loss_weighting) == ("uniform", "uniform")
     assert row.guidance_scale == 1.2
     assert row.reported_fid is None  # it is of other latents
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_row_of_few_steps_is_its_network_by_the_recipe_of_soflow(name):
+    row, other = presets.get(name), presets.get(FAST[name])
+    assert row.network == {
+        **other.network, "time_mlp": True, "takes_span": True, "takes_guidance": True
+    }  # fmt: skip
+    assert (row.schedule, row.prediction, row.sampler) == (LinearPath(), "velocity", "flow_map")
+    assert row.latent_scale == other.latent_scale
+    # a = 0.1 0.02^(k / K) and the whole power, arXiv 2512.15657; 240 epochs of ImageNet.
+    assert (row.flow_map.alpha, row.flow_map.power) == ((0.1, 0.1 * 0.02), 1.0)
+    assert row.flow_map.steps == row.iterations
+    assert row.iterations * row.batch_size == pytest.approx(240 * 1_281_167, rel=0.01)
 
 
 @pytest.mark.parametrize("name", COMPARED)
