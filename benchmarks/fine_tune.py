@@ -110,9 +110,9 @@ def measured(way, rate, folder, seed):
     if not path.exists():
         found, pictures = run(way, rate, folder, seed)
         np.savez(path.with_suffix(".npz"), **pictures)
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(found), encoding="utf-8")
         progress.say(f"{path.stem}: {found['result']}")
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     found["images"] = np.load(path.with_suffix(".npz"))
     return found
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 SAMPLERS = (
-    *("ddim", "ddpm", "euler", "heun", "euler_maruyama"),
+    *("ddim", "ddpm", "euler", "heun", "flow_map", "euler_maruyama"),
     *("dpm_solver", "dpm_solver_pp", "dpm_solver_pp_2m", "dpm_solver_pp_3m"),
 )
 DEVICES = ("one", "all", "job")

@@ -4,12 +4,21 @@ Facts are from the paper (arXiv 2209.12152, Tables 2 and 7, Appendix) and the co
 program, but for what says otherwise.
 """
 
+from typing import Any
+
 from keras_uvit.diffusion import FlowMap
 from keras_uvit.diffusion.schedules import LinearPath, VPCosine, VPDiscrete, VPLinear
 from keras_uvit.types import Config
 
 
-def adamw(learning_rate=2e-4, beta_1=0.99, beta_2=0.99, warmup_steps=5000, **more):
+def adamw(
+    learning_rate: float = 2e-4,
+    beta_1: float = 0.99,
+    beta_2: float = 0.99,
+    warmup_steps: float = 5000,
+    **more: Any,
+) -> Config:
+    """Arguments of `training.adamw`, those of the published latent models where not given."""
     names = dict(learning_rate=learning_rate, beta_1=beta_1, beta_2=beta_2)
     return {**names, "weight_decay": 0.03, "warmup_steps": warmup_steps, **more}
 

@@ -284,7 +284,7 @@ def with_another_weight(network):
 
 
 CHANGES = {
-    "enable_lora": lambda network: network.get_layer("head").enable_lora(2),
+    "enable_lora": lambda network: network.get_layer("label_embed").enable_lora(2),
     "quantize": lambda network: network.get_layer("label_embed").quantize("int8"),
     "add_weight": with_another_weight,
 }
