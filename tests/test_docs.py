@@ -159,6 +159,17 @@ def test_variant_and_precision_lines_run():
     assert run(block, "precision")["network"].dtype_policy.name == "mixed_bfloat16"
 
 
+def test_few_steps_lines_run():
+    """Two steps draw digits, and a network of one time begins a flow map with its answers."""
+    drawing, training, beginning = blocks("docs/few_steps.md")
+    assert run(drawing, "few_steps")["images"].shape == (10, 8, 8, 1)
+    assert run(training, "few_steps")["model"].flow_map.guidance == (1.0, 4.0)
+    made = run(beginning, "few_steps")
+    kept = {weight.path: numpy(weight) for weight in made["new"].weights}
+    for weight in made["old"].weights:
+        np.testing.assert_array_equal(numpy(weight), kept[weight.path])
+
+
 def test_fine_tuning_lines_run(here):
     """Classes keep the rows that are named, pairs merge, and frozen layers stay as they were."""
     classes, pairs, freeze = blocks("docs/fine_tuning.md")
