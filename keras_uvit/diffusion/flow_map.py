@@ -21,7 +21,6 @@ from keras_uvit.types import Tensor
 LATER, EARLIER = (0.2, 0.8), (-1.0, 0.8)
 # Guidance fades to none between these times.
 FULL_UNTIL, NONE_FROM = 0.8, 1.0
-
 FLOOR = 1e-2  # keeps images that are nearly right from counting without bound
 Velocity = Callable[..., Tensor]  # see `FlowMap.loss`
 
@@ -50,8 +49,9 @@ class FlowMap:
             being mean(e^2) / a^2: 1 is the literature's choice for latents (arXiv 2505.13447,
             Eq. 22), and 0 is better on small images here.
         guidance: pair of floats, the least and the largest guidance scale, or None. The network
-            then learns guided velocities at any scale between them, which `generate` chooses: one
-            evaluation a step instead of two (improved MeanFlow, arXiv 2512.02012, Section 4.2).
+            then learns guided velocities at any scale w between them, which `generate` chooses: one
+            evaluation a step instead of two (after improved MeanFlow, arXiv 2512.02012). For half
+            of the images v is v + (w - 1) (v - u without condition), and e is divided by w.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -154,9 +154,11 @@ class FlowMap:
         is_step = _every(self.every, t)
         target = ops.where(column(is_step, x0), _placed(target, self.every, x0), v)
         error = ops.square(u(z, t, span, scale, slice(None)) - ops.stop_gradient(target))
-        weight = ops.where(is_step, 1.0 / alpha, 1.0) / ops.square(stretch)
+        part = ops.where(is_step, alpha, 1.0)
+        weight = 1.0 / (part * ops.square(stretch))
         if self.power:
-            size = ops.mean(error, axis=tuple(range(1, len(x0.shape)))) * ops.square(weight)
+            size = ops.mean(error, axis=tuple(range(1, len(x0.shape))))
+            size = size / ops.square(part * stretch)
             weight = weight / ops.stop_gradient(size + FLOOR) ** self.power
         return ops.mean(column(weight, x0) * error)
 
