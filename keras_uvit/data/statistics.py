@@ -32,8 +32,8 @@ def latent_statistics(
     Example:
         >>> mean = np.random.default_rng(0).normal([1.0, -2.0], [0.5, 2.0], (500, 4, 4, 2))
         >>> found = latent_statistics(np.concatenate([mean, np.full_like(mean, -30.0)], axis=-1))
-        >>> [round(x, 1) for x in (*found["scale"], *found["shift"])]
-        [2.0, 0.5, 1.0, -2.0]
+        >>> print(*(round(x, 1) for x in (*found["scale"], *found["shift"])))
+        2.0 0.5 1.0 -2.0
     """
     moments = cache.arrays["moments"] if hasattr(cache, "arrays") else cache
     count = min(len(moments), as_int(num_samples, "num_samples", 1))
