@@ -67,17 +67,18 @@ class FlowMap:
         for key, least in (("steps", 1), ("every", 1)):
             object.__setattr__(self, key, as_int(getattr(self, key), f"FlowMap.{key}", least))
         for key in ("alpha", "guidance"):
-            if getattr(self, key) is not None:
+            if isinstance(getattr(self, key), list):  # of a saved config
                 object.__setattr__(self, key, tuple(getattr(self, key)))
-        if len(self.alpha) != 2 or not 0 < self.alpha[1] <= self.alpha[0] <= 1:
+        if not _is_pair(self.alpha) or not 0 < self.alpha[1] <= self.alpha[0] <= 1:
             raise ValueError(
                 "FlowMap.alpha is (first, last) with 0 < last <= first <= 1. Received: "
                 f"{self.alpha}."
             )
         if not 0 <= self.power <= 1:
             raise ValueError(f"FlowMap.power is in [0, 1]. Received: {self.power}.")
-        if self.guidance and not (
-            len(self.guidance) == 2 and 1 <= self.guidance[0] < self.guidance[1]
+        guidance = self.guidance
+        if guidance is not None and not (
+            _is_pair(guidance) and 1 <= guidance[0] < guidance[1] < np.inf
         ):
             raise ValueError(
                 "FlowMap.guidance is (least, largest) scale with 1 <= least < largest, or None. "
@@ -169,6 +170,10 @@ class FlowMap:
         return ops.stop_gradient(
             _placed(u(z[rows], t[rows], zero, one, rows, conditional=False), 2, z)
         )
+
+
+def _is_pair(value):
+    return isinstance(value, tuple) and len(value) == 2
 
 
 def _fading(t):

@@ -18,6 +18,7 @@ from keras_uvit.evaluation.inception import InceptionFeatures
 from keras_uvit.evaluation.metrics import inception_score, precision_recall
 from keras_uvit.inference import fingerprint
 from keras_uvit.pixels import listed
+from keras_uvit.sampling.options import ARGUMENTS
 from keras_uvit.types import PathLike
 from keras_uvit.version import __version__
 
@@ -28,8 +29,7 @@ CHUNK = 1024  # images drawn, measured and written at a time
 USUAL_PROMPTS = 30_000  # of the papers' COCO numbers
 NEIGHBOURS = 3  # of precision and recall
 # What `evaluate` passes on to `generate`: what the images depend on, and how they are drawn.
-OF_SAMPLING = ("sampler", "num_steps", "guidance_scale", "guidance_interval", "guidance")
-OPTIONS = (*OF_SAMPLING, "batch_size", "use_ema")
+OPTIONS = (*ARGUMENTS, "batch_size", "use_ema")
 
 
 def fid(
@@ -306,7 +306,7 @@ def describe(
 ) -> dict[str, Any]:
     """What samples depend on, as the record keeps it."""
     use_ema = options.get("use_ema", True)
-    chosen = sampling.resolve(model, **{k: v for k, v in options.items() if k in OF_SAMPLING})
+    chosen = sampling.resolve(model, **{k: v for k, v in options.items() if k in ARGUMENTS})
     autoencoder, text = model.encoders.autoencoder, model.encoders.text_encoder
     record = {
         "model": model.name,

@@ -16,6 +16,7 @@ from keras_uvit.evaluation.frechet import frechet_distance
 from keras_uvit.evaluation.metrics import squared_distances, within_class_spread
 from keras_uvit.optional import optional
 from keras_uvit.pixels import to_unit_range
+from keras_uvit.sampling.options import ARGUMENTS
 from keras_uvit.types import PathLike
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ def report(
     """
     plot = _matplotlib()
     images, labels = _pictures(model, data)
-    of_sampling = ("sampler", "num_steps", "guidance_scale", "guidance_interval", "guidance")
-    asked_for = {name: value for name, value in options.items() if name in of_sampling}
+    asked_for = {name: value for name, value in options.items() if name in ARGUMENTS}
     chosen = sampling.resolve(model, **asked_for).record()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

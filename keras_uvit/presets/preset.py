@@ -62,7 +62,6 @@ class Preset:
     our_fid: float | None = None
     weights: str | None = None  # file shipped in keras_uvit/weights
     context_encoder: str | None = None  # fingerprint of the text encoder that they have learned
-    fast: dict = dataclasses.field(default_factory=lambda: dict(FAST))  # arguments of `generate`
 
     def new_network(self, **changes: Any) -> Any:
         """The network of the preset, with other arguments where there are `changes`."""

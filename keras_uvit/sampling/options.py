@@ -13,6 +13,8 @@ from keras_uvit.inference import fingerprint
 from keras_uvit.sampling.guidance import Guidance
 
 CLASSIFIER_FREE = Guidance()
+# Arguments of `generate` of which the options of a call are made, and which records name.
+ARGUMENTS = ("sampler", "num_steps", "guidance_scale", "guidance_interval", "guidance")
 Scale = float | Callable[[float], float]
 
 

@@ -84,6 +84,11 @@ def check_network(network: Any) -> None:
 def check_flow_map(model: Any) -> None:
     """Raises unless network, schedule and loss are what the model's flow map needs."""
     network, flow_map, objective = model.network, model.flow_map, model.objective
+    if not isinstance(flow_map, FlowMap | None):
+        raise TypeError(
+            "flow_map must be such as diffusion.FlowMap(steps=4000), or None. Received: "
+            f"{flow_map!r}."
+        )
     learns_guidance = flow_map is not None and flow_map.guidance is not None
     if network.takes_guidance != learns_guidance:
         raise ValueError(
@@ -93,8 +98,6 @@ def check_flow_map(model: Any) -> None:
         )
     if flow_map is None:
         return
-    if not isinstance(flow_map, FlowMap):
-        raise TypeError(f"flow_map must be a diffusion.FlowMap or None. Received: {flow_map!r}.")
     found = {
         "takes_span": network.takes_span,
         "schedule": type(objective.schedule).__name__,

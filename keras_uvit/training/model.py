@@ -91,7 +91,8 @@ class DiffusionModel(keras.Model):
         optimizer: dict of arguments of `training.adamw` that `compile()` uses. `None` chooses a
             learning rate for the network's width, which rises at the run's begin and falls to its
             end: `training.optimizers.default_arguments`.
-        sampler, num_steps, guidance_scale: defaults of `generate`.
+        sampler, num_steps, guidance_scale: defaults of `generate`. For `sampler`, `None` is
+            "flow_map" with a flow map, and else "dpm_solver_pp_2m".
         max_skipped_steps: int. `fit` stops after so many non-finite steps in a row.
         planned_steps: int, optimizer steps that `fit` makes where it is not told `epochs`; `None`
             is one epoch.
@@ -123,7 +124,7 @@ class DiffusionModel(keras.Model):
         ema_decay: float = 0.9999,
         ema_warmup: bool = True,
         optimizer: dict[str, Any] | None = None,
-        sampler: str = "dpm_solver_pp_2m",
+        sampler: str | None = None,
         num_steps: int = 25,
         guidance_scale: float = 1.0,
         max_skipped_steps: int = 20,
@@ -154,7 +155,8 @@ class DiffusionModel(keras.Model):
         self.latent_encoder, self.context_encoder = latent_encoder, context_encoder
         self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
         self.optimizer_config = dict(optimizer or optimizers.default_arguments(network))
-        self.sampler, self.num_steps, self.guidance_scale = sampler, num_steps, guidance_scale
+        self.sampler = sampler or ("dpm_solver_pp_2m" if flow_map is None else "flow_map")
+        self.num_steps, self.guidance_scale = num_steps, guidance_scale
         self.max_skipped_steps, self.planned_steps = max_skipped_steps, planned_steps
         self.seed = seed
         arguments.check_model(self, has_null)

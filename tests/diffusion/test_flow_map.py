@@ -103,7 +103,7 @@ def velocity_of(network):
     return u
 
 
-@pytest.mark.skipif(not hasattr(ops, "jvp"), reason="ops.jvp is new in Keras 3.13")
+@pytest.mark.skipif(not hasattr(ops, "jvp"), reason="this Keras has no ops.jvp")
 @pytest.mark.eager
 def test_the_residual_tends_to_that_of_meanflow_as_alpha_tends_to_zero():
     u = velocity_of(randomize(tiny_net()))
@@ -137,11 +137,11 @@ def test_the_residual_tends_to_that_of_meanflow_as_alpha_tends_to_zero():
 
 
 @pytest.mark.once
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="float64 needs PyTorch's tensors")
 @pytest.mark.parametrize("options", [{}, {"guidance": (1.0, 4.0)}], ids=str)
 def test_the_gradient_is_the_numerical_one_with_targets_held(options, monkeypatch):
-    torch = pytest.importorskip("torch")
-    if keras.backend.backend() != "torch":
-        pytest.skip("float64 needs PyTorch's tensors here")
+    import torch
+
     monkeypatch.setattr(ops, "mean", torch.mean)  # Keras' own sums in float32
     draw = np.random.default_rng(0)
     x0, noise, normals = (torch.tensor(draw.normal(size=(8, n))) for n in (3, 3, 2))
@@ -357,6 +357,8 @@ LINEAR = dict(schedule=LinearPath(), prediction="velocity")
         (lambda: FlowMap(0), ("FlowMap.steps", "0")),
         (lambda: FlowMap(10, alpha=(0.1, 0.5)), ("alpha", "(0.1, 0.5)")),
         (lambda: FlowMap(10, alpha=(1.0, 0.0)), ("alpha", "0 < last")),
+        (lambda: FlowMap(10, alpha=0.5), ("FlowMap.alpha", "0.5")),
+        (lambda: FlowMap(10, guidance=3.0), ("FlowMap.guidance", "3.0")),
         (lambda: FlowMap(10, every=0), ("FlowMap.every", "0")),
         (lambda: FlowMap(10, power=2), ("FlowMap.power", "2")),
         (lambda: FlowMap(10, guidance=(4.0, 1.0)), ("FlowMap.guidance", "(4.0, 1.0)")),
@@ -391,3 +393,9 @@ LINEAR = dict(schedule=LinearPath(), prediction="velocity")
 )
 def test_what_cannot_be_is_refused(call, words):
     refused(ValueError, call, *words)
+
+
+@pytest.mark.once
+def test_a_flow_map_is_an_object_and_chooses_the_sampler():
+    refused(TypeError, lambda: model_of(flow_map=True), "FlowMap(steps=4000)", "True")
+    assert (model_of().sampler, diffusion_model().sampler) == ("flow_map", "dpm_solver_pp_2m")

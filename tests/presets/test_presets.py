@@ -125,7 +125,7 @@ def test_a_row_states_what_its_network_costs_and_can_be_trained_and_sampled(name
     peak = optimizer.schedule(optimizer.schedule.warmup)
     # Float32 rounding of the schedule.
     assert float(numpy(peak)) == pytest.approx(row.optimizer["learning_rate"], rel=1e-5)
-    assert set(row.fast) <= set(inspect.signature(DiffusionModel.generate).parameters)
+    assert set(presets.FAST) <= set(inspect.signature(DiffusionModel.generate).parameters)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -187,7 +187,7 @@ def test_a_row_of_few_steps_is_its_network_by_the_recipe_of_soflow(name):
         **other.network, "time_mlp": True, "takes_span": True, "takes_guidance": True
     }  # fmt: skip
     assert (row.schedule, row.prediction, row.sampler) == (LinearPath(), "velocity", "flow_map")
-    assert row.latent_scale == other.latent_scale
+    assert (row.latent_scale, row.time_sampling) == (other.latent_scale, "logit_normal")
     # a = 0.1 0.02^(k / K) and the whole power, arXiv 2512.15657; 240 epochs of ImageNet.
     assert (row.flow_map.alpha, row.flow_map.power) == ((0.1, 0.1 * 0.02), 1.0)
     assert row.flow_map.steps == row.iterations
@@ -561,7 +561,7 @@ def test_a_classifier_of_real_digits_reads_the_generated_ones(pretrained):
 
 
 def test_the_fast_way_draws_digits_as_well_as_the_long_one(pretrained):
-    fast, labels = presets.get("uvit_tiny_digits").fast, np.arange(10)
+    fast, labels = presets.FAST, np.arange(10)
     options = dict(sampler="dpm_solver_pp", num_steps=50)
     long = pretrained.generate(labels=labels, **options, verbose=0)
     short = pretrained.generate(labels=labels, **fast, verbose=0)
