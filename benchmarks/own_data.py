@@ -94,6 +94,10 @@ OTHERS = {
     "qk_norm": dict(network=dict(qk_norm=True)),
     "fan_in": dict(network=dict(init="fan_in")),
     "flow, fan_in": dict(prediction="velocity", network=dict(init="fan_in"), **FLOW),
+    "16 patches, fan_in": dict(patches=16, network=dict(init="fan_in")),
+    "16 patches, flow, fan_in": dict(
+        patches=16, prediction="velocity", network=dict(init="fan_in"), **FLOW
+    ),
 }
 CANDIDATES = OBJECTIVES | OTHERS
 BATCH = 16

@@ -50,6 +50,14 @@ def moments_std(moments: Array, scale: PerChannel = 1.0, shift: PerChannel = 0.0
     return float(np.sqrt(scaled(mean, scale, shift).var() + noise.mean()))
 
 
+def posterior_sample(moments: Array, scale: PerChannel, shift: PerChannel, seed: int) -> np.ndarray:
+    """scale (mean + exp(log-variance / 2) noise - shift), float32, of moments `(..., 2 C)`."""
+    mean, log_variance = np.split(np.asarray(moments, "float32"), 2, axis=-1)
+    noise = np.random.default_rng(seed).standard_normal(mean.shape, "float32")
+    latents = mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise
+    return scaled(latents, scale, shift)
+
+
 def scaled(latents: Array, scale: PerChannel, shift: PerChannel) -> np.ndarray:
     """scale (z - shift): latents as diffusion models learn them, float32."""
     return np.asarray(scale, "float32") * (latents - np.asarray(shift, "float32"))
@@ -98,6 +106,15 @@ def same_per_channel(a: PerChannel, b: PerChannel) -> bool:
     """Whether two of them are equal, up to float32 rounding."""
     lengths = {len(value) for value in (a, b) if isinstance(value, tuple)}
     return len(lengths) < 2 and bool(np.allclose(a, b, rtol=1e-5, atol=1e-6))
+
+
+def check_rank(array: Array, name: str) -> None:
+    """Raises ValueError for what is not `(n, height, width, channels)`, or is empty."""
+    if len(np.shape(array)) != 4 or 0 in np.shape(array):
+        raise ValueError(
+            f"{name} must have shape (n, height, width, channels), none of them 0. "
+            f"Received: {np.shape(array)}."
+        )
 
 
 def check_latents(latents: Array) -> None:

@@ -77,11 +77,12 @@ class LatentDataset(ShuffledDataset):
         manifest: dict, all that is known of the cache.
         scale, shift, autoencoder_id, fingerprint: the autoencoder's, None where the cache does not
             say.
+        statistics: dict of "scale" and "shift", which bring each channel to mean 0 and variance 1,
+            measured when the cache was written (see `latent_statistics`); None where that failed.
         image_size: [height, width] in pixels, or None.
         sample_shape: (h, w, 2 C) of the moments.
         num_classes: int, or None without labels.
         num_samples: int, mirror images included.
-
         contexts: `Contexts`, or None without captions.
 
     Yields dicts "moments" `(B, h, w, 2 C)` float16 or float32; with classes, "label" `(B,)` int32;
@@ -119,6 +120,8 @@ class LatentDataset(ShuffledDataset):
         )
         self.autoencoder_id = about.get("id")
         self.fingerprint = about.get("fingerprint")
+        found = self.manifest.get("statistics")
+        self.statistics = found and {key: tuple(value) for key, value in found.items()}
         self.image_size = self.manifest["image_size"]
         self.sample_shape = tuple(self.manifest["shape"])
         self.num_classes = self.manifest["num_classes"] if "label" in arrays else None

@@ -14,7 +14,9 @@ import numpy as np
 
 from keras_uvit import backend, progress
 from keras_uvit.data import manifest, sources
+from keras_uvit.data.latents import ShardedArray
 from keras_uvit.data.manifest import CacheError
+from keras_uvit.data.statistics import latent_statistics
 from keras_uvit.pixels import listed
 from keras_uvit.types import Array, PathLike
 from keras_uvit.version import __version__
@@ -237,6 +239,17 @@ def _write(source, folder, plan, encoders, batch_size, process, corrupt, verbose
     return _finish(folder, plan)
 
 
+def _statistics(folder, plan, shards):
+    """What `latent_statistics` finds; None for latents that do not vary."""
+    about = plan["field"], plan["shape"], np.dtype(plan["dtype"])
+    parts = [manifest.open_shard(folder, shard, *about) for shard in shards]
+    try:
+        found = latent_statistics(ShardedArray(parts))
+        return {key: listed(value) for key, value in found.items()}
+    except ValueError:
+        return None
+
+
 def _agree(folder, plan):
     """Writes the plan, or raises CacheError where the folder has another one."""
     path = folder / manifest.PLAN
@@ -388,6 +401,8 @@ def _finish(folder, plan):
     if not count:
         raise CacheError(f"Not one image of {plan['source']} could be read.")
     content = {**manifest.read_json(folder / manifest.PLAN), "count": count, "shards": shards}
+    if plan["field"] == "moments":
+        content["statistics"] = _statistics(folder, plan, shards)
     try:
         manifest.write_json(folder / manifest.MANIFEST, content)
     except FileNotFoundError:  # another process finished, and cleared ours away

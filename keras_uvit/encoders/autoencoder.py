@@ -355,10 +355,7 @@ class AutoencoderKL(keras.Model):
             seed: int.
         """
         self._check(moments, 2 * self.config["latent_channels"], "moments")
-        mean, log_variance = np.split(np.asarray(moments, "float32"), 2, axis=-1)
-        noise = np.random.default_rng(seed).standard_normal(mean.shape, "float32")
-        latents = mean + np.exp(0.5 * np.clip(log_variance, -30, 20)) * noise
-        return pixels.scaled(latents, self.scale, self.shift)
+        return pixels.posterior_sample(moments, self.scale, self.shift, seed)
 
     def decode(self, latents: Array, batch_size: int = 8, verbose: int = 0) -> np.ndarray:
         """Images of latents.

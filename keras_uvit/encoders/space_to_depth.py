@@ -6,6 +6,7 @@ from keras_uvit.checks import as_int
 from keras_uvit.pixels import (
     PerChannel,
     check_latents,
+    check_rank,
     from_unit_range,
     per_channel,
     scaled,
@@ -50,7 +51,7 @@ class SpaceToDepth:
 
     def encode(self, images: Array, batch_size: int | None = None, verbose: int = 0) -> np.ndarray:
         """Moments `(n, H / factor, W / factor, 2 factor^2 C)` float32 of `(n, H, W, C)` images."""
-        _check_shape("images", images)
+        check_rank(images, "images")
         self.moments_shape(images.shape[1:])
         n, height, width, channels = images.shape
         f = self.factor
@@ -60,13 +61,13 @@ class SpaceToDepth:
 
     def sample(self, moments: Array, seed: int = 0) -> np.ndarray:
         """Latents scale (mean - shift), float32: there is no noise."""
-        _check_shape("moments", moments)
+        check_rank(moments, "moments")
         mean, _ = np.split(np.asarray(moments, "float32"), 2, axis=-1)
         return scaled(mean, self.scale, self.shift)
 
     def decode(self, latents: Array, batch_size: int | None = None, verbose: int = 0) -> np.ndarray:
         """Images `(n, factor h, factor w, C)` uint8 of latents as models make them."""
-        _check_shape("latents", latents)
+        check_rank(latents, "latents")
         check_latents(latents)
         n, height, width, depth = latents.shape
         f = self.factor
@@ -79,11 +80,3 @@ class SpaceToDepth:
         blocks = means.reshape(n, height, width, f, f, -1)
         images = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height * f, width * f, -1)
         return from_unit_range(images)
-
-
-def _check_shape(what, array):
-    if len(array.shape) != 4 or 0 in array.shape:
-        raise ValueError(
-            f"{what} must have shape (n, height, width, channels), none of them 0. "
-            f"Received: {tuple(array.shape)}."
-        )

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_uvit.pixels import from_unit_range, to_unit_range
+from keras_uvit.pixels import from_unit_range, scaled, to_unit_range
 from keras_uvit.types import Array
 
 
@@ -29,7 +29,9 @@ class Edit:
             return pictures
         autoencoder = model.encoders.autoencoder
         moments = np.asarray(autoencoder.encode(pictures, verbose=0), "float32")
-        return np.float32(autoencoder.scale) * np.split(moments, 2, axis=-1)[0]
+        mean = np.split(moments, 2, axis=-1)[0]
+        # An encoder of one's own may have no shift.
+        return scaled(mean, autoencoder.scale, getattr(autoencoder, "shift", 0.0))
 
     def drawn(self, model: Any, rows: np.ndarray) -> np.ndarray:
         """`(B, h, w, 1)` float32: 1 where the network draws. A latent is drawn if any of its

@@ -48,9 +48,10 @@ def model_of(kind):
     keras.utils.set_random_seed(0)
     if kind == "plain":
         return lively(DiffusionModel(uvit(), num_steps=3))
-    model = lively(DiffusionModel(uvit(image_shape=(4, 4, 4)), latent_scale=0.5, num_steps=3))
+    space = dict(latent_scale=(0.5, 0.7, 0.6, 0.4), latent_shift=(0.1, 0.0, -0.2, 0.3))
+    model = lively(DiffusionModel(uvit(image_shape=(4, 4, 4)), **space, num_steps=3))
     if kind == "latents":
-        model.set_encoders(autoencoder=SpaceToDepth(2, scale=0.5))
+        model.set_encoders(autoencoder=SpaceToDepth(2, *space.values()))
     return model
 
 
