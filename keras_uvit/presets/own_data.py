@@ -348,7 +348,9 @@ def seconds_per_step(
     model: DiffusionModel, facts: Facts, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Seconds of a training step here by `clock`, without its compilation."""
-    images = np.zeros((facts.batch_size, *facts.image_shape), "float32")
+    # Values that the checks of a first batch find right, of pixels and of latents.
+    shape = facts.batch_size, *facts.image_shape
+    images = np.random.default_rng(0).uniform(-1, 1, shape).astype("float32")
     batch: dict[str, np.ndarray] = {"image" if facts.latent_scale is None else "latent": images}
     if facts.num_classes is not None:
         batch["label"] = np.zeros(facts.batch_size, "int32")

@@ -1,6 +1,8 @@
 """Frozen layers, of which a network's config says nothing: files of a model keep their names."""
 
-from collections.abc import Collection
+import fnmatch
+import itertools
+from collections.abc import Collection, Sequence
 
 import keras
 
@@ -17,6 +19,24 @@ def freeze(network: keras.Model, paths: Collection[str]) -> None:
     """Makes all layers and weights trainable but those of `frozen`."""
     for part in _parts(network):
         part.trainable = part.path not in paths
+
+
+def freeze_matching(network: keras.Model, patterns: Sequence[str]) -> None:
+    """Makes the layers whose names match a pattern untrainable; the others stay as they are.
+
+    Raises:
+        ValueError: for a pattern that no layer of the network matches.
+    """
+    layers = {layer.name: layer for layer in network.layers if layer.weights}
+    matches = {pattern: fnmatch.filter(layers, pattern) for pattern in patterns}
+    for pattern, names in matches.items():
+        if not names:
+            raise ValueError(
+                f"No layer of the network matches {pattern!r}. Its layers are "
+                f"{', '.join(layers)}; * stands for any characters."
+            )
+    for name in itertools.chain(*matches.values()):
+        layers[name].trainable = False
 
 
 def _parts(network):

@@ -211,6 +211,20 @@ class DiffusionModel(keras.Model):
         if text_encoder is not None:
             compatibility.adopt_contexts(self, text_encoder)
 
+    def freeze(self, *patterns: str) -> None:
+        """Keeps layers of the network as they are; call it before `compile`.
+
+        `model.network.trainable = True` undoes it. Files and checkpoints keep what is frozen.
+
+        Args:
+            *patterns: names of layers, as `model.network.summary()` shows them; `*` stands for any
+                characters, as in `model.freeze("patch_embed", "in_block_*")`.
+
+        Raises:
+            ValueError: for a pattern that no layer matches. Then nothing is changed.
+        """
+        frozen.freeze_matching(self.network, patterns)
+
     def get_config(self) -> Config:
         serialize = keras.saving.serialize_keras_object
         return {

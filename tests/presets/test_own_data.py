@@ -133,6 +133,15 @@ def test_minutes_are_steps_that_a_run_keeps(tmp_path, monkeypatch):
     assert choose(pictures(), minutes=1).planned_steps == 600
 
 
+@pytest.mark.parametrize("latent_scale", [None, 1.0])
+def test_the_timing_of_a_step_warns_of_nothing(latent_scale):
+    model = choose(pictures(), latent_scale=latent_scale)
+    facts = own_data.Facts((16, 16, 3), 64, batch_size=4, latent_scale=latent_scale)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert own_data.seconds_per_step(model, facts) > 0
+
+
 def test_steps_are_timed_without_the_first_ones(monkeypatch):
     model, clock, made = choose(pictures(classes=3)), [0.0], []
 

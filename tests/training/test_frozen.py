@@ -19,7 +19,7 @@ def made(change, **options):
 
 
 def a_layer(model):
-    model.network.get_layer("mid_block").trainable = False
+    model.freeze("mid_block")
 
 
 def all_but_a_part(model):
@@ -72,6 +72,20 @@ def test_a_run_goes_on_with_the_same_layers_frozen(tmp_path):
     model = made(a_layer)
     fit(model, EIGHT, **options, epochs=2)
     assert int(model.step) == 2
+
+
+@pytest.mark.once
+def test_layers_are_frozen_by_patterns_of_their_names():
+    patterns = "patch_*", "*_block_0"
+    model = made(lambda model: model.freeze(*patterns), network=dict(num_layers=3))
+    left = {layer.name for layer in model.network.layers if layer.trainable_weights}
+    every = {layer.name for layer in model.network.layers if layer.weights}
+    assert every - left == {"patch_embed", "in_block_0", "out_block_0"}
+    words = "'attention_*'", "patch_embed, ", "mid_block"
+    refused(ValueError, lambda: model.freeze("norm", "attention_*"), *words)
+    assert model.network.get_layer("norm").trainable  # of a call that fails, nothing is done
+    model.network.trainable = True
+    assert len(model.trainable_variables) == len(model.network.weights)
 
 
 @pytest.mark.once
