@@ -211,10 +211,14 @@ def read_edit(model: DiffusionModel, edit: dict[str, Any]) -> dict[str, Any]:
 
     A mask is drawn where it is white.
     """
-    edit = {key: value for key, value in edit.items() if value is not None}
+    edit = {key: value for key, value in edit.items() if value not in (None, ())}
     channels = 3 if model.latent_scale is not None else model.network.image_shape[-1]
     if "image" in edit:
-        edit["image"] = pictures.read_file(edit["image"], channels=channels)
+        read = [pictures.read_file(file, channels=channels) for file in edit["image"]]
+        sizes = {name: image.shape[:2] for name, image in zip(edit["image"], read)}
+        if len({*sizes.values()}) > 1:
+            raise click.UsageError(f"Pictures of one size are needed. Received: {sizes}.")
+        edit["image"] = read[0] if len(read) == 1 else np.stack(read)
     if "mask" in edit:
         edit["mask"] = pictures.read_file(edit["mask"], channels=1)[..., 0] > 127
     return edit

@@ -230,7 +230,9 @@ EDIT_OPTIONS = gathered(
     "edit",
     image=dict(
         type=click.Path(exists=True, dir_okay=False),
-        help="Picture to start from, of the size that the model makes.",
+        multiple=True,
+        help="Picture to start from, of the size that the model makes. Give one for all images, or "
+        "repeat it, one for each image.",
     ),
     mask=dict(
         type=click.Path(exists=True, dir_okay=False),

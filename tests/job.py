@@ -32,6 +32,7 @@ BATCH = 16
 NETWORKS = {
     "small": (UViT, dict(hidden_dim=16, num_layers=1, num_heads=2)),
     "uvit": (UViT, dict(hidden_dim=48, num_layers=3, num_heads=4)),
+    "lora": (UViT, dict(hidden_dim=48, num_layers=3, num_heads=4, lora=2)),
     "unet": (
         UNet,
         dict(base_dim=32, multipliers=(1,), num_blocks=1, attention_levels=(), head_dim=8),

@@ -36,18 +36,19 @@ JOBS = {
 }
 # What the first of eight devices holds of some kernels.
 PARTS = {
-    "uvit fsdp": {"attention_qkv": [48, 18], "attention_proj": [6, 48], "mlp_in": [48, 24]},
-    "uvit tensor": {"attention_qkv": [48, 36], "attention_proj": [12, 48], "mlp_in": [48, 48]},
+    "uvit fsdp": {"attention_qkv_kernel": [48, 18], "attention_proj_kernel": [6, 48], "mlp_in_kernel": [48, 24]},
+    "uvit tensor": {"attention_qkv_kernel": [48, 36], "attention_proj_kernel": [12, 48], "mlp_in_kernel": [48, 48]},
     "unet tensor": {
-        "attention_query": [32, 8], "conv_1": [3, 3, 32, 8], "conv_2": [3, 3, 8, 32],
+        "attention_query_kernel": [32, 8], "conv_1_kernel": [3, 3, 32, 8], "conv_2_kernel": [3, 3, 8, 32],
     },
+    "lora tensor": {"attention_qkv_lora_b": [2, 36], "attention_proj_lora_a": [12, 2]},
 }  # fmt: skip
 if NAME == "jax" and not OLD:
     JOBS["many"][1].append(dict(name="moved"))
 if NAME == "jax":
     JOBS["many"][1].extend(
         dict(name=name, network=name.split()[0], layout=name.split()[1], epochs=1)
-        for name in ("uvit one", "unet one", *PARTS)
+        for name in ("uvit one", "unet one", "lora one", *PARTS)
     )
 if NAME == "torch":
     JOBS["processes"][1].append(STOP)
@@ -183,9 +184,9 @@ def test_eight_devices_that_divide_the_weights_train_as_one_does(run_on, name):
     assert one["each"][0] != one["each"][-1]  # it trains
     np.testing.assert_allclose(many["each"], one["each"], **CLOSE)
     np.testing.assert_allclose(sum(many["weights"]), sum(one["weights"]), **CLOSE)
-    middle = {"uvit": "mid_block", "unet": "mid_0"}[network]
+    middle = "mid_0" if network == "unet" else "mid_block"
     for kernel, part in PARTS[name].items():
-        path = f"{middle}_{kernel}_kernel"
+        path = f"{middle}_{kernel}"
         for kind in (f"weight {path}", f"average {path}", f"{path}_momentum"):
             (found,) = [shape for key, shape in many["parts"].items() if key.endswith(kind)]
             assert found == part, kind

@@ -143,6 +143,11 @@ def check_guidance(model: Any, guidance: Any) -> None:
         return
     if not hasattr(weak, "ema_network"):
         raise TypeError(f"weak_model must be a DiffusionModel. Received: {weak!r}.")
+    if weak.network.takes_guidance:
+        raise ValueError(
+            "The weak model takes the guidance scale as an input, so its estimate would be guided "
+            "itself. Use one whose network has takes_guidance=False."
+        )
     weak.check_weights()
     own, other = _facts(model), _facts(weak)
     unknown = [key for key in own if "encoder" in key and None in (own[key], other[key])]
@@ -177,6 +182,7 @@ def _facts(model):
     return {
         "image_shape": tuple(network.image_shape),
         "latent_scale": model.latent_scale,
+        "latent_shift": model.latent_shift,
         "latent_encoder": model.latent_encoder,
         "num_classes": network.num_classes,
         "context_shape": network.context_shape,

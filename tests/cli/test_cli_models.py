@@ -282,11 +282,26 @@ def test_an_edit_arrives_and_its_grid_shows_before_mask_and_after(tmp_path, draw
     np.testing.assert_array_equal(picture, evaluation.image_grid(np.stack(rows), 2))
 
 
+def test_every_image_has_a_picture_of_its_own_to_start_from(tmp_path, drawn):
+    files = [tmp_path / f"{k}.png" for k in range(len(PICTURES))]
+    for file, image in zip(files, PICTURES[::-1]):
+        Image.fromarray(image).save(file)
+    words = [word for file in files for word in ("--image", file)]
+    target = tmp_path / "a.png"
+    run("generate", "uvit_nano_colour", target, "--num-images", 12, *words, "--strength", 0.5)
+    np.testing.assert_array_equal(drawn["image"], PICTURES[::-1])
+    rows = np.stack([PICTURES[::-1], PICTURES], axis=1).reshape(-1, 8, 8, 3)
+    np.testing.assert_array_equal(np.asarray(Image.open(target)), evaluation.image_grid(rows, 2))
+
+
 def test_bad_edits_are_refused(tmp_path):
+    Image.fromarray(PICTURES[0]).save(tmp_path / "whole.png")
     Image.fromarray(PICTURES[0][:4]).save(tmp_path / "half.png")
     words = ("generate", "uvit_nano_colour", tmp_path / "a.png", "--num-images", 1)
     assert "strength goes with" in refused(*words, "--strength", 0.5)
     text = refused(*words, "--image", tmp_path / "half.png", "--strength", 0.5)
     assert "(8, 8, 3)" in text
     assert "strength" in misused(*words, "--strength", 2)
+    two = ("--image", tmp_path / "half.png", "--image", tmp_path / "whole.png")
+    assert "of one size" in misused(*words, *two, "--strength", 0.5)
     assert not (tmp_path / "a.png").exists()

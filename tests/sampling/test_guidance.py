@@ -11,7 +11,8 @@ from tiny import diffusion_model, normal, numpy, refused, uvit
 
 from keras_uvit import DiffusionModel
 from keras_uvit.diffusion import samplers
-from keras_uvit.diffusion.schedules import VPCosine
+from keras_uvit.diffusion import FlowMap
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine
 from keras_uvit.inference import fingerprint
 from keras_uvit.sampling import APG, AutoGuidance, Guidance, Rescale, generate, resolve
 
@@ -134,16 +135,21 @@ def test_another_object_of_the_same_numbers_compiles_nothing():
 
 def weak(**changes):
     """A model that differs from the one of `labels` in `changes`."""
-    options = {k: changes.pop(k) for k in ("schedule", "latent_scale") if k in changes}
+    own = ("schedule", "latent_scale", "latent_shift", "prediction", "flow_map")
+    options = {k: changes.pop(k) for k in own if k in changes}
     return AutoGuidance(DiffusionModel(uvit(**{"num_classes": 3, **changes}), **options))
 
 
+FAST = dict(takes_span=True, takes_guidance=True, schedule=LinearPath(), prediction="velocity")
+FAST["flow_map"] = FlowMap(5, guidance=(1.0, 2.0))
 BAD = {
     "a number": (dict(guidance=2.0), TypeError, "APG()", "guidance_scale", "2.0"),
     "off": (dict(guidance=AutoGuidance, guidance_scale=1.0), TypeError, "guidance is an object"),
     "weak, off": (lambda: dict(guidance=weak()), ValueError, "guidance_scale", "1.0, off"),
     "schedule": (lambda: dict(guidance=weak(schedule=VPCosine())), ValueError, "VPCosine", "VPLin"),
     "latents": (lambda: dict(guidance=weak(latent_scale=0.5)), ValueError, "latent_scale 0.5"),
+    "shift": (lambda: dict(guidance=weak(latent_shift=0.5)), ValueError, "latent_shift 0.5"),
+    "guided itself": (lambda: dict(guidance=weak(**FAST)), ValueError, "would be guided itself"),
     "size": (lambda: dict(guidance=weak(image_shape=(8, 8, 1))), ValueError, "(8, 8, 1) instead"),
     "classes": (lambda: dict(guidance=weak(num_classes=4)), ValueError, "num_classes 4 instead"),
     "no model": (lambda: dict(guidance=AutoGuidance(uvit())), TypeError, "a DiffusionModel"),
