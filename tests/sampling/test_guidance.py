@@ -10,8 +10,7 @@ from test_editing import lively, traces_of
 from tiny import diffusion_model, normal, numpy, refused, uvit
 
 from keras_uvit import DiffusionModel
-from keras_uvit.diffusion import samplers
-from keras_uvit.diffusion import FlowMap
+from keras_uvit.diffusion import FlowMap, samplers
 from keras_uvit.diffusion.schedules import LinearPath, VPCosine
 from keras_uvit.inference import fingerprint
 from keras_uvit.sampling import APG, AutoGuidance, Guidance, Rescale, generate, resolve
