@@ -149,9 +149,9 @@ def _fields(gr, index: int, can: Abilities, model: Any, prompts: list[str]) -> d
     with gr.Row():
         made(gr.Number, "number", value=min(10, can.num_classes) or 4)
         made(gr.Number, "seed", value=0)
-    with gr.Row():
-        made(gr.Dropdown, "sampler", choices=list(can.samplers), value=model.sampler)
         made(gr.Number, "num_steps", value=model.num_steps)
+    with gr.Row():
+        made(gr.Dropdown, "sampler", choices=list(can.samplers), value=model.sampler, scale=2)
         if can.guidance:
             scales = can.learned_scales
             own = {"info": f"from {scales[0]:g} to {scales[1]:g}"} if scales else {}
