@@ -73,7 +73,7 @@ def browser(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     # Without a sandbox, which root cannot have, and without shared memory, which containers lack.
-    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,1000"):
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,950"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     folder = tmp_path_factory.mktemp("downloads")
