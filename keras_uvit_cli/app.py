@@ -18,9 +18,9 @@ from keras_uvit_cli.options import MODEL_OPTIONS
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=7860, help="Port to listen at.")
 def app(model: str | None, parts: dict[str, Any], host: str, port: int) -> None:
-    """Serve a page on which images are drawn with MODEL, in the browser.
+    """Serve a page in the browser to draw with.
 
-    MODEL is the name of a preset, a .keras file, or a folder of checkpoints; without it the page
+    It draws with MODEL, a preset, a .keras file, or a folder of checkpoints; without it the page
     has all models whose weights ship with the package. A preset has the weights that ship with it,
     unless --weights names others. Nothing is fetched from the network.
 

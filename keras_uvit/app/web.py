@@ -30,7 +30,7 @@ WORDS = {
     "prompts": dict(label="Prompt", info="one in each line, drawn in turn"),
     "negative_prompts": dict(label="Negative prompt", info="what guidance leads away from"),
     "number": dict(label="Images", info=f"at most {MOST['number']}"),
-    "seed": dict(label="Seed", info="another one gives other images"),
+    "seed": dict(label="Seed", info="others, other images"),
     "sampler": dict(label="Sampler", info="turns noise into images"),
     "num_steps": dict(label="Steps", info="that the sampler takes"),
     "guidance_scale": dict(label="Guidance", info="1 is off"),
