@@ -5,6 +5,8 @@
 # make test-newest  runs the core tests with the newest versions there are
 # make test-wheel   installs the built wheel in a clean environment and draws with it elsewhere
 # make test-browser opens the page of `keras-uvit app` in Chromium, and draws with it
+# make notebooks    writes the notebooks of their sources, and runs them
+# make test-notebooks runs them, small, without writing them
 # make lint         ruff and mypy
 # make docs         builds the documentation into site/, and fails for a broken link
 # make gpu-bundle   collects what benchmarks/gpu.py needs on a GPU machine without a network
@@ -23,7 +25,8 @@ LOGS := $(VENV)/logs
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-all test-lowest test-newest test-wheel test-browser lint docs gpu-bundle clean
+.PHONY: demo test test-all test-lowest test-newest test-wheel test-browser \
+	notebooks test-notebooks lint docs gpu-bundle clean
 
 demo: $(VENV)/installed-demo-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/digits.py --out runs/digits
@@ -94,6 +97,13 @@ test-wheel:
 test-browser: $(VENV)/installed-browser
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python -m pytest tests/browser -rs
 
+notebooks: $(VENV)/installed-notebooks
+	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python notebooks/make.py
+
+test-notebooks: $(VENV)/installed-notebooks
+	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python notebooks/make.py --small \
+		--out $(abspath $(VENV))/notebooks
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -140,6 +150,10 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml
 $(VENV)/installed-browser: $(VENV)/installed-test
 	@echo "Installing gradio and Selenium into $(VENV) (0.3 GB) ..."
 	$(BIN)/python -m pip install --quiet -e ".[browser-test]"
+	touch $@
+
+$(VENV)/installed-notebooks: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet -e ".[notebooks]"
 	touch $@
 
 $(VENV)-lowest/installed: pyproject.toml tests/lowest.py
