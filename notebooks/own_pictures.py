@@ -71,6 +71,9 @@ labels = [0] * 8 + [1] * 8
 show(model.generate(labels=labels, seed=0, verbose=0), "Discs, and squares")
 
 """
+The colours are right, and the outlines are still rough: 600 steps are few. With `STEPS = None` the
+run is as long as suits the data and the machine.
+
 ## Keeping it
 
 The file is read on every backend, and `keras-uvit app pictures.keras` is a page in the browser that
