@@ -4,6 +4,9 @@
 # make test-lowest  runs the core tests with the lowest versions that pyproject.toml allows
 # make test-newest  runs the core tests with the newest versions there are
 # make test-wheel   installs the built wheel in a clean environment and draws with it elsewhere
+# make test-browser opens the page of `keras-uvit app` in Chromium, and draws with it
+# make notebooks    writes the notebooks of their sources, and runs them
+# make test-notebooks runs them, small, without writing them
 # make lint         ruff and mypy
 # make docs         builds the documentation into site/, and fails for a broken link
 # make gpu-bundle   collects what benchmarks/gpu.py needs on a GPU machine without a network
@@ -22,7 +25,8 @@ LOGS := $(VENV)/logs
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test test-all test-lowest test-newest test-wheel lint docs gpu-bundle clean
+.PHONY: demo test test-all test-lowest test-newest test-wheel test-browser \
+	notebooks test-notebooks lint docs gpu-bundle clean
 
 demo: $(VENV)/installed-demo-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python examples/digits.py --out runs/digits
@@ -47,7 +51,8 @@ test-all:
 	@$(MAKE) --no-print-directory test ALL=1
 
 test-rest-%: $(VENV)/installed-test
-	@KERAS_BACKEND=$* $(BIN)/python -m pytest tests --ignore=tests/training $(SELECT) \
+	@KERAS_BACKEND=$* $(BIN)/python -m pytest tests --ignore=tests/training --ignore=tests/browser \
+		$(SELECT) \
 		> $(LOGS)/$*-rest 2>&1; status=$$?; cat $(LOGS)/$*-rest; exit $$status
 
 test-training-%: $(VENV)/installed-test
@@ -86,6 +91,18 @@ test-wheel:
 	$(PYTHON) -m venv --clear $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet "$$(ls $(CURDIR)/dist/*.whl)[jax]"
 	cd "$$(mktemp -d)" && KERAS_BACKEND=jax $(abspath $(VENV))-wheel/bin/python $(CURDIR)/tests/wheel.py
+
+# Chromium and its driver are the system's: apt-get install chromium chromium-driver. Without them the
+# tests are skipped, and say so.
+test-browser: $(VENV)/installed-browser
+	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python -m pytest tests/browser -rs
+
+notebooks: $(VENV)/installed-notebooks
+	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python notebooks/make.py
+
+test-notebooks: $(VENV)/installed-notebooks
+	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python notebooks/make.py --small \
+		--out $(abspath $(VENV))/notebooks
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -128,6 +145,15 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml
 	@echo "Installing JAX, TensorFlow, PyTorch and the test tools into $(VENV) (4.4 GB) ..."
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e ".[test]"
+	touch $@
+
+$(VENV)/installed-browser: $(VENV)/installed-test
+	@echo "Installing gradio and Selenium into $(VENV) (0.3 GB) ..."
+	$(BIN)/python -m pip install --quiet -e ".[browser-test]"
+	touch $@
+
+$(VENV)/installed-notebooks: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet -e ".[notebooks]"
 	touch $@
 
 $(VENV)-lowest/installed: pyproject.toml tests/lowest.py

@@ -10,6 +10,7 @@ except (ImportError, ValueError) as error:  # Keras raises ValueError for an unk
         "on a CPU first: pip install torch --index-url https://download.pytorch.org/whl/cpu"
     ) from error
 
+from keras_uvit import app as app
 from keras_uvit import convert as convert
 from keras_uvit import data as data
 from keras_uvit import diffusion as diffusion

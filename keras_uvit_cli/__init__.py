@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from keras_uvit_cli.app import app
 from keras_uvit_cli.conversions import convert_weights, encode
 from keras_uvit_cli.measures import evaluate, report, statistics
 from keras_uvit_cli.models import generate, train
@@ -74,6 +75,7 @@ for command in (
     convert_weights,
     train,
     generate,
+    app,
     statistics,
     evaluate,
     report,

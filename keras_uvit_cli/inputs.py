@@ -179,7 +179,12 @@ def check_preset(
         raise click.UsageError(
             f"{name} has {classes} classes, numbered from 0 to {classes - 1}. Received: {wrong[0]}."
         )
-    if row.latent_scale is not None and autoencoder is None:
+    check_decodes(name, autoencoder)
+
+
+def check_decodes(name: str, autoencoder: str | None) -> None:
+    """Raises for a preset of latents without an autoencoder, before its network is built."""
+    if presets.get(name).latent_scale is not None and autoencoder is None:
         raise click.UsageError(f"{name} generates latents: pass --autoencoder to decode them.")
 
 
@@ -204,6 +209,27 @@ def open_model(
     if text is not None:
         model.set_encoders(text_encoder=CLIPText.from_preset(text))
     return model
+
+
+def open_models(name: str | None, parts: dict[str, Any]) -> dict[str, DiffusionModel]:
+    """Models by name: one, a preset with the weights that it ships; or all that ship weights."""
+    shipped = [key for key, row in presets.PRESETS.items() if row.weights]
+    if name is not None:
+        if is_preset(name):
+            check_decodes(name, parts["autoencoder"])
+        if name in shipped and parts["weights"] is None:
+            parts = {**parts, "weights": "pretrained"}
+        return {name: open_model(name, **parts)}
+    for option, value in parts.items():
+        if value is not None:
+            raise click.UsageError(f"--{option} goes with a MODEL.")
+    models = {}
+    for key in shipped:
+        try:
+            models[key] = open_model(key, **{**parts, "weights": "pretrained"})
+        except ImportError as error:  # such as without a tokenizer
+            click.echo(f"{key} is left out: {error}", err=True)
+    return models
 
 
 def read_edit(model: DiffusionModel, edit: dict[str, Any]) -> dict[str, Any]:

@@ -159,6 +159,14 @@ def test_variant_and_precision_lines_run():
     assert run(block, "precision")["network"].dtype_policy.name == "mixed_bfloat16"
 
 
+def test_logging_lines_run(here):
+    (block,) = blocks("docs/logging.md")
+    run(block, "logging")
+    (events,) = (here / "runs" / "digits" / "logs").iterdir()
+    for tag in (b"train/loss", b"val/loss", b"loss_by_time/0.9-1", b"samples"):
+        assert tag in events.read_bytes()
+
+
 def test_few_steps_lines_run():
     """Two steps draw digits, and a network of one time begins a flow map with its answers."""
     drawing, training, beginning = blocks("docs/few_steps.md")

@@ -27,3 +27,5 @@ from keras_uvit.evaluation.protocol import evaluate as evaluate
 from keras_uvit.evaluation.protocol import fid as fid
 from keras_uvit.evaluation.protocol import scores as scores
 from keras_uvit.evaluation.reports import report as report
+from keras_uvit.evaluation.tensorboard import TensorBoardCallback as TensorBoardCallback
+from keras_uvit.evaluation.tensorboard import loss_by_time as loss_by_time

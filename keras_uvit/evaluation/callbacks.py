@@ -17,7 +17,7 @@ from keras_uvit.types import PathLike
 EVALUATE_ONLY = ("seed", "folder", "path", "verbose")  # arguments that cannot be wrong beforehand
 
 
-class _Periodic(keras.callbacks.Callback):
+class Periodic(keras.callbacks.Callback):
     """Calls `act` after every few epochs and after the last, also of a fit that stops early."""
 
     def __init__(self, every: int, log_dir: PathLike | None) -> None:
@@ -42,7 +42,7 @@ class _Periodic(keras.callbacks.Callback):
             self.writer.close()  # flushing alone does not wait for its thread
 
 
-class SampleGridCallback(_Periodic):
+class SampleGridCallback(Periodic):
     """Draws the same images after every few epochs: the moving average's, same noise, same labels.
 
     Prompts that are strings stand below their images.
@@ -92,7 +92,7 @@ class SampleGridCallback(_Periodic):
             self.writer.flush()
 
 
-class FIDCallback(_Periodic):
+class FIDCallback(Periodic):
     """Measures the moving average after every few epochs, by the code of the final evaluation.
 
     The log gets "fid", so that `keras.callbacks.ModelCheckpoint(monitor="fid", mode="min")` behind
