@@ -738,6 +738,60 @@ class DiffusionModel(keras.Model):
         )
         return sampling.draw(self, job, verbose)
 
+    def export_sampler(
+        self,
+        path: PathLike,
+        format: str,
+        *,
+        batch_size: int = 1,
+        num_steps: int | None = None,
+        sampler: str | Steps | None = None,
+        guidance_scale: float | Callable[[float], float] | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance: Guidance | None = None,
+        use_ema: bool = True,
+        decode: bool = True,
+    ) -> None:
+        """Writes the whole of `generate` as one program that runs without this package.
+
+        Its inputs are "noise" `(batch_size, H, W, C)` float32, standard normal, and, where the
+        model has them, "label" `(batch_size,)` int32 and "context" `(batch_size, length, width)`
+        float32; its output is "images", uint8 in [0, 255]. Noise is an input, not a seed, because
+        runtimes draw other numbers from equal seeds; `generate(noise=...)` draws the same images
+        from it.
+
+        Args:
+            path: of the file, which is written beside and renamed. It ends in .onnx, .tflite or
+                .stablehlo; a SavedModel is a new folder.
+            format: "onnx" (PyTorch, TensorFlow), "tf_saved_model" (TensorFlow, JAX), "litert"
+                (TensorFlow) or "stablehlo" (JAX).
+            batch_size: int, images at a time, which the program is written for.
+            num_steps, sampler, guidance_scale, guidance_interval, guidance, use_ema: as in
+                `generate`; they are part of the program. The sampler must be deterministic.
+            decode: bool. `False` gives float32 as the network sees it: pixels in [-1, 1], or
+                latents times the scale factor.
+
+        Raises:
+            ValueError, TypeError: if an argument is unknown or does not fit the model.
+            NotImplementedError: where this backend does not write the format; the message says
+                which one does.
+            ImportError: without `pip install "keras-uvit[export]"`, where the format needs it.
+            FileExistsError: for a folder that is there already.
+        """
+        sampling.export_sampler(
+            self,
+            path,
+            format,
+            batch_size=batch_size,
+            num_steps=num_steps,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance=guidance,
+            use_ema=use_ema,
+            decode=decode,
+        )
+
     def save(self, filepath: PathLike, overwrite: bool = True, **kwargs: Any) -> None:
         """As `keras.Model.save`, but written beside and renamed: a killed save loses nothing.
 
