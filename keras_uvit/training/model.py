@@ -17,6 +17,7 @@ from keras_uvit.diffusion.objective import Objective
 from keras_uvit.diffusion.schedules import VPLinear
 from keras_uvit.encoders import compatibility, holder
 from keras_uvit.inference import own_defaults
+from keras_uvit.networks import quantizing
 from keras_uvit.networks.network import check_copy, copy_of
 from keras_uvit.pixels import PerChannel, listed
 from keras_uvit.private import loss_mean
@@ -179,6 +180,7 @@ class DiffusionModel(keras.Model):
         self.sampling_loops: dict[tuple, Any] = {}  # compiled, by `sampling.generate`
         self.warned_untrained = False
         self.built = True
+        del self.quantize  # Keras' wrapper of the method below: its own checks would come first
 
     def set_encoders(self, *, autoencoder: Any = ..., text_encoder: Any = ...) -> None:
         """Sets the frozen parts of the model, which are no part of its file.
@@ -280,6 +282,26 @@ class DiffusionModel(keras.Model):
         for average, weight in zip(self.ema_network.weights, self.network.weights):
             average.assign(ops.copy(weight.value))  # a copy: JAX must not donate one buffer twice
 
+    def quantize(self, mode: str = "int8") -> None:
+        """Makes the kernels of both networks 8-bit integers, in place: for sampling, not training.
+
+        The network and its moving average each keep their own numbers, a quarter of the bytes.
+        The optimizer goes, and `fit`, `evaluate` and `compile` are refused from now on: keep the
+        file of the model before. `save` and `keras.saving.load_model` work as before.
+
+        Args:
+            mode: "int8"; Keras' other modes are refused.
+
+        Raises:
+            ValueError: for another mode, or a network that cannot be quantized; nothing is changed.
+        """
+        self.check_weights()
+        quantizing.check_mode(self.network, mode)
+        for network in (self.network, self.ema_network):
+            network.quantize(mode)
+        self.optimizer, self.compiled = None, False
+        self.sampling_loops.clear()
+
     # Training -------------------------------------------------------------------------------------
 
     def compile(
@@ -297,6 +319,7 @@ class DiffusionModel(keras.Model):
                 model's own.
         """
         kwargs = arguments.checked("compile", kwargs)
+        quantizing.check_whole(self.network, "Training")
         self.check_weights()
         self._jit_compile_chosen = jit_compile
         jit_compile = backend.HAS_XLA if jit_compile is None else jit_compile
