@@ -30,7 +30,7 @@ def onnx(program: Any, path: Path) -> None:
     import tf2onnx
 
     _, sample = _module(program)
-    handlers = {name: (handler, []) for name, handler in HANDLERS.items()}
+    handlers: dict[str, Any] = {name: (handler, []) for name, handler in HANDLERS.items()}
     tf2onnx.convert.from_function(
         sample, sample.input_signature, custom_op_handlers=handlers, output_path=str(path)
     )

@@ -136,7 +136,7 @@ class Network(keras.Model):
             self.quantize(config.quantization)
 
     def quantize(self, mode: str = "int8") -> None:
-        """Makes the kernels of the dense layers 8-bit integers, in place: for sampling, not training.
+        """Makes the kernels of dense layers 8-bit integers, in place: for sampling, not training.
 
         A network inside a `DiffusionModel` is quantized with its moving average by
         `DiffusionModel.quantize`.

@@ -1,8 +1,8 @@
 """Networks of 8-bit integers, for sampling: smaller files, the same call.
 
-Keras' own dynamic int8: of each dense layer the kernel is kept as int8 with a scale for each output,
-and its input is rounded to int8 with a scale for each token when it is called. What is not a dense
-layer or a table of labels stays as it is.
+Keras' own dynamic int8: of each dense layer the kernel is kept as int8 with a scale for each
+output, and its input is rounded to int8 with a scale for each token when it is called. What is not
+a dense layer or a table of labels stays as it is.
 """
 
 import gc
@@ -27,7 +27,9 @@ def check_mode(network: Any, mode: Any) -> None:
             f"Received: {mode!r}."
         )
     if is_quantized(network):
-        raise ValueError(f"{network.name!r} is quantized already, to {network.config.quantization}.")
+        raise ValueError(
+            f"{network.name!r} is quantized already, to {network.config.quantization}."
+        )
     if getattr(network.config, "lora", None):
         raise ValueError(
             f"{network.name!r} has low-rank pairs, which are not quantized. Merge them first: "
@@ -49,15 +51,15 @@ def check_whole(network: Any, what: str) -> None:
     """Raises for a quantized network, with `what` needs one that is not: "Training"."""
     if is_quantized(network):
         raise ValueError(
-            f"{what} needs the network before it was quantized: its kernels are integers now, which "
-            "no gradient moves. Load the model that was saved before `quantize`."
+            f"{what} needs the network before it was quantized: its kernels are integers now, "
+            "which no gradient moves. Load the model that was saved before `quantize`."
         )
 
 
 def quantize_layers(network: keras.Model, mode: str) -> None:
     """Quantizes what Keras can quantize of a functional network, and freezes it."""
-    # Keras collects all garbage after each kernel that it takes away, seconds each time in a process
-    # that holds a backend: what is there now is out of its sight for so long.
+    # Keras collects all garbage after each kernel that it takes away, seconds each time where a
+    # backend is loaded: what is there now is out of its sight for so long.
     gc.freeze()
     try:
         with warnings.catch_warnings():
