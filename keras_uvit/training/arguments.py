@@ -39,8 +39,8 @@ METHODS = {
         f"{BUILT_IN} `evaluate` and `test_on_batch` give the loss.",
     ),
     "export": "Its images come from a loop around the network: `model.export_sampler(path, "
-    "format)` writes that whole. A single evaluation is `model.ema_network.export(path, format=...)`, and a "
-    "model to load again `model.save(path)`.",
+    "format)` writes that whole. A single evaluation is `model.ema_network.export(path, "
+    "format=...)`, and a model to load again `model.save(path)`.",
     **FORMATS,
 }
 
