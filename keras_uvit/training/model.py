@@ -299,7 +299,8 @@ class DiffusionModel(keras.Model):
         quantizing.check_mode(self.network, mode)
         for network in (self.network, self.ema_network):
             network.quantize(mode)
-        self.optimizer, self.compiled = None, False
+        no_optimizer: Any = None
+        self.optimizer, self.compiled = no_optimizer, False
         self.sampling_loops.clear()
 
     # Training -------------------------------------------------------------------------------------
