@@ -51,8 +51,8 @@ def check_whole(network: Any, what: str) -> None:
     """Raises for a quantized network, with `what` needs one that is not: "Training"."""
     if is_quantized(network):
         raise ValueError(
-            f"{what} needs the network before it was quantized: its kernels are integers now, "
-            "which no gradient moves. Load the model that was saved before `quantize`."
+            f"{what} needs the network before it was quantized: its kernels are integers now. Load "
+            "the model that was saved before `quantize`."
         )
 
 

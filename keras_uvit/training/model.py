@@ -802,6 +802,7 @@ class DiffusionModel(keras.Model):
             ImportError: without `pip install "keras-uvit[export]"`, where the format needs it.
             FileExistsError: for a folder that is there already.
         """
+        quantizing.check_whole(self.network, "An exported sampler")
         sampling.export_sampler(
             self,
             path,

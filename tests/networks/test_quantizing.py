@@ -73,6 +73,7 @@ def test_a_quantized_model_is_not_trained():
     refused(ValueError, lambda: model.fit({"image": IMAGES}, verbose=0), *words)
     refused(ValueError, lambda: training.adapt(model, num_classes=2, verbose=0), *words)
     refused(ValueError, lambda: convert.save_torch_weights(model, "never.pth"), *words)
+    refused(ValueError, lambda: model.export_sampler("never.onnx", "onnx"), *words)
     refused(ValueError, lambda: model.quantize("int8"), "already")
 
 
@@ -91,7 +92,7 @@ def test_other_modes_are_refused_before_anything_is_changed(mode):
 def test_networks_that_cannot_be_quantized_are_refused():
     refused(ValueError, lambda: uvit(lora=2).quantize(), "merge_lora")
     refused(ValueError, lambda: uvit(dtype="mixed_float16").quantize(), "float16")
-    image, time = keras.Input((4, 4, 1)), keras.Input(())
+    image, time = keras.Input((4, 4, 1), name="image"), keras.Input((), name="timestep")
     inner = keras.Model({"image": image, "timestep": time}, layers.Dense(1)(image))
     own = OwnNetwork(inner, image_shape=(4, 4, 1))
     refused(NotImplementedError, lambda: own.quantize("int8"), "UViT and UNet")
@@ -106,7 +107,9 @@ def test_a_network_alone_inside_a_model_is_told_of_both():
 
 @pytest.mark.once
 def test_a_unet_is_quantized_where_it_is_dense(tmp_path):
-    net = UNet((8, 8, 1), base_dim=32, multipliers=(1,), num_blocks=1, head_dim=32)
+    net = UNet(
+        (8, 8, 1), base_dim=32, multipliers=(1,), num_blocks=1, head_dim=32, attention_levels=(0,)
+    )
     model = DiffusionModel(net)
     model.quantize("int8")
     model.save(tmp_path / "model.keras")
