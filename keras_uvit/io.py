@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from keras_uvit.types import PathLike
 @contextlib.contextmanager
 def replacing(path: PathLike, synchronized: bool = False) -> Iterator[Path]:
     """Yields the path of a file beside `path`, which takes its place when the block ends well.
+
+    It may be a folder too, where there is none at `path`.
 
     Args:
         path: the file to write.
@@ -30,6 +33,8 @@ def replacing(path: PathLike, synchronized: bool = False) -> Iterator[Path]:
             synchronize(beside)
         _rename(beside, path)
     finally:
+        if beside.is_dir():
+            shutil.rmtree(beside)
         beside.unlink(missing_ok=True)
 
 

@@ -3,8 +3,9 @@
 from typing import Any, TypeAlias
 
 import numpy as np
+from keras import ops
 
-from keras_uvit.types import Array
+from keras_uvit.types import Array, Tensor
 
 PerChannel: TypeAlias = float | tuple[float, ...]  # of latents: one for all channels, or for each
 
@@ -67,6 +68,11 @@ def unscaled(latents: Array, scale: PerChannel, shift: PerChannel) -> np.ndarray
     """z / scale + shift, float32: undoes `scaled`."""
     latents = np.asarray(latents, "float32")
     return latents / np.asarray(scale, "float32") + np.asarray(shift, "float32")
+
+
+def unscaled_tensor(latents: Tensor, scale: PerChannel, shift: PerChannel) -> Tensor:
+    """As `unscaled`, of a tensor by `keras.ops`."""
+    return ops.add(ops.divide(latents, np.asarray(scale, "float32")), np.asarray(shift, "float32"))
 
 
 def per_channel(

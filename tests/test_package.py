@@ -40,8 +40,9 @@ def modules():
         *pkgutil.walk_packages(keras_uvit.__path__, "keras_uvit."),
         *pkgutil.walk_packages(keras_uvit_cli.__path__, "keras_uvit_cli."),
     ]
-    others = {f"keras_uvit.backend.{name}" for name in ("jax", "tensorflow", "torch")}
-    others.remove(f"keras_uvit.backend.{BACKEND}")
+    prefixes = ("keras_uvit.backend.", "keras_uvit.backend.export_")
+    names = {"jax", "tensorflow", "torch"} - {BACKEND}
+    others = {prefix + name for prefix in prefixes for name in names}
     others.add("keras_uvit_cli.__main__")  # runs when it is imported
     return ["keras_uvit", *(module.name for module in found if module.name not in others)]
 

@@ -35,17 +35,26 @@ the same questions, each in its own way:
 | `alone(tensor)` | a weight as this process can use it without the others |
 """
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import ops
 
+from keras_uvit.optional import optional
 from keras_uvit.types import Tensor
 
 NAME: str = keras.config.backend()
 HAS_XLA = NAME in ("jax", "tensorflow")
 # Where Keras can export networks whose inputs are a dict; None is all of its formats.
 EXPORT_FORMATS: tuple[str, ...] | None = ("torch",) if NAME == "torch" else None
+# Which backends write the sampling loop in each format; `export_jax.py` and others say how.
+SAMPLER_FORMATS: dict[str, tuple[str, ...]] = {
+    "onnx": ("tensorflow", "torch"),
+    "tf_saved_model": ("jax", "tensorflow"),
+    "litert": ("tensorflow",),
+    "stablehlo": ("jax",),
+}
 TAKES_LOADERS_OF_DICTS = NAME == "torch"  # elsewhere Keras wants a DataLoader to yield tuples
 
 if TYPE_CHECKING or NAME == "jax":  # a type checker takes JAX's signatures for all
@@ -93,6 +102,27 @@ from_first = _running.from_first
 spread = _running.spread
 whole = _running.whole
 alone = _running.alone
+
+
+def check_exports(format: str) -> None:
+    """Raises ImportError unless what writes the format is installed."""
+    for module, extra in _exporting().NEEDS[format].items():
+        optional(module, extra, f"format={format!r} needs {module}")
+
+
+def export_sampler(program: Any, path: Path, format: str) -> None:
+    """Writes a `sampling.export.Program` in a format that this backend has."""
+    _exporting().WRITERS[format](program, path)
+
+
+def _exporting() -> Any:
+    if NAME == "jax":
+        from keras_uvit.backend import export_jax as exporting
+    elif NAME == "tensorflow":
+        from keras_uvit.backend import export_tensorflow as exporting  # type: ignore[no-redef]
+    else:
+        from keras_uvit.backend import export_torch as exporting  # type: ignore[no-redef]
+    return exporting
 
 
 def is_first() -> bool:

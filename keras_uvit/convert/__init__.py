@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_uvit.convert import autoencoder, clip, inception, uvit
 from keras_uvit.convert.files import read_tensors, write_tensors
+from keras_uvit.networks import quantizing
 from keras_uvit.types import PathLike
 
 # A module a class of network: `entries(network)` lists (published name, Keras variable, layout),
@@ -70,6 +71,7 @@ def save_torch_weights(network: Any, path: PathLike) -> None:
         ValueError: for another ending, or a network that has no published form.
     """
     target, family = _family(network)
+    quantizing.check_whole(target, "A published file")
     target = network.ema_network if target is not network else target
     tensors = {
         name: layout.to_torch(keras.ops.convert_to_numpy(variable))

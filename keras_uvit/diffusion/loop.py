@@ -197,7 +197,7 @@ def advance(
 
 def _row(numbers):
     """A packed row by the names of its columns."""
-    rest = iter(ops.unstack(numbers, WIDTH))
+    rest = (numbers[k] for k in range(WIDTH))
     return {
         name: next(rest) if count == 1 else [next(rest) for _ in range(count)]
         for name, count in COLUMNS.items()

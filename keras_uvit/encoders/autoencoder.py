@@ -378,6 +378,10 @@ class AutoencoderKL(keras.Model):
         images = self._decode(latents, batch_size, prepare, verbose)
         return from_unit_range(images)
 
+    def decode_tensor(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1] of latents, a tensor by the decoder's own operations, not checked."""
+        return self.decoder(pixels.unscaled_tensor(latents, self.scale, self.shift), training=False)
+
     def _check(self, arrays, channels, what):
         shape = tuple(arrays.shape)
         if len(shape) != 4 or shape[-1] != channels or 0 in shape:

@@ -1,6 +1,7 @@
 """An autoencoder without weights, for where no trained one is at hand."""
 
 import numpy as np
+from keras import ops
 
 from keras_uvit.checks import as_int
 from keras_uvit.pixels import (
@@ -11,9 +12,9 @@ from keras_uvit.pixels import (
     per_channel,
     scaled,
     to_unit_range,
-    unscaled,
+    unscaled_tensor,
 )
-from keras_uvit.types import Array
+from keras_uvit.types import Array, Tensor
 
 
 class SpaceToDepth:
@@ -69,14 +70,22 @@ class SpaceToDepth:
         """Images `(n, factor h, factor w, C)` uint8 of latents as models make them."""
         check_rank(latents, "latents")
         check_latents(latents)
-        n, height, width, depth = latents.shape
-        f = self.factor
+        depth, f = latents.shape[-1], self.factor
         if depth % f**2:
             raise ValueError(
                 f"latents must have shape (n, h, w, c), c a multiple of {f**2}. "
                 f"Received: c={depth}."
             )
-        means = unscaled(latents, self.scale, self.shift)
-        blocks = means.reshape(n, height, width, f, f, -1)
-        images = blocks.transpose(0, 1, 3, 2, 4, 5).reshape(n, height * f, width * f, -1)
-        return from_unit_range(images)
+        return from_unit_range(ops.convert_to_numpy(self.decode_tensor(latents)))
+
+    def decode_tensor(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1] of latents, a tensor by `keras.ops`, not checked."""
+        latents = ops.convert_to_tensor(latents, "float32")
+        n, height, width, _ = latents.shape
+        f = self.factor
+        blocks = ops.reshape(
+            unscaled_tensor(latents, self.scale, self.shift), (n, height, width, f, f, -1)
+        )
+        return ops.reshape(
+            ops.transpose(blocks, (0, 1, 3, 2, 4, 5)), (n, height * f, width * f, -1)
+        )

@@ -12,6 +12,7 @@ from keras import initializers, layers
 
 from keras_uvit import backend
 from keras_uvit.checks import nearest, plain, refuses
+from keras_uvit.networks import quantizing
 from keras_uvit.networks.basics import DType
 from keras_uvit.networks.lora import train_pairs_alone
 from keras_uvit.types import Config, PathLike, Tensor
@@ -32,8 +33,8 @@ _CHOSEN = (
     "The number format of a network is chosen when it is made, such as "
     '`UViT(..., dtype="mixed_bfloat16")`.'
 )
-# `quantize` is Keras'; the others are those of PyTorch's modules, of which Keras would not know.
-FORMATS = dict.fromkeys(("quantize", "half", "bfloat16", "double", "type"), _CHOSEN)
+# Those of PyTorch's modules, of which Keras would not know.
+FORMATS = dict.fromkeys(("half", "bfloat16", "double", "type"), _CHOSEN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class NetworkConfig:
     takes_span: bool = False
     takes_guidance: bool = False
     dtype: DType | None = None
+    quantization: str | None = None
     name: str
 
     def __post_init__(self) -> None:
@@ -128,6 +130,26 @@ class Network(keras.Model):
         self.takes_span, self.takes_guidance = config.takes_span, config.takes_guidance
         if getattr(config, "lora", None):
             train_pairs_alone(self)
+        del self.quantize  # Keras' wrapper of the method below: its own checks would come first
+        if config.quantization is not None:  # as it was saved; the kernels are read after this
+            self.config = dataclasses.replace(config, quantization=None)
+            self.quantize(config.quantization)
+
+    def quantize(self, mode: str = "int8") -> None:
+        """Makes the kernels of dense layers 8-bit integers, in place: for sampling, not training.
+
+        A network inside a `DiffusionModel` is quantized with its moving average by
+        `DiffusionModel.quantize`.
+
+        Args:
+            mode: "int8"; Keras' other modes are refused.
+
+        Raises:
+            ValueError: for another mode, or a network that cannot be quantized; nothing is changed.
+        """
+        quantizing.check_mode(self, mode)
+        quantizing.quantize_layers(self, mode)
+        self.config = dataclasses.replace(self.config, quantization=mode)
 
     def export(self, filepath: PathLike, format: str = "tf_saved_model", **kwargs: Any) -> None:
         """As `keras.Model.export`, in the formats in which Keras can export a dict of inputs."""
@@ -174,7 +196,8 @@ def check_copy(network: keras.Model, copy: keras.Model) -> None:
                 f"Weight {k} of the network is {weight}, and of its moving average {other}: a "
                 "layer was changed after it was made, such as by enable_lora, quantize or "
                 "add_weight. This is not supported: use the network as its config makes it; "
-                "`training.adapt(model, lora=16)` gives it low-rank pairs."
+                "`training.adapt(model, lora=16)` gives it low-rank pairs, and "
+                "`model.quantize('int8')` quantizes both."
             )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Self
 import keras
 from keras import layers
 
+from keras_uvit.checks import refuses
 from keras_uvit.networks.network import Network, NetworkConfig, arguments_of, inputs_of
 from keras_uvit.types import Config
 
@@ -24,6 +25,7 @@ class OwnNetworkConfig(NetworkConfig):
 
 
 @keras.saving.register_keras_serializable("keras_uvit")
+@refuses({"quantize": "Its layers are your own model's; UViT and UNet can be quantized."})
 class OwnNetwork(Network):
     """A Keras model of your own, with what a `DiffusionModel` needs to know of it.
 

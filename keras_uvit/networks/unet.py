@@ -128,6 +128,7 @@ class UNet(Network):
         lora: int, rank of a low-rank pair beside the kernels of attention, which alone is then
             trained; or dict of "rank" and "alpha" (the pair is scaled by alpha / rank; the rank).
             See `training.adapt`.
+        quantization: "int8" for kernels of 8-bit integers, as `quantize` makes them; for files.
         dtype: policy of every layer; `None` is the global policy.
 
     Call arguments, a dict:

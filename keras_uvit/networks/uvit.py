@@ -209,6 +209,7 @@ class UViT(Network):
             trained; or dict of "rank", "alpha" (the pair is scaled by alpha / rank; the rank) and
             "targets" (some of `("attention", "mlp")`; both). See `training.adapt`.
         dtype: policy of every layer; `None` is the global policy.
+        quantization: "int8" for kernels of 8-bit integers, as `quantize` makes them; for files.
 
     Call arguments, a dict:
         image: `(B, H, W, C)` float, the noisy image or latent.

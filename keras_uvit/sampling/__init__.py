@@ -1,5 +1,6 @@
 """From noise to images: options, conditions, guidance, pictures to start from, the loop."""
 
+from keras_uvit.sampling.export import export_sampler as export_sampler
 from keras_uvit.sampling.generate import Job as Job
 from keras_uvit.sampling.generate import draw as draw
 from keras_uvit.sampling.generate import prepare as prepare

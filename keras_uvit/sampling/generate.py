@@ -1,7 +1,6 @@
 """From noise to images: batches, seeds, the compiled loop."""
 
 import dataclasses
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +15,15 @@ from keras_uvit.diffusion import loop, samplers, tables
 from keras_uvit.pixels import from_unit_range
 from keras_uvit.sampling.conditions import conditions_of, unconditional_of
 from keras_uvit.sampling.editing import Edit, edit_of
-from keras_uvit.sampling.guidance import Guidance, Party, check_acts, check_guidance, denoiser
+from keras_uvit.sampling.guidance import (
+    Guidance,
+    Party,
+    check_acts,
+    check_guidance,
+    denoisers,
+    networks_of,
+    runs_of,
+)
 from keras_uvit.sampling.options import SamplingOptions, Scale, resolve
 from keras_uvit.types import Array
 
@@ -85,11 +92,7 @@ def prepare(
             raise ValueError(
                 f"{name} is one for all images, or one for each of {total}. Received: {count}."
             )
-    if decode and model.latent_scale is not None and model.encoders.autoencoder is None:
-        raise ValueError(
-            "This model makes latents and has no autoencoder to decode them. Call "
-            "`model.set_encoders(autoencoder=...)`, or pass decode=False to get the latents."
-        )
+    check_decodes(model, decode)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step is a function (step, t, denoised). Received: {on_step!r}.")
     guidance = Guidance() if guidance is None else guidance
@@ -154,11 +157,20 @@ def prepare_inversion(
     return dataclasses.replace(job, steps=back)
 
 
+def check_decodes(model: Any, decode: bool) -> None:
+    """Raises where latents are to be decoded, and nothing decodes them."""
+    if decode and model.latent_scale is not None and model.encoders.autoencoder is None:
+        raise ValueError(
+            "This model makes latents and has no autoencoder to decode them. Call "
+            "`model.set_encoders(autoencoder=...)`, or pass decode=False to get the latents."
+        )
+
+
 def draw(model: Any, job: Job, verbose: int = 1) -> Any:
     """The images of a job `(n, H, W, C)`: uint8 pixels, or what the network sees without `decode`;
     with `keep` a tuple of these and the estimates on the way, `(looks, n, H, W, C)`.
     """
-    _warn_if_untrained(model)
+    warn_if_untrained(model)
     replicas = backend.replicas()
     at_once = job.batch_size or backend.images_at_once(_widest(model.network))
     size = -(-min(at_once, job.total) // replicas) * replicas  # every device gets as many
@@ -197,7 +209,8 @@ def _batch(model, job, chosen, count):
 
 def _run(model, job, rows, x, seeds, known, count):
     """From where the sampler starts to where it ends, in as many calls as there are looks."""
-    weights = [[w.value for w in network.variables] for _, network in _networks(model, job)]
+    networks = networks_of(model, job.options.guidance, job.use_ema)
+    weights = [[w.value for w in network.variables] for _, network in networks]
     given = [_rows(part, rows) for part in (job.conditions, job.unconditional)]
     seeds, known = backend.spread(seeds), [backend.spread(part) for part in known]
     zeros, table, looks = np.zeros_like(x), job.steps.packed(), []
@@ -229,13 +242,7 @@ def _noised(model, job, picture, noise):
     return x.astype("float32")
 
 
-def _networks(model, job):
-    """(model, network) of who estimates x0: the model itself, and the weak one, if there is any."""
-    models = [model, job.options.guidance.weak_model]
-    return [(m, m.ema_network if job.use_ema else m.network) for m in models if m is not None]
-
-
-def _warn_if_untrained(model):
+def warn_if_untrained(model: Any) -> None:
     """Once a model, and not in the middle of a run. Networks begin with most biases at zero, and
     training moves them all: their values tell, whatever way the weights came.
     """
@@ -298,18 +305,18 @@ def _program(model, job, guided, is_known):
 
     Weights are its arguments: where XLA compiles it, one program serves both networks.
     """
-    runs = tuple((bool(on), len(list(rows))) for on, rows in itertools.groupby(guided))
+    runs = runs_of(guided)
     networks = [
-        (m, m.network if backend.HAS_XLA else network) for m, network in _networks(model, job)
+        (m, m.network if backend.HAS_XLA else network)
+        for m, network in networks_of(model, job.options.guidance, job.use_ema)
     ]
     guidance = job.options.guidance
     key = runs, guidance, is_known, tuple(network.name for _, network in networks)
     if key not in model.sampling_loops:
 
         def run(weights, carry, condition, unconditional, table, first, seeds, known):
-            own, *weak = [Party(*pair, values) for pair, values in zip(networks, weights)]
-            given = own, (weak or [None])[0], condition, unconditional
-            parts = [(count, denoiser(*given, guidance if on else None)) for on, count in runs]
+            parties = [Party(*pair, values) for pair, values in zip(networks, weights)]
+            parts = denoisers(runs, parties, condition, unconditional, guidance)
             shape = carry[0].shape[1:]
             return loop.advance(
                 parts,

@@ -1,10 +1,12 @@
 """Guidance: which estimates of x0 a row of the sampler asks for, and how they become one."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_uvit import backend
@@ -219,12 +221,50 @@ class Party:
         given = {key: ops.concatenate([c[key] for c in conditions]) for key in conditions[0]}
         x = ops.concatenate([x] * count)
         times, spans, scales = (
-            ops.repeat(row[name], x.shape[0]) for name in ("t", "span", "guidance")
+            ops.broadcast_to(row[name], (x.shape[0],)) for name in ("t", "span", "guidance")
         )
         inputs = {**self.model.inputs(x, times, spans, scales), **given}
         with backend.holding(self.network, self.weights):
             output = ops.cast(self.network(inputs, training=False), "float32")
         return ops.split(self.model.objective.denoised(x, times, output), count)
+
+
+Runs = tuple[tuple[bool, int], ...]  # whether so many rows, one after the other, are guided
+
+
+def runs_of(guided: np.ndarray) -> Runs:
+    """Of `(n,)` bool, a row each, how many in a row are alike.
+
+    >>> runs_of(np.array([False, True, True]))
+    ((False, 1), (True, 2))
+    """
+    return tuple((bool(on), len(list(rows))) for on, rows in itertools.groupby(guided))
+
+
+def networks_of(model: Any, guidance: Guidance, use_ema: bool) -> list[tuple[Any, keras.Model]]:
+    """(model, network) of who estimates x0: the model itself, and the weak one, if there is any."""
+    models = [model, guidance.weak_model]
+    return [(m, m.ema_network if use_ema else m.network) for m in models if m is not None]
+
+
+def denoisers(
+    runs: Runs,
+    parties: Sequence[Party],
+    condition: dict[str, Tensor],
+    unconditional: dict[str, Tensor],
+    guidance: Guidance,
+) -> list[tuple[int, DenoiseRow]]:
+    """What `diffusion.loop.advance` takes as its parts: a `denoiser` for each run of rows.
+
+    Args:
+        runs: of `runs_of`.
+        parties: the network that draws, and that of the weak model, if `guidance` has one.
+        condition, unconditional: see `denoiser`.
+        guidance: how the estimates of guided rows are combined.
+    """
+    weak = parties[1] if len(parties) > 1 else None
+    given = parties[0], weak, condition, unconditional
+    return [(count, denoiser(*given, guidance if on else None)) for on, count in runs]
 
 
 def denoiser(

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_uvit import progress
+from keras_uvit.networks import quantizing
 from keras_uvit.networks.transferring import ADAPTABLE, FREE, Transfer, transfer
 from keras_uvit.training.model import DiffusionModel
 
@@ -50,6 +51,7 @@ def adapt(
         >>> adapt(DiffusionModel(net), num_classes=3, verbose=0).network.num_classes
         3
     """
+    quantizing.check_whole(model.network, "`adapt`")
     known = (*ADAPTABLE, *FREE)
     unknown = set(network) - set(known)
     if unknown:

@@ -38,8 +38,9 @@ METHODS = {
         ("add_loss", "add_metric", "compute_loss", "stateless_compute_loss", "compute_metrics"),
         f"{BUILT_IN} `evaluate` and `test_on_batch` give the loss.",
     ),
-    "export": "Its images come from a loop around the network, which has no file format: save the "
-    "model by `save`, or export `model.ema_network`, which is what the loop calls.",
+    "export": "Its images come from a loop around the network: `model.export_sampler(path, "
+    "format)` writes that whole. A single evaluation is `model.ema_network.export(path, "
+    "format=...)`, and a model to load again `model.save(path)`.",
     **FORMATS,
 }
 

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_uvit import backend, progress
 from keras_uvit.data.shuffled import ShuffledDataset
+from keras_uvit.networks import quantizing
 from keras_uvit.training import (
     arguments,
     batches,
@@ -48,6 +49,7 @@ def fit(
     """
     size = options["batch_size"]
     model.check_weights()
+    quantizing.check_whole(model.network, "Training")
     if model.compiled:
         frozen.check_compiled(model)
     _check_resume(mode, callbacks, options)

@@ -17,6 +17,7 @@ from keras_uvit.diffusion.objective import Objective
 from keras_uvit.diffusion.schedules import VPLinear
 from keras_uvit.encoders import compatibility, holder
 from keras_uvit.inference import own_defaults
+from keras_uvit.networks import quantizing
 from keras_uvit.networks.network import check_copy, copy_of
 from keras_uvit.pixels import PerChannel, listed
 from keras_uvit.private import loss_mean
@@ -179,6 +180,7 @@ class DiffusionModel(keras.Model):
         self.sampling_loops: dict[tuple, Any] = {}  # compiled, by `sampling.generate`
         self.warned_untrained = False
         self.built = True
+        del self.quantize  # Keras' wrapper of the method below: its own checks would come first
 
     def set_encoders(self, *, autoencoder: Any = ..., text_encoder: Any = ...) -> None:
         """Sets the frozen parts of the model, which are no part of its file.
@@ -294,6 +296,27 @@ class DiffusionModel(keras.Model):
         for average, weight in zip(self.ema_network.weights, self.network.weights):
             average.assign(ops.copy(weight.value))  # a copy: JAX must not donate one buffer twice
 
+    def quantize(self, mode: str = "int8") -> None:
+        """Makes the kernels of both networks 8-bit integers, in place: for sampling, not training.
+
+        The network and its moving average each keep their own numbers, a quarter of the bytes.
+        The optimizer goes, and `fit`, `evaluate` and `compile` are refused from now on: keep the
+        file of the model before. `save` and `keras.saving.load_model` work as before.
+
+        Args:
+            mode: "int8"; Keras' other modes are refused.
+
+        Raises:
+            ValueError: for another mode, or a network that cannot be quantized; nothing is changed.
+        """
+        self.check_weights()
+        quantizing.check_mode(self.network, mode)
+        for network in (self.network, self.ema_network):
+            network.quantize(mode)
+        no_optimizer: Any = None
+        self.optimizer, self.compiled = no_optimizer, False
+        self.sampling_loops.clear()
+
     # Training -------------------------------------------------------------------------------------
 
     def compile(
@@ -311,6 +334,7 @@ class DiffusionModel(keras.Model):
                 model's own.
         """
         kwargs = arguments.checked("compile", kwargs)
+        quantizing.check_whole(self.network, "Training")
         self.check_weights()
         self._jit_compile_chosen = jit_compile
         jit_compile = backend.HAS_XLA if jit_compile is None else jit_compile
@@ -751,6 +775,61 @@ class DiffusionModel(keras.Model):
             use_ema=use_ema,
         )
         return sampling.draw(self, job, verbose)
+
+    def export_sampler(
+        self,
+        path: PathLike,
+        format: str,
+        *,
+        batch_size: int = 1,
+        num_steps: int | None = None,
+        sampler: str | Steps | None = None,
+        guidance_scale: float | Callable[[float], float] | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance: Guidance | None = None,
+        use_ema: bool = True,
+        decode: bool = True,
+    ) -> None:
+        """Writes the whole of `generate` as one program that runs without this package.
+
+        Its inputs are "noise" `(batch_size, H, W, C)` float32, standard normal, and, where the
+        model has them, "label" `(batch_size,)` int32 and "context" `(batch_size, length, width)`
+        float32; its output is "images", uint8 in [0, 255]. Noise is an input, not a seed, because
+        runtimes draw other numbers from equal seeds; `generate(noise=...)` draws the same images
+        from it.
+
+        Args:
+            path: of the file, which is written beside and renamed. It ends in .onnx, .tflite or
+                .stablehlo; a SavedModel is a new folder.
+            format: "onnx" (PyTorch, TensorFlow), "tf_saved_model" (TensorFlow, JAX), "litert"
+                (TensorFlow) or "stablehlo" (JAX).
+            batch_size: int, images at a time, which the program is written for.
+            num_steps, sampler, guidance_scale, guidance_interval, guidance, use_ema: as in
+                `generate`; they are part of the program. The sampler must be deterministic.
+            decode: bool. `False` gives float32 as the network sees it: pixels in [-1, 1], or
+                latents times the scale factor.
+
+        Raises:
+            ValueError, TypeError: if an argument is unknown or does not fit the model.
+            NotImplementedError: where this backend does not write the format; the message says
+                which one does.
+            ImportError: without `pip install "keras-uvit[export]"`, where the format needs it.
+            FileExistsError: for a folder that is there already.
+        """
+        quantizing.check_whole(self.network, "An exported sampler")
+        sampling.export_sampler(
+            self,
+            path,
+            format,
+            batch_size=batch_size,
+            num_steps=num_steps,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance=guidance,
+            use_ema=use_ema,
+            decode=decode,
+        )
 
     def save(self, filepath: PathLike, overwrite: bool = True, **kwargs: Any) -> None:
         """As `keras.Model.save`, but written beside and renamed: a killed save loses nothing.

@@ -215,7 +215,15 @@ WORKS = {
     "to_json": lambda m: keras.models.model_from_json(m.to_json()),
 }
 # Seen above and in other tests.
-USED = {"get_compile_config", "get_config", "get_weights", "load_weights", "save", "save_weights"}
+USED = {
+    "quantize",
+    "get_compile_config",
+    "get_config",
+    "get_weights",
+    "load_weights",
+    "save",
+    "save_weights",
+}
 # What Keras calls itself, or offers to those who write models and layers.
 INSIDE = {
     *("add_variable", "add_weight", "get_build_config", "get_quantization_layer_structure"),
