@@ -16,6 +16,7 @@ import click
 from keras_uvit_cli.conversions import convert_weights, encode
 from keras_uvit_cli.measures import evaluate, report, statistics
 from keras_uvit_cli.models import generate, train
+from keras_uvit_cli.sharing import share
 from keras_uvit_cli.tables import show_cost, show_presets
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
@@ -64,7 +65,7 @@ def main(traceback: bool) -> None:
       keras-uvit evaluate runs/a/model.keras --reference reference.npz --inception ...
     """
     # Here options set the encoders: --autoencoder and --text, which each command asks for.
-    warnings.filterwarnings("ignore", ".*is no part of a model's file")
+    warnings.filterwarnings("ignore", ".*is no part of (a model's file|the folder)")
 
 
 for command in (
@@ -77,5 +78,6 @@ for command in (
     statistics,
     evaluate,
     report,
+    share,
 ):
     main.add_command(command)
