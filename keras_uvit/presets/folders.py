@@ -99,7 +99,7 @@ def write(
         for name in record["files"]:  # safetensors hides its files from other users
             shutil.copymode(beside / README, beside / name)
     if verbose:
-        progress.say(f"{folder}: {', '.join(sizes(record))}.")
+        progress.say(f"{source or folder}: {', '.join(sizes(record))}.")
 
 
 def _check_target(folder, overwrite):
