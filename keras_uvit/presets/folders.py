@@ -260,7 +260,8 @@ def _made(record, folder, seed):
             warnings.filterwarnings("ignore", f".*{LEFT_OUT}")  # `_warn_of_missing` says it
             model = keras.saving.deserialize_keras_object(config)
     except (TypeError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0][:300]
+        # Keras quotes the whole configuration before what is wrong with it.
+        reason = str(error).rpartition("Exception encountered: ")[2].partition("\n")[0][:300]
         raise ValueError(
             f"{path} of keras_uvit {record['keras_uvit']} makes no model of keras_uvit "
             f"{__version__}: {reason}"

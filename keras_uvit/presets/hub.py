@@ -120,5 +120,6 @@ def _named(uri: str, what: str) -> Iterator[None]:
     except Exception as error:  # of the network or the disk; what it is depends on the version
         reason = " ".join(str(error).split())[:300]
         raise OSError(
-            f"{uri} could not be {what}: {reason}. Do the same again: files that have arrived are kept."
+            f"{uri} could not be {what}: {reason}. Do the same again; files that have arrived are "
+            "kept."
         ) from error

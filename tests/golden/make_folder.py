@@ -1,6 +1,6 @@
 """Makes folder/ and folder.npz: a model's folder of one backend, and what the model drew there.
 
-    KERAS_BACKEND=jax PYTHONPATH=tests python tests/golden/make_folder.py
+KERAS_BACKEND=jax PYTHONPATH=tests python tests/golden/make_folder.py
 """
 
 from pathlib import Path
@@ -23,9 +23,7 @@ model = DiffusionModel(
     guidance_scale=1.5,
     name="folder",
 )
-model.set_encoders(
-    autoencoder=SpaceToDepth(2, scale=model.latent_scale, shift=model.latent_shift)
-)
+model.set_encoders(autoencoder=SpaceToDepth(2, scale=model.latent_scale, shift=model.latent_shift))
 randomize(model.ema_network, scale=0.15)
 model.ema_step.assign(7)
 model.save_to_preset(HERE / "folder", data="none: random weights", license="apache-2.0")

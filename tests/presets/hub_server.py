@@ -168,8 +168,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(200, {"files": modes})
 
     def _batch(self, repo, body):
-        objects = [{**about, "actions": {"upload": {"href": f"{self.hub.address}/lfs/{about['oid']}"}}}
-                   for about in body["objects"]]  # fmt: skip
+        objects = [
+            {**about, "actions": {"upload": {"href": f"{self.hub.address}/lfs/{about['oid']}"}}}
+            for about in body["objects"]
+        ]
         self._answer(
             200,
             {"transfer": "basic", "objects": objects},
