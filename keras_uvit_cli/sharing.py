@@ -60,7 +60,7 @@ def share(
     Examples:
       keras-uvit share runs/photos/model.keras photos_model --data "my photos" --license cc-by-4.0
       keras-uvit share photos_model hf://user/photos
-      keras-uvit generate hf://user/photos grid.png --num-images 16
+      keras-uvit share uvit_tiny_shapes shapes_model --weights pretrained --prompt "a red circle"
     """
     from keras_uvit.presets import folders, hub, upload_preset
     from keras_uvit_cli.inputs import open_model

@@ -106,7 +106,9 @@ def _check_target(folder, overwrite):
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"{folder} exists. Choose another folder, or pass overwrite=True.")
+        raise FileExistsError(
+            f"{folder} exists. Choose another folder, or pass overwrite=True (--overwrite)."
+        )
     known = {RECORD, README, *FILES}
     found = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     other = sorted(set(found) - known)

@@ -60,7 +60,7 @@ def check_target(uri: str, overwrite: bool) -> str:
     with _named(uri, "written"):
         if not overwrite and hub.HfApi().file_exists(repository, folders.RECORD):
             raise FileExistsError(
-                f"{uri} has a model. Choose another name, or pass overwrite=True."
+                f"{uri} has a model. Choose another name, or pass overwrite=True (--overwrite)."
             )
     return repository
 
@@ -103,7 +103,7 @@ def _named(uri: str, what: str) -> Iterator[None]:
     access = "It does not exist, or you have no access: `hf auth login`, or set HF_TOKEN."
     reasons = {  # the first that fits
         errors.LocalEntryNotFoundError: "It is not in the cache, and the Hub cannot be reached, or "
-        "HF_HUB_OFFLINE forbids it.",
+        "HF_HUB_OFFLINE forbids to ask it.",
         errors.RepositoryNotFoundError: access,
         errors.RevisionNotFoundError: "It has no such revision.",
         errors.EntryNotFoundError: "It is no model of keras_uvit, or lacks a file of one.",
