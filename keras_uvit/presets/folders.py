@@ -41,7 +41,7 @@ NO_PROMPT = "null_context"  # the name of the context of the empty prompt among 
 PICKLES = (*TORCH, ".pkl", ".pickle", ".joblib", ".dill")
 # What Keras keeps in a configuration beside classes and functions.
 DATA = ("__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__ellipsis__", "__slice__")
-AGAIN = "Copy or download the folder again."
+AGAIN = "Copy the folder again, or delete it and download it again."
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -71,9 +71,8 @@ def write(
     _check_target(folder, overwrite)
     config = _config_of(model)
     names = _names(model)
-    encoders = vars(model.encoders)
     if include_encoders:
-        parts.check(encoders)
+        parts.check(vars(model.encoders))
     card.check(model)
     grid, caption = card.grid(model, verbose)
     with io.replacing_folder(folder) as beside:
@@ -81,18 +80,7 @@ def write(
         write_tensors(arrays, beside / WEIGHTS)
         if grid is not None:
             write_png(beside / GRID, grid)
-        record: Config = {
-            "format": FORMAT,
-            "version": VERSION,
-            "keras_uvit": __version__,
-            "keras": keras.__version__,
-            "backend": backend.NAME,
-            "model": config,
-            "counters": {k: int(ops.convert_to_numpy(getattr(model, k))) for k in COUNTERS},
-            "encoders": parts.write(encoders, beside, include_encoders),
-            "files": _described(beside),
-        }
-        record["sha256"] = io.digest(record)
+        record = _record(model, config, beside, include_encoders)
         io.write_json(beside / RECORD, record)
         text = card.text(model, record, source or folder.name, caption)
         (beside / README).write_text(text, encoding="utf-8")
@@ -100,6 +88,23 @@ def write(
             shutil.copymode(beside / README, beside / name)
     if verbose:
         progress.say(f"{source or folder}: {', '.join(sizes(record))}.")
+
+
+def _record(model, config, folder, include_encoders):
+    """What config.json says; writes the encoders, so that it can say how large all files are."""
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "keras_uvit": __version__,
+        "keras": keras.__version__,
+        "backend": backend.NAME,
+        "model": config,
+        "counters": {k: int(ops.convert_to_numpy(getattr(model, k))) for k in COUNTERS},
+        "encoders": parts.write(vars(model.encoders), folder, include_encoders),
+        "files": _described(folder),
+    }
+    record["sha256"] = io.digest(record)
+    return record
 
 
 def _check_target(folder, overwrite):
@@ -184,8 +189,8 @@ def read(
     _assign(dict(zip(_names(model), _averaged(model))), tensors, folder)
     for average, weight in zip(model.ema_network.weights, model.network.weights):
         weight.assign(ops.copy(average.value))  # a copy: JAX must not donate one buffer twice
-    for key, count in record["counters"].items():
-        getattr(model, key).assign(count)
+    for key in COUNTERS:
+        getattr(model, key).assign(record["counters"][key])
     read_parts = {
         name: parts.read(folder / name, about)
         for name, about in record["encoders"].items()
@@ -245,9 +250,12 @@ def read_record(folder: PathLike) -> Config:
         )
     if record.pop("sha256", None) != io.digest(record):
         raise ValueError(f"{path} is damaged: it does not have its own checksum. {AGAIN}")
-    other = sorted(set(record["files"]) - FILES)
-    if other or WEIGHTS not in record["files"]:
-        raise ValueError(f"{path} lists files that a model's folder does not have: {other[:3]}.")
+    other = {*record["files"]} - FILES | {*record["encoders"]} - {*parts.PARTS}
+    if other:
+        raise ValueError(f"{path} lists what a model's folder does not have: {sorted(other)[:3]}.")
+    lacking = {WEIGHTS, *parts.files(record["encoders"])} - {*record["files"]}
+    if lacking:
+        raise ValueError(f"{path} has no checksum of {sorted(lacking)}, which it needs.")
     return record
 
 

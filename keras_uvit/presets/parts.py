@@ -105,12 +105,19 @@ def size(part: Any) -> int | None:
     return kind and sum(4 * math.prod(weight.shape) for weight in kind.weights(part))
 
 
-def read(folder: Path, about: Config) -> Any:
-    """The encoder that the record says is in this folder.
+def files(encoders: dict[str, Config]) -> set[str]:
+    """Paths of the files of the encoders that a record says are included.
 
     Raises:
         ValueError: for an encoder of a class that is not known.
     """
-    if about["class"] not in KINDS:
-        raise ValueError(f"{folder} has a {about['class']}; expected one of {list(KINDS)}.")
+    included = {name: a["class"] for name, a in encoders.items() if a["config"] is not None}
+    for name, kind in included.items():
+        if kind not in KINDS:
+            raise ValueError(f"The {name} is a {kind}; expected one of {list(KINDS)}.")
+    return {f"{name}/{file}" for name, kind in included.items() for file in KINDS[kind].files}
+
+
+def read(folder: Path, about: Config) -> Any:
+    """The encoder that the record says is in this folder."""
     return KINDS[about["class"]].read(folder, about["config"])
