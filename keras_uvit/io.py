@@ -50,6 +50,37 @@ def _rename(beside, path):
         ) from error
 
 
+@contextlib.contextmanager
+def replacing_folder(path: PathLike) -> Iterator[Path]:
+    """Yields the path of an empty folder beside `path`, which takes its place when the block ends
+    well, all its files on the disk.
+
+    Args:
+        path: the folder to write; the one it is in is made if need be.
+    """
+    path = Path(path).absolute()
+    beside = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for part in beside.rglob("*"):
+            synchronize(part)
+        replace_folder(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def replace_folder(beside: Path, path: Path) -> None:
+    """Renames a folder, also where there is one of that name: a folder can only replace none."""
+    before = path.with_name(f"tmp-before-{path.name}")
+    if path.exists():
+        shutil.rmtree(before, ignore_errors=True)  # of a process that was killed below
+        os.replace(path, before)
+    os.replace(beside, path)
+    synchronize(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
 def synchronize(path: Path) -> None:
     """Waits until a file is on the disk, or what a folder says of its files."""
     if path.is_dir() and os.name == "nt":
@@ -92,6 +123,20 @@ def sha256(path: PathLike) -> str:
     """The SHA-256 of a file, in 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def described(path: PathLike) -> dict[str, Any]:
+    """What a record keeps of a file, to find it damaged later: its "bytes" and "sha256"."""
+    return {"bytes": Path(path).stat().st_size, "sha256": sha256(path)}
+
+
+def damage(path: Path, about: dict[str, Any]) -> str | None:
+    """What is wrong with a file of which a record has `described`, or None."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != about["bytes"] or sha256(path) != about["sha256"]:
+        return f"{path.name} does not have the recorded checksum"
+    return None
 
 
 def digest(content: Any) -> str:

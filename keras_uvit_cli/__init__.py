@@ -17,6 +17,7 @@ from keras_uvit_cli.app import app
 from keras_uvit_cli.conversions import convert_weights, encode
 from keras_uvit_cli.measures import evaluate, report, statistics
 from keras_uvit_cli.models import generate, train
+from keras_uvit_cli.sharing import share
 from keras_uvit_cli.tables import show_cost, show_presets
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
@@ -65,7 +66,7 @@ def main(traceback: bool) -> None:
       keras-uvit evaluate runs/a/model.keras --reference reference.npz --inception ...
     """
     # Here options set the encoders: --autoencoder and --text, which each command asks for.
-    warnings.filterwarnings("ignore", ".*is no part of a model's file")
+    warnings.filterwarnings("ignore", ".*is no part of (a model's file|the folder)")
 
 
 for command in (
@@ -79,5 +80,6 @@ for command in (
     statistics,
     evaluate,
     report,
+    share,
 ):
     main.add_command(command)

@@ -10,10 +10,10 @@ import numpy as np
 from keras_uvit import data, presets
 from keras_uvit.data import captioned, pictures, sources
 from keras_uvit.data.manifest import MANIFEST, read_manifest
-from keras_uvit.encoders import AutoencoderKL, CLIPText
 from keras_uvit.evaluation.files import read_npz
 from keras_uvit.evaluation.protocol import USUAL_PROMPTS
 from keras_uvit.inference import naming_missing_classes
+from keras_uvit.presets import loading, sharing
 from keras_uvit.training import DiffusionModel, load_checkpoint
 from keras_uvit.training.checkpoints import steps_in
 from keras_uvit.types import Config
@@ -137,19 +137,19 @@ def open_prompts(spec: str, split: str, count: int | None, seed: int) -> list[st
     return captioned.random_prompts(captions, count or min(USUAL_PROMPTS, len(captions)), seed)
 
 
-def has_checkpoints(name: str) -> bool:
-    """Whether this is the folder of a run's checkpoints."""
-    return bool(steps_in(name))
+def holds_model(name: str) -> bool:
+    """Whether this is the folder of a run's checkpoints, or one that `share` wrote."""
+    return bool(steps_in(name)) or sharing.is_preset(name)
 
 
 def is_preset(name: str) -> bool:
     """Whether MODEL is meant as the name of a preset, known or not; raises for another path."""
-    if name.endswith(".keras") or has_checkpoints(name):
+    if name.endswith(".keras") or holds_model(name):
         return False
     if name not in presets.names() and Path(name).exists():
         raise click.UsageError(
-            f"{name} is no model: expected the name of a preset, a .keras file, or a folder of "
-            "checkpoints."
+            f"{name} is no model: expected the name of a preset, a .keras file, a folder that "
+            "`share` wrote, hf://user/name, or a folder of checkpoints."
         )
     return True
 
@@ -191,23 +191,19 @@ def check_decodes(name: str, autoencoder: str | None) -> None:
 def open_model(
     name: str, weights: str | None, autoencoder: str | None, text: str | None
 ) -> DiffusionModel:
-    """A `DiffusionModel` by the name of a preset, of a .keras file or a folder of checkpoints."""
+    """A `DiffusionModel` by what MODEL names: see `is_preset`."""
     if is_preset(name):
         return presets.load(name, weights, autoencoder=autoencoder, text_encoder=text)
     if weights is not None:
         raise click.UsageError("--weights goes with a preset: a saved model has its own weights.")
+    if sharing.is_preset(name):
+        return loading.from_folder(name, autoencoder, text)
     is_file = name.endswith(".keras")
     with naming_missing_classes(name):
         model = keras.saving.load_model(name, compile=False) if is_file else load_checkpoint(name)
     if not isinstance(model, DiffusionModel):
         raise ValueError(f"Expected a DiffusionModel in {name}. Received: {type(model).__name__}.")
-    if autoencoder is not None:
-        autoencoder = AutoencoderKL.from_file(
-            autoencoder, scale=model.latent_scale or 1.0, shift=model.latent_shift
-        )
-        model.set_encoders(autoencoder=autoencoder)
-    if text is not None:
-        model.set_encoders(text_encoder=CLIPText.from_preset(text))
+    loading.set_encoders(model, autoencoder, text)
     return model
 
 

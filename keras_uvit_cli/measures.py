@@ -112,8 +112,9 @@ def evaluate(
     """Measure the FID and other scores of MODEL's images.
 
     The scores are FID, sFID, Inception Score, precision, recall and, with --clip, the CLIP score.
-    MODEL is the name of a preset, a .keras file, or a folder of checkpoints; or images that are
-    there already: an .npz file or a folder of pictures of one size, read as training reads them.
+    MODEL is the name of a preset, a .keras file, a folder that `share` wrote, hf://user/name, or a
+    folder of checkpoints; or images that are there already: an .npz file or a folder of pictures of
+    one size, read as training reads them.
 
     \b
     Examples:
@@ -124,9 +125,9 @@ def evaluate(
           --clip clip_vit_large_patch14 --inception pt_inception-2015-12-05-6726825d.pth
     """
     from keras_uvit import evaluation, presets
-    from keras_uvit_cli.inputs import has_checkpoints, is_preset, open_model, open_prompts
+    from keras_uvit_cli.inputs import holds_model, is_preset, open_model, open_prompts
 
-    is_images = model.endswith(".npz") or (Path(model).is_dir() and not has_checkpoints(model))
+    is_images = model.endswith(".npz") or (Path(model).is_dir() and not holds_model(model))
     if is_images and (prompts or clip or num_images):
         raise click.UsageError(
             "Images are measured as they are: omit --prompts, --clip and --num-images."
@@ -187,7 +188,7 @@ def report(
 ) -> None:
     """Measure MODEL on its pictures and draw the findings.
 
-    MODEL is a .keras file, a folder of checkpoints or a preset, of pixels, with classes or without.
+    MODEL is what `generate` takes, of pixels, with classes or without.
     DATASET is what it was trained on: a folder of images or digits. FOLDER gets report.png,
     with samples beside real pictures and the nearest ones to them, and report.json, with the
     numbers.

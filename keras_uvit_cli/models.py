@@ -97,8 +97,9 @@ BEGIN: dict[str, dict[str, Any]] = {
     "from": dict(
         metavar="WEIGHTS",
         show_default="random weights",
-        help="Fine-tune these weights: a .keras file or a folder of checkpoints; with --preset "
-        'also "pretrained" or a file of weights (.weights.h5, .pth or .safetensors).',
+        help="Fine-tune these weights: a .keras file, a folder that `share` wrote, hf://user/name, "
+        'or a folder of checkpoints; with --preset also "pretrained" or a file of weights '
+        "(.weights.h5, .pth or .safetensors).",
     ),
     "key": dict(help="Part of a published checkpoint that holds several, such as ema."),
     "num_classes": dict(
@@ -302,10 +303,10 @@ def generate(
 ) -> None:
     """Generate images with MODEL and write them to TARGET.
 
-    MODEL is the name of a preset, a .keras file, or a folder of checkpoints. A TARGET that ends in
-    .png gets one picture with all images in a grid, one in .npz the arrays (`arr_0` images, `arr_1`
-    labels); any other TARGET is a folder for PNG files. With --image the grid shows it, the mask
-    and what was drawn, a row for each image.
+    MODEL is the name of a preset, a .keras file, a folder that `share` wrote, hf://user/name, or a
+    folder of checkpoints. A TARGET that ends in .png gets one picture with all images in a grid,
+    one in .npz the arrays (`arr_0` images, `arr_1` labels); any other TARGET is a folder for PNG
+    files. With --image the grid shows it, the mask and what was drawn, a row for each image.
 
     \b
     Examples:

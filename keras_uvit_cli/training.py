@@ -10,6 +10,7 @@ from keras_uvit.data import LatentDataset, sources
 from keras_uvit.data.images import ImageDataset
 from keras_uvit.data.manifest import MANIFEST
 from keras_uvit.presets import own_data
+from keras_uvit.presets.loading import set_encoders
 from keras_uvit.training import DiffusionModel, adapt
 from keras_uvit_cli.inputs import is_preset, open_dataset, open_model
 
@@ -97,7 +98,7 @@ def _base(row, plan, begin, parts):
     if begin["key"] or is_preset(source):
         raise click.UsageError(
             f"--from {source} goes with --preset, the network that these weights are of. Without "
-            "it, --from takes a .keras file or a folder of checkpoints."
+            "it, --from takes a .keras file, a folder that `share` wrote, or one of checkpoints."
         )
     return open_model(source, None, **parts)
 
@@ -201,8 +202,6 @@ def _by_weights(base, known, samples, plan, begin, parts, seed, network, optimiz
 
 
 def _by_data(samples, folder, plan, parts, seed, network, optimizer):
-    from keras_uvit.encoders import AutoencoderKL, CLIPText
-
     model = presets.for_data(
         samples,
         steps=_steps(samples, plan),
@@ -212,12 +211,5 @@ def _by_data(samples, folder, plan, parts, seed, network, optimizer):
         seed=seed,
         optimizer=optimizer,
     )
-    if parts["autoencoder"]:
-        scale = model.latent_scale or 1.0
-        autoencoder = AutoencoderKL.from_file(
-            parts["autoencoder"], scale=scale, shift=model.latent_shift
-        )
-        model.set_encoders(autoencoder=autoencoder)
-    if parts["text"]:
-        model.set_encoders(text_encoder=CLIPText.from_preset(parts["text"]))
+    set_encoders(model, parts["autoencoder"], parts["text"])
     return model, model.planned_steps

@@ -200,6 +200,13 @@ def test_fine_tuning_lines_run(here):
     assert (here / "digits.keras").is_file()
 
 
+def test_sharing_lines_run(here):
+    (block,) = blocks("docs/sharing.md")
+    made = run(block, "sharing")
+    assert np.array_equal(made["images"], made["model"].generate(labels=range(10)))
+    assert (here / "my_digits" / "samples.png").is_file()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_stand_alone_and_links_lead_to_files(page):
     for block in blocks(page):  # each makes all that it uses

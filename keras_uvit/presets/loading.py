@@ -15,10 +15,11 @@ from keras_uvit.encoders import AutoencoderKL, CLIPText
 from keras_uvit.encoders.holder import LEFT_OUT
 from keras_uvit.inference import DAMAGE, load_keras_weights, naming_missing_classes
 from keras_uvit.networks.transferring import ADAPTABLE
+from keras_uvit.presets import folders, sharing
 from keras_uvit.presets.preset import Preset
 from keras_uvit.presets.table import PRESETS
 from keras_uvit.training import DiffusionModel, load_checkpoint
-from keras_uvit.training.adapting import begin, take_encoders
+from keras_uvit.training.adapting import adapt, begin, take_encoders
 from keras_uvit.training.checkpoints import steps_in
 from keras_uvit.types import PathLike
 
@@ -42,7 +43,7 @@ def get(name: str) -> Preset:
 
 
 def load(
-    name: str,
+    name: PathLike,
     weights: PathLike | None = None,
     *,
     key: str | None = None,
@@ -50,22 +51,27 @@ def load(
     strict: bool = False,
     autoencoder: Any = None,
     text_encoder: Any = None,
-    seed: int = 0,
+    seed: int | None = None,
     verbose: int = 1,
     **network: Any,
 ) -> DiffusionModel:
     """A `DiffusionModel` of a preset, with fresh weights or with weights to begin at.
+
+    Or the model of a folder that `DiffusionModel.save_to_preset` wrote, with its weights: to draw,
+    to measure, or to fine-tune.
 
     The weights may be those of other classes, of another image size, of other channels or another
     context. What `networks.transfer` cannot keep of them is resized or made anew, and printed in
     three lines.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`; or the path of a model's folder, or "hf://user/name" for one on the
+            Hugging Face Hub, at a branch, tag or commit "hf://user/name@revision".
         weights: None for a fresh start; "pretrained" for the weights that ship with the package;
             or the path of network weights (`.weights.h5`, the model's `ema_network.save_weights`),
-            of a saved model (`.keras`) or a folder of checkpoints, whose moving average is taken,
-            or, for a U-ViT, of a published checkpoint (`.pth`, `.safetensors`).
+            of a saved model (`.keras`), a model's folder, here or at "hf://user/name", or a folder
+            of checkpoints, whose moving average is taken, or, for a U-ViT, of a published
+            checkpoint (`.pth`, `.safetensors`). A model's folder has its own.
         key: str, the part of a published checkpoint that holds several, such as "ema".
         classes: dict of a class to the class of the weights whose row of the label table it begins
             with. `None`: the table is kept where both have as many classes.
@@ -75,8 +81,9 @@ def load(
             `generate` needs it to make pixels of latents.
         text_encoder: for text-to-image presets, `encoders.CLIPText`, or a folder or preset of CLIP,
             see `CLIPText.from_preset`. `generate` needs it for prompts that are strings. With
-            "pretrained" weights the one that ships with them is taken.
-        seed: int, of training.
+            "pretrained" weights the one that ships with them is taken. Encoders that a model's
+            folder has are taken where none is given.
+        seed: int, of training; `None` is 0, or that of a model's folder.
         verbose: 0 or 1, whether to print what was kept, where it is not all.
         **network: arguments of the network (`UViT`, `UNet`) to change, such as `num_classes=` or
             `image_shape=` for your own data.
@@ -88,7 +95,8 @@ def load(
         ValueError: for an unknown name, a preset without shipped weights, or weights that do not
             fit.
         FileNotFoundError: if the path does not exist.
-        ImportError: for a text encoder without `pip install "keras-uvit[text]"`.
+        ImportError: for a text encoder without `pip install "keras-uvit[text]"`, a model's folder
+            without "keras-uvit[latent]", or one on the Hub without "keras-uvit[hub]".
 
     Example:
         >>> model = load("uvit_tiny_digits", weights="pretrained")
@@ -100,29 +108,68 @@ def load(
         Made anew: none.
         3
     """
+    if isinstance(autoencoder, str | Path) and not Path(autoencoder).exists():
+        raise FileNotFoundError(f"No autoencoder weights at {autoencoder}.")
+    if name not in PRESETS and _is_place(name):
+        if weights is not None or key is not None:
+            raise ValueError(f"{name} has its own weights: leave weights= and key= out.")
+        model = from_folder(name, autoencoder, text_encoder, seed)
+        if network or classes is not None:
+            model = adapt(model, classes=classes, strict=strict, verbose=verbose, **network)
+        return model
+    model = _of_preset(str(name), weights, key, classes, strict, seed or 0, verbose, network)
+    row = get(str(name))
+    if text_encoder is None and row.text_encoder and weights == "pretrained":
+        text_encoder = SHIPPED / row.text_encoder
+    set_encoders(model, autoencoder, text_encoder)
+    return model
+
+
+def from_folder(
+    source: PathLike, autoencoder: Any = None, text_encoder: Any = None, seed: int | None = None
+) -> DiffusionModel:
+    """The model of a folder, here or at `hf://user/name`; see `load` for the arguments."""
+    given = {"autoencoder": autoencoder, "text_encoder": text_encoder}
+    without = [part for part, encoder in given.items() if encoder is not None]
+    model = folders.read(sharing.find(source), seed, without)
+    set_encoders(model, **given)
+    return model
+
+
+def set_encoders(model: DiffusionModel, autoencoder: Any = None, text_encoder: Any = None) -> None:
+    """Sets encoders of a model that are given: objects, or the paths or names of their files."""
+    if isinstance(autoencoder, str | Path):
+        scale, shift = model.latent_scale or 1.0, model.latent_shift
+        autoencoder = AutoencoderKL.from_file(autoencoder, scale=scale, shift=shift)
+    if isinstance(text_encoder, str | Path):
+        text_encoder = CLIPText.from_preset(text_encoder)
+    parts = {"autoencoder": autoencoder, "text_encoder": text_encoder}
+    model.set_encoders(**{name: part for name, part in parts.items() if part is not None})
+
+
+def _is_place(name):
+    """Whether this is a model's folder, or meant as one, and not the name of a preset."""
+    return isinstance(name, Path) or sharing.is_preset(name) or Path(name).is_dir()
+
+
+def _of_preset(name, weights, key, classes, strict, seed, verbose, network):
+    """The model of a row of the table, without encoders but those of a model's folder."""
     row = get(name)
     path = _weight_file(name, row, weights)
     if key is not None and (path is None or path.suffix not in PUBLISHED):
         raise ValueError(f"key={key!r} chooses a part of a file in {PUBLISHED}. Received: {path}.")
-    if isinstance(autoencoder, str | Path) and not Path(autoencoder).exists():
-        raise FileNotFoundError(f"No autoencoder weights at {autoencoder}.")
     encoder = row.context_encoder if weights == "pretrained" else None
     model = row.build(network, context_encoder=encoder, seed=seed, name=name)
     if path is not None:
         changes = ", ".join(f"{k}={value!r}" for k, value in network.items())
         what = f"preset {name!r}" + (changes and f" with {changes}")
-        source = _source(model, row, network, path, key, what)
+        source, saved = _source(model, row, network, path, key, what)
         try:
             begin(model, source, classes, strict, verbose)
         except ValueError as error:
             raise ValueError(f"{path.name} does not fit {what}: {error}") from error
-    if isinstance(autoencoder, str | Path):
-        autoencoder = AutoencoderKL.from_file(autoencoder, scale=row.latent_scale or 1.0)
-    if text_encoder is None and row.text_encoder and weights == "pretrained":
-        text_encoder = SHIPPED / row.text_encoder
-    if isinstance(text_encoder, str | Path):
-        text_encoder = CLIPText.from_preset(text_encoder)
-    model.set_encoders(autoencoder=autoencoder, text_encoder=text_encoder)
+        if saved is not None:
+            take_encoders(model, saved)
     return model
 
 
@@ -138,6 +185,8 @@ def _weight_file(name, row, weights):
                 "published U-ViT's."
             )
         return SHIPPED / row.weights
+    if sharing.is_preset(weights):
+        return sharing.find(weights)
     path = Path(weights)
     if steps_in(path):
         return path
@@ -149,17 +198,16 @@ def _weight_file(name, row, weights):
     if not path.name.endswith(kinds):
         raise ValueError(
             f"{path.name}: unknown kind of weight file for a {row.architecture.__name__}. "
-            f"Expected one of {kinds}, or a folder of checkpoints."
+            f"Expected one of {kinds}, a model's folder, or a folder of checkpoints."
         )
     return path
 
 
 def _source(model, row, changes, path, key, what):
-    """A network with the weights of the file."""
+    """A network with the weights of the file, and the model in it, if there is one."""
     if path.is_dir() or path.suffix == ".keras":
         saved = _saved(path, what)
-        take_encoders(model, saved)
-        return saved.ema_network
+        return saved.ema_network, saved
     # The file does not say of which network it is: of the one that is asked for, or of the preset.
     usual = {name: value for name, value in changes.items() if name not in ADAPTABLE}
     network = model.network
@@ -176,7 +224,7 @@ def _source(model, row, changes, path, key, what):
                 f"{error} Nor is it a file of the preset's own network. If it is of a third one, "
                 "load it with the arguments of that one, and pass the model to `training.adapt`."
             ) from error
-    return network
+    return network, None
 
 
 def _read(network, path, key, what):
@@ -187,7 +235,9 @@ def _read(network, path, key, what):
 
 
 def _saved(path, what):
-    """The `DiffusionModel` of a file or of a folder of checkpoints."""
+    """The `DiffusionModel` of a file, of its own folder or of a folder of checkpoints."""
+    if folders.is_folder(path):
+        return folders.read(path)
     try:
         with naming_missing_classes(path), warnings.catch_warnings():
             warnings.filterwarnings("ignore", f".*{LEFT_OUT}")  # `load` sets the encoders

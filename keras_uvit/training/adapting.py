@@ -1,6 +1,5 @@
 """A trained model as the beginning of another one: of other classes or another image size."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,11 +65,6 @@ def adapt(
     new = DiffusionModel(**{**config, **objects, "network": made})
     done = begin(new, model.ema_network, classes, strict, verbose)
     take_encoders(new, model)
-    old_parts, kept = vars(model.encoders), {}
-    for part, learned in PARTS.items():
-        if getattr(new, learned) == getattr(model, learned):
-            kept[part] = old_parts[part]
-    new.encoders = dataclasses.replace(new.encoders, **kept)
     if getattr(old.config, "lora", None) == getattr(made.config, "lora", None):
         for weight in new.network.weights:
             if weight.path in done.kept:
@@ -100,10 +94,19 @@ def begin(
 
 
 def take_encoders(model: DiffusionModel, other: DiffusionModel) -> None:
-    """Whose latents and contexts the weights of `other` have learned, and their "no prompt"."""
+    """Whose latents and contexts the weights of `other` have learned, and their "no prompt".
+
+    Its encoders are taken too, where the two models need the same.
+
+    Raises:
+        ValueError: if the two models have different scales of latents.
+    """
     network, before = model.network, other.network
     if network.image_shape[-1] == before.image_shape[-1]:  # else the latents are others
         model.latent_encoder = other.latent_encoder
     if network.context_shape is not None and network.context_shape == before.context_shape:
         model.context_encoder = other.context_encoder
         model.null_context.assign(other.null_context)
+    parts = vars(other.encoders).items()
+    same = {p: part for p, part in parts if getattr(model, PARTS[p]) == getattr(other, PARTS[p])}
+    model.set_encoders(**same)

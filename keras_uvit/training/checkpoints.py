@@ -102,12 +102,11 @@ def write(model: Any, directory: PathLike, step: int, place: Place, **more: Any)
     try:
         pieces = beside / f"pieces-{index:04d}.h5"
         _write_pieces(pieces, _variables(model))
-        about = {"bytes": pieces.stat().st_size, "sha256": io.sha256(pieces)}
-        io.write_json(pieces.with_suffix(".json"), about, synchronized=True)
+        io.write_json(pieces.with_suffix(".json"), io.described(pieces), synchronized=True)
         backend.barrier(f"pieces of {path.name}")
         if index == 0:
             _write_record(beside, model, {"step": step, **place._asdict(), **more})
-            _replace(beside, path)
+            io.replace_folder(beside, path)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise OSError(
@@ -117,16 +116,6 @@ def write(model: Any, directory: PathLike, step: int, place: Place, **more: Any)
             "start the same run again.",
         ) from error
     backend.barrier(f"end {path.name}")
-
-
-def _replace(beside, path):
-    """Renames a folder, also where there is one of that name: a folder can only replace none."""
-    before = path.with_name(f"tmp-before-{path.name}")
-    if path.exists():
-        os.replace(path, before)
-    os.replace(beside, path)
-    io.synchronize(path.parent)
-    shutil.rmtree(before, ignore_errors=True)
 
 
 def name(step: int) -> str:
@@ -228,14 +217,8 @@ def _damage(path):
         record = read_record(path)
     except CheckpointError as error:
         return str(error)
-    for file, about in record["files"].items():
-        if not (path / file).is_file():
-            return f"{file} is missing"
-        if (path / file).stat().st_size != about["bytes"] or io.sha256(path / file) != about[
-            "sha256"
-        ]:
-            return f"{file} does not have the recorded checksum"
-    return None
+    found = (io.damage(path / file, about) for file, about in record["files"].items())
+    return next((what for what in found if what), None)
 
 
 def read_record(path: PathLike) -> dict[str, Any]:

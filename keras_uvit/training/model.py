@@ -855,3 +855,65 @@ class DiffusionModel(keras.Model):
         distribution.check_whole()
         with distribution.alone():  # Keras makes an optimizer to look at, in all processes
             atomically(write, filepath, overwrite, **kwargs)
+
+    def save_to_preset(
+        self,
+        preset_dir: PathLike,
+        *,
+        include_encoders: bool = True,
+        overwrite: bool = False,
+        verbose: int = 1,
+        **card: Any,
+    ) -> None:
+        """Writes the model as one folder, to share it: `presets.load(preset_dir)` reads it.
+
+        The folder has the moving average of the weights, the configuration, the encoders or their
+        fingerprints, checksums, and a README. It appears whole or not at all. Not in it is what a
+        run needs to be resumed: raw weights and the optimizer's state are in checkpoints.
+
+        Args:
+            preset_dir: path of the folder; or "hf://user/name" to upload it to the Hugging Face
+                Hub, see `presets.upload_preset`.
+            include_encoders: bool. Write the autoencoder and the text encoder too. With `False`
+                the folder has their names and fingerprints, and whoever loads it brings them.
+            overwrite: bool. Replace a folder of a model that is there.
+            verbose: 0 or 1. Print what was written and how large it is.
+            **card: what the README says beside what the model knows: `data`, `license`, `fid` and
+                `samples` of `presets.Card`.
+
+        Raises:
+            FileExistsError: if the folder exists, and `overwrite` is false; or it is more than the
+                folder of a model.
+            ImportError: without `pip install "keras-uvit[latent]"`, which has safetensors; if the
+                network has a class that is not registered.
+            TypeError: for an argument that is not known.
+            ValueError: if an encoder of your own is to be included, the FID is of other weights, a
+                layer holds code, or weights are divided among processes.
+        """
+        from keras_uvit.presets import Card, sharing  # presets stand on top of this package
+
+        known = inspect.signature(Card).parameters
+        for name in card.keys() - known.keys():
+            nearest = checks.nearest(name, known)
+            raise TypeError(f"save_to_preset has no argument {name!r}.{nearest}")
+        sharing.save(self, preset_dir, Card(**card), include_encoders, overwrite, verbose)
+
+    @classmethod
+    def from_preset(
+        cls, preset: PathLike, *, autoencoder: Any = None, text_encoder: Any = None
+    ) -> "DiffusionModel":
+        """The model of a folder that `save_to_preset` wrote, as `presets.load` reads it.
+
+        Args:
+            preset: path of the folder, or "hf://user/name".
+            autoencoder, text_encoder: of `presets.load`, in place of those of the folder.
+
+        Returns:
+            `DiffusionModel`, not compiled. Its network and its average have the same weights.
+
+        Raises:
+            FileNotFoundError, ImportError, OSError, ValueError: see `presets.load`.
+        """
+        from keras_uvit.presets import loading  # presets stand on top of this package
+
+        return loading.from_folder(preset, autoencoder, text_encoder)
