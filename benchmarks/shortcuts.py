@@ -177,8 +177,8 @@ class Shapes(Task):
     name = "uvit_tiny_shapes"
     better = {"attributes": 1}
 
-    def __init__(self, count, model=None):
-        super().__init__(model)
+    def __init__(self, count):
+        super().__init__()
         scenes = shapes.scenes(count, split="test", seed=1)
         self.wanted = {"prompts": [str(scene) for scene in scenes]}
 

@@ -36,7 +36,6 @@ def main():
     options = recipe.parse(
         __doc__,
         "uvit_tiny_shapes",
-        ["uvit_tiny_shapes", "uvit_tiny_shapes_fast"],
         weights=(None, '"pretrained" measures the weights that ship, without training'),
         out=("runs/shapes", "folder to write into"),
     )
