@@ -141,6 +141,12 @@ def _unet():
     return randomized(DiffusionModel(network, num_steps=2))
 
 
+def _quantized():
+    model = trained()
+    model.quantize("int8")
+    return model
+
+
 def _own(names=("inside", "time", "last")):
     inputs = {"image": keras.Input((4, 4, 1), name="image")}
     inputs["timestep"] = keras.Input((), name="timestep")
@@ -163,6 +169,7 @@ KINDS = {
     "flow map": _flow_map,
     "latents": _latents,
     "half precision": lambda: trained(network=dict(dtype="mixed_bfloat16")),
+    "8 bits": _quantized,
     "UNet": _unet,
     "own network": _own,
 }
