@@ -140,8 +140,9 @@ def test_every_switch_runs_and_survives_its_config(make, arguments):
 
 
 def test_no_argument_is_left_out_of_the_contract():
-    assert set(inspect.signature(UViT).parameters) == {*TINY, *OTHER}
-    assert set(inspect.signature(UNet).parameters) == {*TINY_UNET, *SHARED}
+    elsewhere = {"quantization"}  # such a network is not trained: test_quantizing.py
+    assert set(inspect.signature(UViT).parameters) == {*TINY, *OTHER} | elsewhere
+    assert set(inspect.signature(UNet).parameters) == {*TINY_UNET, *SHARED} | elsewhere
 
 
 def trained(network):
