@@ -1,6 +1,6 @@
 """How good are one to sixteen evaluations, of a flow map and of flow matching trained as long?
 
-    KERAS_BACKEND=jax python benchmarks/few_steps.py --out runs/few_steps   (25 minutes, one core)
+    KERAS_BACKEND=jax python benchmarks/few_steps.py --out runs/few_steps   (40 minutes, one core)
 
 For each seed it trains the preset's flow map, and the same network by flow matching for the same
 CPU time, on the same data; both draw in 1, 2, 4, 8 and 16 steps of one evaluation each (flow

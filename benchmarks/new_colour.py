@@ -1,6 +1,6 @@
 """Can the model of shapes learn a new colour from 20 pictures?
 
-    KERAS_BACKEND=jax python benchmarks/new_colour.py --out runs/new_colour   (10 minutes, one core)
+    KERAS_BACKEND=jax python benchmarks/new_colour.py --out runs/new_colour   (35 minutes, one core)
 
 `uvit_tiny_shapes` has seen four colours. It is trained on 20 pictures with one grey thing each, in
 three ways: all weights; all weights, with 20 pictures of the old colours between them; low-rank
