@@ -120,8 +120,8 @@ class LatentDataset(ShuffledDataset):
         )
         self.autoencoder_id = about.get("id")
         self.fingerprint = about.get("fingerprint")
-        found = self.manifest.get("statistics")
-        self.statistics = found and {key: tuple(value) for key, value in found.items()}
+        statistics = self.manifest.get("statistics")
+        self.statistics = statistics and {key: tuple(v) for key, v in statistics.items()}
         self.image_size = self.manifest["image_size"]
         self.sample_shape = tuple(self.manifest["shape"])
         self.num_classes = self.manifest["num_classes"] if "label" in arrays else None
