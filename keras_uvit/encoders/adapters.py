@@ -82,6 +82,9 @@ class CustomAutoencoder:
     def from_diffusers(cls, autoencoder: Any, **arguments: Any) -> Self:
         """Of diffusers' `AutoencoderKL` or `AutoencoderDC`, on the device where it is.
 
+        The fingerprint is of the encoder's weights, and not comparable with that of
+        `encoders.AutoencoderKL`.
+
         Args:
             autoencoder: such as `AutoencoderDC.from_pretrained(...)`.
             **arguments: `scale` and `shift` other than those of its config, `id` other than its
@@ -89,9 +92,6 @@ class CustomAutoencoder:
 
         Raises:
             TypeError: for other classes.
-
-        The fingerprint is of the encoder's weights, and not comparable with that of
-        `encoders.AutoencoderKL`.
         """
         kind = type(autoencoder).__name__
         if kind not in LEVELS:

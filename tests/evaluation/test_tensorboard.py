@@ -5,6 +5,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from test_callbacks import events as summaries
 from tiny import DATA, LABELS, diffusion_model, fit, refused
 
 from keras_uvit.evaluation import TensorBoardCallback, image_grid, loss_by_time
@@ -15,20 +16,11 @@ BATCH = {key: value[:8] for key, value in DATA.items()}
 
 def events(folder):
     """(step, tag, value) of each summary: a float, or the (height, width) of a picture."""
-    from tensorboardX.proto.event_pb2 import Event
-
     found = []
-    for path in folder.iterdir():
-        content = path.read_bytes()
-        while content:
-            # A record: length, its checksum, the event, its checksum.
-            length = int.from_bytes(content[:8], "little")
-            event = Event.FromString(content[12 : 12 + length])
-            content = content[16 + length :]
-            for value in event.summary.value:
-                image = value.image
-                size = (image.height, image.width) if image.height else value.simple_value
-                found.append((event.step, value.tag, size))
+    for step, value in summaries(folder):
+        image = value.image
+        size = (image.height, image.width) if image.height else value.simple_value
+        found.append((step, value.tag, size))
     return found
 
 
