@@ -46,8 +46,13 @@ from keras_uvit.types import Tensor
 
 NAME: str = keras.config.backend()
 HAS_XLA = NAME in ("jax", "tensorflow")
-# Where Keras can export networks whose inputs are a dict; None is all of its formats.
-EXPORT_FORMATS: tuple[str, ...] | None = ("torch",) if NAME == "torch" else None
+# How Keras exports a network so that others can read the file. Its other formats fail for inputs
+# that are a dict or, ONNX on TensorFlow, write a file that no runtime takes.
+EXPORT_FORMATS: tuple[str, ...] = {
+    "jax": ("tf_saved_model",),
+    "tensorflow": ("tf_saved_model", "litert"),
+    "torch": ("torch",),
+}[NAME]
 # Which backends write the sampling loop in each format; `export_jax.py` and others say how.
 SAMPLER_FORMATS: dict[str, tuple[str, ...]] = {
     "onnx": ("tensorflow", "torch"),

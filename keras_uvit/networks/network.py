@@ -152,12 +152,24 @@ class Network(keras.Model):
         self.config = dataclasses.replace(self.config, quantization=mode)
 
     def export(self, filepath: PathLike, format: str = "tf_saved_model", **kwargs: Any) -> None:
-        """As `keras.Model.export`, in the formats in which Keras can export a dict of inputs."""
+        """As `keras.Model.export`, in the formats that can be read again.
+
+        Args:
+            filepath: path to write.
+            format: "tf_saved_model" on JAX and TensorFlow, "litert" on TensorFlow, "torch" on
+                PyTorch.
+            **kwargs: as those of Keras, such as `verbose`, or on PyTorch `dynamic_shapes`, without
+                which the program takes one image.
+
+        Raises:
+            NotImplementedError: for another format; nothing is written.
+        """
         formats = backend.EXPORT_FORMATS
-        if formats is not None and format not in formats:
+        if format not in formats:
             raise NotImplementedError(
-                f"On this backend Keras cannot export a dict of inputs as {format!r}. Pass "
-                f"format={formats[0]!r}, or export on another backend."
+                f"On {backend.NAME} Keras cannot export a network as {format!r}. Pass format="
+                f"{' or '.join(map(repr, formats))}. To ONNX, `DiffusionModel.export_sampler` "
+                "exports the whole sampling loop."
             )
         super().export(filepath, format=format, **kwargs)
 

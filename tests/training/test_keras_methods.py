@@ -10,7 +10,7 @@ from keras.callbacks import LambdaCallback
 from states import EIGHT, fresh
 from tiny import assert_equal, diffusion_model, refused, weights
 
-from keras_uvit import DiffusionModel, backend
+from keras_uvit import DiffusionModel
 from keras_uvit.networks.network import FORMATS
 from keras_uvit.training import arguments
 from keras_uvit.training.callbacks import Checkpoint
@@ -269,15 +269,6 @@ def test_a_refused_method_changes_nothing():
             refused(NotImplementedError, lambda: call("int8"), f"{kind}.{name} is not")  # noqa: B023
     assert [w.dtype for w in model.weights] == policies
     assert_equal(weights(model), before)
-
-
-@pytest.mark.once
-def test_networks_are_exported_where_keras_can_export_dicts(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend, "EXPORT_FORMATS", ("torch",))
-    export = fresh().network.export
-    words = "as 'onnx'", "format='torch'"
-    refused(NotImplementedError, lambda: export(tmp_path / "network", format="onnx"), *words)
-    assert not list(tmp_path.iterdir())
 
 
 # Changed networks ---------------------------------------------------------------------------------
