@@ -171,6 +171,19 @@ def test_on_a_gpu_cudnn_is_asked_for_an_even_number_of_tokens(monkeypatch, lengt
     assert [shape[1] % 2 for shape in shapes] == [0]
 
 
+@pytest.mark.skipif(backend.NAME != "jax", reason="TPUs through JAX")
+def test_on_a_tpu_keras_is_not_asked_for_its_kernel(monkeypatch):
+    import jax
+
+    q, k, v = (normal(2, 5, 3, 8, seed=i) for i in range(3))
+    plain = numpy(backend.attention(q, k, v))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(ops, "dot_product_attention", None)  # a call would raise
+    assert backend.fuses_attention()
+    fused = backend.attention(*(ops.convert_to_tensor(a) for a in (q, k, v)))
+    np.testing.assert_allclose(plain, numpy(fused), atol=1e-6)  # rounding of values of size one
+
+
 @pytest.mark.skipif(backend.NAME != "jax", reason="the others take the batch as one")
 def test_attention_image_by_image_is_that_of_the_batch(monkeypatch):
     import jax
