@@ -92,11 +92,11 @@ OTHERS = {
     "16 patches": dict(patches=16),
     "256 patches": dict(patches=256),
     "qk_norm": dict(network=dict(qk_norm=True)),
-    "fan_in": dict(network=dict(init="fan_in")),
-    "flow, fan_in": dict(prediction="velocity", network=dict(init="fan_in"), **FLOW),
-    "16 patches, fan_in": dict(patches=16, network=dict(init="fan_in")),
-    "16 patches, flow, fan_in": dict(
-        patches=16, prediction="velocity", network=dict(init="fan_in"), **FLOW
+    "balanced": dict(network=dict(init="balanced")),
+    "flow, balanced": dict(prediction="velocity", network=dict(init="balanced"), **FLOW),
+    "16 patches, balanced": dict(patches=16, network=dict(init="balanced")),
+    "16 patches, flow, balanced": dict(
+        patches=16, prediction="velocity", network=dict(init="balanced"), **FLOW
     ),
 }
 CANDIDATES = OBJECTIVES | OTHERS

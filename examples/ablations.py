@@ -90,6 +90,7 @@ AXES = {
         "SwiGLU": dict(network=dict(mlp="swiglu")),
         "qk norm": dict(network=dict(qk_norm=True)),
     },
+    "init": {"balanced init": dict(network=dict(init="balanced"))},
     "network": {"U-Net": dict(unet=True)},
 }
 

@@ -33,9 +33,10 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     JAX differentiates cuDNN's kernel as if there were a bias, and then wants an even number: for an
     odd one Keras would log an error at each call and take the plain form, with its L x L weights.
 
-    On a TPU it is JAX' own, in plain operations. Keras would ask for the splash kernel, which takes
-    multiples of 128 tokens alone, and log an error at each call of a network of 257, 258 or 334.
-    With tokens added to 384 it compiles, and then needs no less memory: benchmarks/tpu.py.
+    On a TPU it is JAX' own, in plain operations, which XLA divides among devices. Keras would ask
+    for the splash kernel, which takes multiples of 128 tokens alone, and log an error at each call
+    of a network of 257, 258 or 334. With tokens added up to 384 it needs 0.8 to 2.4 times the
+    memory (benchmarks/tpu.py --attention).
     """
     length, platform = query.shape[1], jax.default_backend()
     if platform == "tpu":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 import keras
+import numpy as np
 from keras import initializers, layers, ops
 
 from keras_uvit import backend
@@ -45,11 +46,20 @@ def fan_in_init(fan_in: int) -> initializers.Initializer:
     return initializers.RandomUniform(-bound, bound)
 
 
-# name: the initialiser of the kernels that read a block's tokens, from their fan-in. Those that
-# write into the tokens are N(0, 0.02^2) always, so that each block begins near the identity.
+def identity_init(shape: Shape, dtype: Any = None) -> Any:
+    """The kernel `(3, 3, C, C)` of a convolution that gives what it gets."""
+    height, width, channels, _ = shape
+    kernel = np.zeros(shape)
+    kernel[height // 2, width // 2] = np.eye(channels)
+    return ops.convert_to_tensor(kernel, dtype)
+
+
+# `init` of a network: the initialiser of the kernels that read a block's tokens, from their fan-in.
+# Those that write into the tokens are N(0, 0.02^2) always, so that each block begins near the
+# identity.
 INITS: dict[str, Callable[[int], initializers.Initializer]] = {
     "published": lambda fan_in: normal_init(),
-    "fan_in": lambda fan_in: initializers.RandomNormal(stddev=fan_in**-0.5),
+    "balanced": lambda fan_in: initializers.RandomNormal(stddev=fan_in**-0.5),
 }
 
 

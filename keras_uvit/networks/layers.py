@@ -27,6 +27,7 @@ from keras_uvit.networks.basics import (
 )
 from keras_uvit.networks.basics import Dense as Dense
 from keras_uvit.networks.basics import fan_in_init as fan_in_init
+from keras_uvit.networks.basics import identity_init as identity_init
 from keras_uvit.networks.basics import serializable as serializable
 from keras_uvit.networks.lora import pair_of
 from keras_uvit.networks.positions import PositionEmbedding as PositionEmbedding

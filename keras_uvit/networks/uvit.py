@@ -197,10 +197,13 @@ class UViT(Network):
         skip_norm: bool. A layer norm after each long skip; see `layers.LongSkip`. For float16.
         norm: "layer" or "rms", in the blocks and before the head; see `basics.RMSNorm`.
         mlp: "gelu", or "swiglu" with as many weights; see `layers.TransformerBlock`.
-        init: "published", N(0, 0.02^2) for the kernels of the blocks, or "fan_in", N(0, 1 / D) for
-            those of them that read tokens (query, key, value, the MLP's first). The published one
-            suits a width of 1,000 and more. In a narrow network its queries and keys are so small
-            that attention begins as a mean over all tokens, and learns late.
+        init: "published", N(0, 0.02^2) for the kernels of the blocks and PyTorch's random kernel
+            for the last convolution; or "balanced", N(0, 1 / D) for those kernels that read tokens
+            (query, key, value, the MLP's first), and a last convolution that begins as the
+            identity. In a narrow network the published queries and keys are so small that attention
+            begins as a mean over all tokens. A random 3x3 kernel all but deletes some spatial
+            frequencies of what the network draws, and of few channels training may never undo
+            that: such runs end in noisy images, depending on the seed.
         remat: bool. Recompute blocks and long skips in the backward pass: much less memory, a
             third more work.
         takes_span: bool. The network reads the span t - r of a step, too; see `diffusion.FlowMap`.
@@ -270,24 +273,25 @@ def _build(c):
     x = parts.NORMS[c.norm](dtype, "norm")(x)
     if c.output_conv == "before":
         x = layers.Reshape((*grid, dim), dtype=dtype, name="feature_map")(x)
-        x = _smoothing(dim, dtype, "feature_conv")(x)
+        x = _smoothing(dim, dtype, "feature_conv", c.init)(x)
         x = layers.Reshape((-1, dim), dtype=dtype, name="features")(x)
     x = parts.dense(patch * patch * channels, dtype, "head")(x)
     x = patches.Unpatchify(patch, c.image_shape, dtype=dtype, name="unpatchify")(x)
     if c.output_conv is True:
-        x = _smoothing(channels, "float32", "output_conv")(x)
+        x = _smoothing(channels, "float32", "output_conv", c.init)(x)
     return inputs, layers.Activation("linear", dtype="float32", name="output")(x)
 
 
-def _smoothing(channels, dtype, name):
-    """A 3x3 convolution of as many channels, initialised like PyTorch's."""
+def _smoothing(channels, dtype, name, init):
+    """A 3x3 convolution of as many channels, that begins like PyTorch's or as the identity."""
+    first = parts.fan_in_init(9 * channels)
     return layers.Conv2D(
         channels,
         3,
         padding="same",
         data_format="channels_last",
-        kernel_initializer=parts.fan_in_init(9 * channels),
-        bias_initializer=parts.fan_in_init(9 * channels),
+        kernel_initializer=first if init == "published" else parts.identity_init,
+        bias_initializer=first if init == "published" else "zeros",
         dtype=dtype,
         name=name,
     )

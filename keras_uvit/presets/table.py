@@ -61,7 +61,7 @@ PRESETS: dict[str, Preset] = {
             patch_size=2,
             hidden_dim=80,
             num_classes=10,
-            init="fan_in",  # a network this narrow learns late without it
+            init="balanced",
             **TINY,
             **FAST_INPUTS,
         ),

@@ -29,7 +29,7 @@ SHARED = dict(
 OTHER = dict(
     **SHARED, mlp_dim=24, skip="add_project", time="adaln", time_mlp=True, qkv_bias=True,
     output_conv=False, position="sinusoidal", patch_embed="conv", qk_norm=True, skip_norm=True,
-    norm="rms", mlp="swiglu", init="fan_in",
+    norm="rms", mlp="swiglu", init="balanced",
 )  # fmt: skip
 
 
@@ -296,11 +296,21 @@ def test_published_sizes_of_the_initial_weights():
 
 
 def test_kernels_that_read_tokens_may_begin_by_their_fan_in():
-    block = UViT(**{**TINY, "hidden_dim": 64}, mlp="swiglu", init="fan_in").get_layer("mid_block")
+    block = UViT(**{**TINY, "hidden_dim": 64}, mlp="swiglu", init="balanced").get_layer("mid_block")
     reading = (block.attention.qkv, block.mlp_in, block.mlp_gate)
     for layers_, expected in ((reading, 1 / 8), ((block.attention.proj, block.mlp_out), 0.02)):
         for layer in layers_:  # 4,000 numbers and more: 4 % is twice their sample deviation's own
             assert np.std(numpy(layer.kernel)) == pytest.approx(expected, rel=0.04), layer.name
+
+
+CONVOLUTIONS = {"output_conv": True, "feature_conv": "before"}  # by what asks for them
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_last_convolution_may_begin_as_the_identity(name):
+    layer = UViT(**TINY, output_conv=CONVOLUTIONS[name], init="balanced").get_layer(name)
+    features = normal(2, 4, 4, layer.filters)
+    np.testing.assert_array_equal(numpy(layer(features)), features)
 
 
 @pytest.mark.parametrize("dim", [512, 1152])
