@@ -25,19 +25,20 @@ from keras_uvit.types import PathLike
 FEWEST = 10  # pictures
 FEW = 1000  # pictures of which a network of this kind learns many by heart
 
-# What is learned, and how it is said. A patch of k numbers carries noise of k dimensions, which a
-# narrow network cannot pass on: predicting the picture itself is easier, unless a patch is small.
+# What is learned, and how it is said. A velocity has the noise in it, and a patch of k numbers
+# carries noise of k dimensions, for which a token must have room; else the picture itself, which
+# has fewer, is predicted.
 OBJECTIVES = {
-    "x0": (
-        dict(schedule=VPCosine(), prediction="x0"),
-        "the clean picture is predicted, from noise of a cosine schedule",
-    ),
     "flow": (
         dict(schedule=LinearPath(), prediction="velocity", time_sampling="logit_normal"),
         "flow matching, with most training in the middle of the path",
     ),
+    "x0": (
+        dict(schedule=VPCosine(), prediction="x0"),
+        "the clean picture is predicted, from noise of a cosine schedule",
+    ),
 }
-SMALL_PATCH = 16  # numbers: smaller patches, and latents of any, learn by flow matching
+FLOW_NUMBERS_PER_WIDTH = 0.5  # of a patch, for each dimension of a token, that learn as a flow
 # Per device: the network, the most patches of an image, the steps of a run; and the longest side of
 # pictures that the command line chooses. On a CPU many cheap steps with large patches draw better
 # than few steps with small ones (clothes of 28 pixels: 16 patches and 49 at equal time), as long as
@@ -50,7 +51,7 @@ NUMBERS_PER_WIDTH = 2  # at most so many numbers of a patch for each dimension o
 SIDES = {"cpu": 64, "accelerator": 128}
 CONDITION_DROPOUT = 0.1
 SAMPLING = dict(sampler="dpm_solver_pp_2m", num_steps=25)
-GUIDANCE = {"nothing": 1.0, "classes": 1.5, "captions": 2.0}
+GUIDANCE = {"nothing": 1.0, "classes": 2.0, "captions": 2.0}
 TIMED_STEPS = 8
 PLAN = "planned.json"
 
@@ -144,6 +145,7 @@ def for_data(
         "image_shape": facts.image_shape,
         **widths,
         "position": "sinusoidal",
+        "init": "balanced",
         "num_classes": facts.num_classes,
         "context_shape": facts.context_shape,
         **network,
@@ -193,8 +195,9 @@ def ema_decay(steps: int) -> float:
 
 def objective_of(facts: Facts, network: Any) -> str:
     """The key of `OBJECTIVES`."""
-    numbers = network.get_config()["patch_size"] ** 2 * facts.image_shape[-1]
-    return "flow" if facts.latent_scale is not None or numbers < SMALL_PATCH else "x0"
+    config = network.get_config()
+    numbers = config["patch_size"] ** 2 * facts.image_shape[-1]
+    return "flow" if numbers <= FLOW_NUMBERS_PER_WIDTH * config["hidden_dim"] else "x0"
 
 
 def has_condition(facts: Facts) -> bool:
