@@ -90,7 +90,10 @@ AXES = {
         "SwiGLU": dict(network=dict(mlp="swiglu")),
         "qk norm": dict(network=dict(qk_norm=True)),
     },
-    "init": {"balanced init": dict(network=dict(init="balanced"))},
+    "init": {
+        "balanced init": dict(network=dict(init="balanced")),
+        "balanced init, 2-D sinusoids": dict(network=dict(init="balanced", position="sinusoidal")),
+    },
     "network": {"U-Net": dict(unet=True)},
 }
 

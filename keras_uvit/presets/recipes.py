@@ -105,7 +105,7 @@ COCO: Config = dict(
     text_encoder="clip_vit_large_patch14",
 )
 # For short runs: 2,000 steps on digits, width 96: learned positions end 2.5 floors away, these 1.9.
-TINY: Config = dict(num_layers=5, num_heads=4, position="sinusoidal")
+TINY: Config = dict(num_layers=5, num_heads=4, position="sinusoidal", init="balanced")
 SHIPPED_RECIPE: Config = dict(
     schedule=VPCosine(),
     batch_size=64,

@@ -61,7 +61,6 @@ PRESETS: dict[str, Preset] = {
             patch_size=2,
             hidden_dim=80,
             num_classes=10,
-            init="balanced",
             **TINY,
             **FAST_INPUTS,
         ),
