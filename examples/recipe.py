@@ -171,6 +171,7 @@ def reduced(row, image_shape, patch_size, num_classes, quick, context_shape=None
         context_shape=context_shape,
         null_label=row.network.get("null_label", True) if num_classes else True,
         output_conv=row.network.get("output_conv", True),
+        init="balanced",  # the preset's own is for networks of a tenfold width
     )
     optimizer = dict(learning_rate=1e-3, warmup_steps=100)
     own = dict(latent_scale=None, ema_decay=0.999, num_steps=10 if quick else 50)
