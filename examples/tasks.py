@@ -38,7 +38,7 @@ class Task:
     def __init__(self, options):
         self.options, self.row = options, presets.get(self.preset)
         self.iterations = options.iterations or self.row.iterations
-        self.network = {**self.row.network, "position": "learned"}
+        self.network = {**self.row.network, "position": "learned", "init": "published"}
         self.encoders = {}
         if options.inception and options.reference:
             self.inception = evaluation.InceptionFeatures(options.inception)

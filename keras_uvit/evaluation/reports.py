@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_uvit import io, progress, sampling
+from keras_uvit.diffusion.schedules import LinearPath, Schedule
 from keras_uvit.evaluation.classifier import Classifier
 from keras_uvit.evaluation.files import image_grid
 from keras_uvit.evaluation.frechet import frechet_distance
@@ -28,9 +29,10 @@ TIMES = np.linspace(0.05, 0.95, 10)
 CLASSIFIER_STEPS = (600, 3000)  # at least and at most; in between one for every ten pictures
 SHOWN = 16  # samples whose nearest training pictures are shown
 COPY = 0.5  # of the usual distance between neighbours: below it a sample is called a copy
-# Error of the x0 estimate over the variance of the pictures at TIMES, as measured on the model that
-# `examples/fashion.py --minutes 12` trained: docs/own_data.md shows what it draws.
-TYPICAL = (0.034, 0.054, 0.083, 0.115, 0.153, 0.194, 0.245, 0.307, 0.404, 0.551)
+# Error of the x0 estimate over the variance of the pictures at TIMES of `LinearPath`, measured on
+# the model that `examples/fashion.py --minutes 30` trained: docs/own_data.md shows what it draws.
+OF_TYPICAL = "examples/fashion.py --minutes 30"
+TYPICAL = (0.0038, 0.020, 0.042, 0.071, 0.106, 0.153, 0.214, 0.309, 0.423, 0.579)
 
 
 def report(
@@ -227,6 +229,12 @@ def _matplotlib():
     return importlib.import_module("matplotlib.pyplot")
 
 
+def typical(schedule: Schedule) -> np.ndarray:
+    """`TYPICAL` at TIMES of another schedule, whose images have other noise at the same time."""
+    noise, known = (-path.half_log_snr(TIMES) for path in (schedule, LinearPath()))
+    return np.exp(np.interp(noise, known, np.log(TYPICAL)))
+
+
 def _draw(plot, path, model, found, images, labels, samples, asked, nearest):
     """Real pictures, samples, neighbours and the error over time, in one picture."""
     figure, axes = plot.subplots(2, 2, figsize=(12, 12), layout="constrained")
@@ -254,7 +262,7 @@ def _draw(plot, path, model, found, images, labels, samples, asked, nearest):
         panel.axis("off")
     panel = axes[1, 1]
     panel.plot(TIMES, found["error"], "o-", label="this model")
-    panel.plot(TIMES, TYPICAL, "--", color="gray", label="examples/fashion.py after 12 minutes")
+    panel.plot(TIMES, typical(model.objective.schedule), "--", color="gray", label=OF_TYPICAL)
     panel.axhline(1.0, color="tab:red", lw=1, label="the mean picture")
     panel.set(xlabel="t (0: picture, 1: noise)", yscale="log", title="error of the x0 estimate")
     panel.legend(loc="lower right")

@@ -51,7 +51,7 @@ NUMBERS_PER_WIDTH = 2  # at most so many numbers of a patch for each dimension o
 SIDES = {"cpu": 64, "accelerator": 128}
 CONDITION_DROPOUT = 0.1
 SAMPLING = dict(sampler="dpm_solver_pp_2m", num_steps=25)
-GUIDANCE = {"nothing": 1.0, "classes": 2.0, "captions": 2.0}
+GUIDANCE = {"nothing": 1.0, "classes": 1.5, "captions": 2.0}
 TIMED_STEPS = 8
 PLAN = "planned.json"
 

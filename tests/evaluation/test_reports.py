@@ -7,6 +7,7 @@ import pytest
 from tiny import refused, uvit
 
 from keras_uvit import DiffusionModel, evaluation
+from keras_uvit.diffusion.schedules import LinearPath, VPCosine
 from keras_uvit.evaluation import reports
 from keras_uvit.evaluation.classifier import Classifier
 
@@ -107,3 +108,15 @@ def test_the_error_of_the_mean_picture_is_one():
 def test_bad_input_is_named(tmp_path, data, error, words):
     refused(error, lambda: report(None, tmp_path / "new", data=data), *words)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_typical_is_compared_at_equal_noise():
+    np.testing.assert_allclose(reports.typical(LinearPath()), reports.TYPICAL, rtol=1e-12)
+    cosine = VPCosine()
+    found = reports.typical(cosine)
+    # The cosine schedule's noise over signal at t is tan(pi t / 2) but for its ends; a linear path
+    # has as much at tan / (1 + tan).
+    ratio = np.tan(np.pi / 2 * reports.TIMES)
+    expected = np.interp(ratio / (1 + ratio), reports.TIMES, reports.TYPICAL)
+    np.testing.assert_allclose(found[2:8], expected[2:8], rtol=0.05)  # between ten known points
+    assert (np.diff(found) > 0).all()

@@ -70,7 +70,7 @@ def test_a_patch_size_of_ones_own_is_taken_for_any_sides():
 X0, FLOW = ("x0", VPCosine(), "uniform"), ("velocity", LinearPath(), "logit_normal")
 CHOICES = {
     "large patches": (dict(side=32), X0, 1.0, 0.0),
-    "classes": (dict(side=32, classes=4), X0, 2.0, 0.1),
+    "classes": (dict(side=32, classes=4), X0, 1.5, 0.1),
     "small patches": (dict(side=8, channels=1), FLOW, 1.0, 0.0),
     "captions": (dict(side=32, context=(3, 5)), X0, 2.0, 0.1),
 }
