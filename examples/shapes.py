@@ -8,6 +8,7 @@ Expect       of the attributes in captions whose pairs of things were never trai
 Hardware     2 CPU cores, 29 CPU minutes on TensorFlow; no GPU needed.
 Commands     python examples/shapes.py --weights pretrained    (measures what ships, a minute)
              python examples/shapes.py                         (trains it again)
+             python examples/shapes.py --preset uvit_tiny_shapes_fast  (draws in two steps)
              python examples/shapes.py --quick                 (half a minute, the same path)
 
 A picture shows two things, such as "a small red circle left of a large blue square", and what a
@@ -36,6 +37,7 @@ def main():
     options = recipe.parse(
         __doc__,
         "uvit_tiny_shapes",
+        ["uvit_tiny_shapes", "uvit_tiny_shapes_fast"],
         weights=(None, '"pretrained" measures the weights that ship, without training'),
         out=("runs/shapes", "folder to write into"),
     )

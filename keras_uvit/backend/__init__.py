@@ -52,7 +52,7 @@ EXPORT_FORMATS: tuple[str, ...] = {
     "jax": ("tf_saved_model",),
     "tensorflow": ("tf_saved_model", "litert"),
     "torch": ("torch",),
-}[NAME]
+}.get(NAME, ())
 # Which backends write the sampling loop in each format; `export_jax.py` and others say how.
 SAMPLER_FORMATS: dict[str, tuple[str, ...]] = {
     "onnx": ("tensorflow", "torch"),

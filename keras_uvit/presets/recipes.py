@@ -132,19 +132,27 @@ SHAPES: Config = dict(
     text_encoder="uvit_tiny_shapes_text",
 )
 # Half as many steps of twice as many images ended late with one seed of two.
-DIGITS_FAST: Config = dict(
+SHIPPED_FAST: Config = dict(
     schedule=LinearPath(),
     prediction="velocity",
     time_scale=20.0,
     time_sampling="logit_normal",
-    flow_map=FlowMap(4000, guidance=(1.0, 4.0)),
     optimizer=adamw(3e-3, 0.9, 0.99, warmup_steps=1 / 30, decay_steps="run"),
     batch_size=32,
-    iterations=4000,
     condition_dropout=0.1,
     ema_decay=0.999,
     sampler="flow_map",
     num_steps=2,
+)
+DIGITS_FAST: Config = dict(
+    **SHIPPED_FAST, flow_map=FlowMap(4000, guidance=(1.0, 4.0)), iterations=4000
+)
+SHAPES_FAST: Config = dict(
+    **SHIPPED_FAST,
+    flow_map=FlowMap(6000, guidance=(1.0, 4.0)),
+    iterations=6000,
+    guidance_scale=2.0,
+    text_encoder="uvit_tiny_shapes_text",
 )
 CIFAR10: Config = dict(
     **CONTINUOUS,
