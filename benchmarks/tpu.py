@@ -3,7 +3,7 @@
     pip install "libtpu==0.0.42.*" requests         (the compiler; the version that jax[tpu] names)
     python benchmarks/tpu.py                        (L/2 on four chips of v5e, ours and the rival)
     python benchmarks/tpu.py --presets uvit_huge_imagenet256 --topologies v5p:2x2x1 --remat
-    python benchmarks/tpu.py --attention            (attention alone, in four forms)
+    python benchmarks/tpu.py --attention            (attention alone, in three forms)
 
 The whole training step in mixed_bfloat16, or with --sample the loop of 50 guided steps, is compiled
 for a topology, and not run: no weight exists. Each row is a process. A chip's numbers:
@@ -16,8 +16,8 @@ for a topology, and not run: no weight exists. Each row is a process. A chip's n
     sent       GB that collectives of the program give, and how many there are
 
 --layouts: data (all weights everywhere), fsdp, tensor4; see keras_uvit/distribution.py. `plain` is
-the rival, the same step in plain JAX (rivals_jax.py), with the layout "data". With fewer
---num-layers a row takes a minute instead of ten; sizes grow with them nearly in proportion.
+the rival, the same step in plain JAX (rivals_jax.py), with the layout "data". Compiling takes
+minutes: three blocks of L/2 three, on two busy cores; --num-layers takes fewer.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main():
     add("--num-layers", type=int, nargs="+", default=[None], help="blocks (those of the preset)")
     add("--remat", action="store_true", help="recompute blocks in the backward pass")
     add("--sample", action="store_true", help="50 guided steps instead of a training step")
-    add("--attention", action="store_true", help="attention alone, in four forms")
+    add("--attention", action="store_true", help="attention alone, in three forms")
     add("--dump", help="file for the text of the compiled program")
     add("--row", help=argparse.SUPPRESS)  # this process is of one row
     options = parser.parse_args()
