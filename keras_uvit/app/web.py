@@ -16,13 +16,12 @@ REFUSALS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 SHOWN_PIXELS = 128  # height of an image on the page, about
 KEPT_SECONDS = 3600  # for which the server keeps pictures
 STYLE = "img {image-rendering: pixelated}"
-PROMPTS = {
-    "uvit_tiny_shapes": [
-        "a small red circle left of a large blue square",
-        "a large yellow triangle above a small green circle",
-        "a large green square below a large red triangle",
-    ],
-}
+SHAPES = [
+    "a small red circle left of a large blue square",
+    "a large yellow triangle above a small green circle",
+    "a large green square below a large red triangle",
+]
+PROMPTS = {"uvit_tiny_shapes": SHAPES, "uvit_tiny_shapes_fast": SHAPES}
 
 # What stands at each field.
 WORDS = {
