@@ -79,7 +79,8 @@ def in_own_process(**job):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         # What does not fit into a chip's memory is an error of the compiler, and an answer.
-        print(json.dumps({**job, "failed": done.stderr.splitlines()[-1][:300]}), flush=True)
+        words = [line for line in done.stderr.splitlines() if "Error" in line or "RESOURCE" in line]
+        print(json.dumps({**job, "failed": (words or [done.stderr])[-1][:300]}), flush=True)
         return None
     print(done.stdout.splitlines()[-1], flush=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -184,7 +185,11 @@ def sampling(model, distribution, batch_size):
         for network in program.networks
     ]
     condition = {key: batch[key] for key in ("label", "context") if key in batch}
-    return jax.jit(program).lower(weights, noise=noise, **condition)
+
+    def run(weights, **inputs):
+        return program(weights, **inputs)
+
+    return jax.jit(run).lower(weights, noise=noise, **condition)
 
 
 def plain(row, changes, devices, batch_size):
