@@ -284,14 +284,17 @@ def _build(c):
 
 def _smoothing(channels, dtype, name, init):
     """A 3x3 convolution of as many channels, that begins like PyTorch's or as the identity."""
-    first = parts.fan_in_init(9 * channels)
+    if init == "published":  # one initialiser each: the same one would draw the same numbers
+        kernel, bias = parts.fan_in_init(9 * channels), parts.fan_in_init(9 * channels)
+    else:
+        kernel, bias = parts.identity_init, "zeros"
     return layers.Conv2D(
         channels,
         3,
         padding="same",
         data_format="channels_last",
-        kernel_initializer=first if init == "published" else parts.identity_init,
-        bias_initializer=first if init == "published" else "zeros",
+        kernel_initializer=kernel,
+        bias_initializer=bias,
         dtype=dtype,
         name=name,
     )

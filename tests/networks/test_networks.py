@@ -311,6 +311,9 @@ def test_the_last_convolution_may_begin_as_the_identity(name):
     layer = UViT(**TINY, output_conv=CONVOLUTIONS[name], init="balanced").get_layer(name)
     features = normal(2, 4, 4, layer.filters)
     np.testing.assert_array_equal(numpy(layer(features)), features)
+    published = UViT(**TINY, output_conv=CONVOLUTIONS[name]).get_layer(name)
+    # Each has numbers of its own, as PyTorch's.
+    assert not np.isin(numpy(published.bias), numpy(published.kernel)).any()
 
 
 @pytest.mark.parametrize("dim", [512, 1152])
