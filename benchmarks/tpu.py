@@ -23,17 +23,17 @@ minutes: three blocks of L/2 three, on two busy cores; --num-layers takes fewer.
 import argparse
 import functools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
 
+from collectives import BYTES, KINDS
 from side_by_side import COMMIT, table
 
 MEMORY = {"v5e": 16, "v5p": 95, "v6e": 32}  # GB of HBM a chip, cloud.google.com/tpu/docs
-WIDTHS = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1, "f16": 2}
-COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 COLUMNS = ["what", "topology", "layout", "batch", "layers", "state", "temporary", "of",
            "TFLOP", "model's", "sent", "collectives", "compile_s"]  # fmt: skip
 
@@ -54,6 +54,8 @@ def main():
     add("--dump", help="file for the text of the compiled program")
     add("--row", help=argparse.SUPPRESS)  # this process is of one row
     options = parser.parse_args()
+    if options.sample and "plain" in options.layouts:
+        parser.error("The rival has no sampling loop: pass --layouts data with --sample.")
     if options.row:
         print(json.dumps(measure(**json.loads(options.row))))
     elif options.attention:
@@ -129,7 +131,7 @@ def measure(preset, topology, layout, batch, layers, remat, sample, dump):
     if dump:
         with open(dump, "w", encoding="utf-8") as file:
             file.write(text)
-    sent = collectives(text)
+    sent = results(text)
     evaluations = 2 * 50 if sample else 1  # guided
     per_mac = 2 if sample else 8 if remat else 6
     return {
@@ -201,7 +203,10 @@ def plain(row, changes, devices, batch_size):
 
     from keras_uvit.evaluation import count_macs
 
-    config = row.new_network(**{**changes, "dtype": "float32"}).config
+    network = row.new_network(**changes)
+    config = network.config
+    if row.latent_scale is None or config.context_shape:
+        raise SystemExit("The rival is of latents without texts. Pass --layouts data.")
     mesh = Mesh(np.array(devices), ("batch",))
     whole, parts = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
 
@@ -222,24 +227,23 @@ def plain(row, changes, devices, batch_size):
         rivals_jax.step, heads=config.num_heads, patch=config.patch_size, remat=changes["remat"]
     )
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
-    return lowered, config.num_layers, count_macs(row.new_network(**changes))
+    return lowered, config.num_layers, count_macs(network)
 
 
-def collectives(program):
-    """Bytes of the result of each collective in a compiled program, which has no loop around it."""
-    found = []
-    pattern = rf"= (.*?) (?:{COLLECTIVES})(?:-done)?\("  # a start's result has its operand too
-    for shapes in re.findall(pattern, program):
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        sizes = [
-            WIDTHS[dtype] * functools.reduce(int.__mul__, map(int, sides.split(",")), 1)
-            if sides
-            else WIDTHS[dtype]
-            for dtype, sides in arrays
-            if dtype in WIDTHS
-        ]
-        found.append(sum(sizes))
-    return found
+def results(program):
+    """Bytes of the result of each collective in the text of a program for TPUs.
+
+    (`collectives.py` reads XLA's program before that, whose collectives are not asynchronous yet.)
+    """
+    pattern = rf"= (.*?) (?:{'|'.join(KINDS)})(?:-done)?\("  # a start's result has its operand too
+    return [
+        sum(
+            BYTES[dtype] * math.prod(int(side) for side in sides.split(",") if side)
+            for dtype, sides in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+            if dtype in BYTES
+        )
+        for shapes in re.findall(pattern, program)
+    ]
 
 
 # Attention alone ----------------------------------------------------------------------------------

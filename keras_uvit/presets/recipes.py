@@ -106,6 +106,12 @@ COCO: Config = dict(
 )
 # For short runs: 2,000 steps on digits, width 96: learned positions end 2.5 floors away, these 1.9.
 TINY: Config = dict(num_layers=5, num_heads=4, position="sinusoidal", init="balanced")
+TINY_DIGITS: Config = dict(
+    image_shape=(8, 8, 1), patch_size=2, hidden_dim=80, num_classes=10, **TINY
+)
+TINY_SHAPES: Config = dict(
+    image_shape=(32, 32, 3), patch_size=4, hidden_dim=96, context_shape=(12, 64), **TINY
+)
 SHIPPED_RECIPE: Config = dict(
     schedule=VPCosine(),
     batch_size=64,
@@ -131,7 +137,6 @@ SHAPES: Config = dict(
     guidance_scale=2.0,
     text_encoder="uvit_tiny_shapes_text",
 )
-# Half as many steps of twice as many images ended late with one seed of two.
 SHIPPED_FAST: Config = dict(
     schedule=LinearPath(),
     prediction="velocity",

@@ -31,14 +31,15 @@ from keras_uvit.presets.recipes import (
     SHAPES_FAST,
     SMALL,
     SMALL_DEEP,
-    TINY,
+    TINY_DIGITS,
+    TINY_SHAPES,
     adamw,
 )
 
 PRESETS: dict[str, Preset] = {
     "uvit_tiny_digits": Preset(
         paper_name="none: 8x8 digits, ships with its weights",
-        network=dict(image_shape=(8, 8, 1), patch_size=2, hidden_dim=80, num_classes=10, **TINY),
+        network=TINY_DIGITS,
         **DIGITS,
         params=415_534,
         gmacs=0.00764,
@@ -46,9 +47,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "uvit_tiny_shapes": Preset(
         paper_name="none: 32x32 captioned shapes, ships with its weights",
-        network=dict(
-            image_shape=(32, 32, 3), patch_size=4, hidden_dim=96, context_shape=(12, 64), **TINY
-        ),
+        network=TINY_SHAPES,
         **SHAPES,
         params=610_692,
         gmacs=0.0519,
@@ -57,14 +56,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "uvit_tiny_digits_fast": Preset(
         paper_name="none: 8x8 digits in 1 to 4 steps, ships with its weights",
-        network=dict(
-            image_shape=(8, 8, 1),
-            patch_size=2,
-            hidden_dim=80,
-            num_classes=10,
-            **TINY,
-            **FAST_INPUTS,
-        ),
+        network=dict(**TINY_DIGITS, **FAST_INPUTS),
         **DIGITS_FAST,
         params=570_334,
         gmacs=0.0078,
@@ -72,14 +64,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "uvit_tiny_shapes_fast": Preset(
         paper_name="none: 32x32 captioned shapes in 1 to 4 steps, ships with its weights",
-        network=dict(
-            image_shape=(32, 32, 3),
-            patch_size=4,
-            hidden_dim=96,
-            context_shape=(12, 64),
-            **TINY,
-            **FAST_INPUTS,
-        ),
+        network=dict(**TINY_SHAPES, **FAST_INPUTS),
         **SHAPES_FAST,
         params=833_316,
         gmacs=0.0521,
