@@ -88,7 +88,7 @@ def open_dataset(
     if (Path(spec) / MANIFEST).is_file():
         is_latent = read_manifest(spec)["field"] == "moments"
         reader = data.LatentDataset if is_latent else data.image_shards
-        return reader(spec, captions=captions, **{**shared, "batch_size": batch_size or 64})
+        return reader(spec, captions=captions, **shared)
     if captions and (network is not None or (Path(spec) / captioned.CAPTIONS).is_file()):
         raise ValueError(
             "A text-to-image model is trained on a cache: make one with "

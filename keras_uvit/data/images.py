@@ -5,16 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from keras_uvit import backend, progress
+from keras_uvit import progress
 from keras_uvit.data import sources
 from keras_uvit.data.contexts import Contexts
 from keras_uvit.data.shuffled import ShuffledDataset
 from keras_uvit.types import Array, PathLike
 
 MAX_BYTES = 4 * 2**30
-# On a CPU a batch takes as long as its images: in a given time more steps of few images learn more
-# (docs/own_data.md). Accelerators need many at once to be busy.
-USUAL_BATCH = {"cpu": 16, "accelerator": 128}
 
 
 class ImageDataset(ShuffledDataset):
@@ -31,7 +28,7 @@ class ImageDataset(ShuffledDataset):
     def __init__(
         self,
         arrays: dict[str, Array],
-        batch_size: int,
+        batch_size: int | None,
         *,
         flip: bool = True,
         contexts: Contexts | None = None,
@@ -86,12 +83,6 @@ class ImageDataset(ShuffledDataset):
     def _mirror(self, epoch):
         # Of all samples, in a stream of its own: flips do not depend on the batch size.
         return np.random.default_rng([self.seed, epoch, 1]).random(self.num_samples) < 0.5
-
-
-def usual_batch(num_images: int) -> int:
-    """Images per batch that suit this machine and so many images."""
-    here = "accelerator" if backend.has_accelerator() else "cpu"
-    return min(USUAL_BATCH[here], num_images)
 
 
 def image_folder(
@@ -157,9 +148,7 @@ def in_memory(
     """`ImageDataset` of all images of a `Source`, decoded now; see `image_folder`."""
     if corrupt not in ("raise", "skip"):
         raise ValueError(f'corrupt must be "raise" or "skip". Received: {corrupt!r}.')
-    if batch_size is None:
-        batch_size = usual_batch(len(source))
-    if not 1 <= batch_size <= len(source):
+    if batch_size is not None and not 1 <= batch_size <= len(source):
         raise ValueError(
             f"batch_size must be between 1 and the number of images, {len(source)}. "
             f"Received: {batch_size}."
@@ -178,10 +167,10 @@ def in_memory(
             "`data.write_latents`."
         )
     arrays, skipped = _read_all(source, corrupt, verbose)
-    if len(arrays["image"]) < batch_size:
+    good, least = len(arrays["image"]), batch_size or 1
+    if good < least:
         raise ValueError(
-            f"Only {len(arrays['image'])} of {len(source)} images could be read, fewer than "
-            f"batch_size={batch_size}."
+            f"Only {good} of {len(source)} images could be read, fewer than batch_size={least}."
         )
     return ImageDataset(
         arrays,

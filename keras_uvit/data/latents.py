@@ -63,7 +63,8 @@ class LatentDataset(ShuffledDataset):
 
     Args:
         path: folder that `write_latents` or `keras-uvit encode` made.
-        batch_size: int, of all processes together; a multiple of their number.
+        batch_size: int, of all processes together, a multiple of their number; `None` is 16 on a
+            CPU and 128 on an accelerator, or all samples where there are fewer.
         labels, captions: "auto" reads them where there are any; None leaves them out.
         scale, shift: floats or one per channel, other ones than the autoencoder had when the cache
             was written: moments are kept without them. See `latent_statistics`.
@@ -96,7 +97,7 @@ class LatentDataset(ShuffledDataset):
     def __init__(
         self,
         path: PathLike,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         *,
         labels: str | None = "auto",
         captions: str | None = "auto",
@@ -129,7 +130,7 @@ class LatentDataset(ShuffledDataset):
 
 def image_shards(
     path: PathLike,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     *,
     labels: str | None = "auto",
     captions: str | None = "auto",

@@ -10,6 +10,10 @@ from keras_uvit.checks import as_int
 from keras_uvit.data.contexts import Contexts
 from keras_uvit.types import Array
 
+# On a CPU a batch takes as long as its images: in a given time more steps of few images learn more
+# (docs/own_data.md). Accelerators need many at once to be busy.
+USUAL_BATCH = {"cpu": 16, "accelerator": 128}
+
 
 class ShuffledDataset(keras.utils.PyDataset):
     """Batches of arrays at random access, a new permutation each epoch.
@@ -18,7 +22,7 @@ class ShuffledDataset(keras.utils.PyDataset):
 
     Args:
         arrays: dict of array-likes of equal length, read as `array[rows]`.
-        batch_size: int, of all processes together.
+        batch_size: int, of all processes together; `None` is what `usual_batch` says.
         seed: int.
         process: (index, count): this process gets the `index`-th of `count` equal parts of each
             batch; `None` is its place in the job (`distribution.initialize`).
@@ -34,7 +38,7 @@ class ShuffledDataset(keras.utils.PyDataset):
     def __init__(
         self,
         arrays: dict[str, Array],
-        batch_size: int,
+        batch_size: int | None,
         seed: int = 0,
         process: tuple[int, int] | None = None,
         contexts: Contexts | None = None,
@@ -43,6 +47,8 @@ class ShuffledDataset(keras.utils.PyDataset):
         process = backend.data_shard() if process is None else process
         total = len(next(iter(arrays.values())))
         index, count = process
+        if batch_size is None:
+            batch_size = usual_batch(total, count)
         if not 1 <= batch_size <= total:
             raise ValueError(
                 f"batch_size must be between 1 and the number of samples, {total}. "
@@ -106,3 +112,10 @@ class ShuffledDataset(keras.utils.PyDataset):
         # Keras ends epochs more often than it begins them.
         self._epoch += self._begun
         self._begun = True
+
+
+def usual_batch(total: int, processes: int = 1) -> int:
+    """Samples per batch that suit this machine, if there are so many; each process has as many."""
+    here = "accelerator" if backend.has_accelerator() else "cpu"
+    return max(1, min(USUAL_BATCH[here], total) // processes) * processes
+

@@ -154,8 +154,8 @@ DIGITS_FAST: Config = dict(
 )
 SHAPES_FAST: Config = dict(
     **SHIPPED_FAST,
-    flow_map=FlowMap(6000, guidance=(1.0, 4.0)),
-    iterations=6000,
+    flow_map=FlowMap(12_000, guidance=(1.0, 4.0)),
+    iterations=12_000,
     guidance_scale=2.0,
     text_encoder="uvit_tiny_shapes_text",
 )

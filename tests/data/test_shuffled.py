@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny import refused
 
+from keras_uvit.data import shuffled
 from keras_uvit.data.images import ImageDataset
 from keras_uvit.data.shuffled import ShuffledDataset
 
@@ -26,6 +27,14 @@ def _epoch(data):
 
 def _flat(batches):
     return list(itertools.chain.from_iterable(batches))
+
+
+@pytest.mark.parametrize(
+    "total, processes, expected", [(1000, 1, 16), (5, 1, 5), (1000, 3, 15), (7, 2, 6)]
+)
+def test_a_batch_of_no_given_size_suits_the_machine(monkeypatch, total, processes, expected):
+    monkeypatch.setattr(shuffled.backend, "has_accelerator", lambda: False)
+    assert _dataset(total, None, process=(0, processes)).batch_size == expected
 
 
 def test_batches_do_not_depend_on_what_was_read_before():
