@@ -118,4 +118,3 @@ def usual_batch(total: int, processes: int = 1) -> int:
     """Samples per batch that suit this machine, if there are so many; each process has as many."""
     here = "accelerator" if backend.has_accelerator() else "cpu"
     return max(1, min(USUAL_BATCH[here], total) // processes) * processes
-

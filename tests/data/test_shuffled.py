@@ -30,7 +30,7 @@ def _flat(batches):
 
 
 @pytest.mark.parametrize(
-    "total, processes, expected", [(1000, 1, 16), (5, 1, 5), (1000, 3, 15), (7, 2, 6)]
+    ("total", "processes", "expected"), [(1000, 1, 16), (5, 1, 5), (1000, 3, 15), (7, 2, 6)]
 )
 def test_a_batch_of_no_given_size_suits_the_machine(monkeypatch, total, processes, expected):
     monkeypatch.setattr(shuffled.backend, "has_accelerator", lambda: False)
