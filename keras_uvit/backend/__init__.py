@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
+from keras_uvit.backend import heap
 from keras_uvit.optional import optional
 from keras_uvit.types import Tensor
 
@@ -128,6 +129,15 @@ def _exporting() -> Any:
     else:
         from keras_uvit.backend import export_torch as exporting  # type: ignore[no-redef]
     return exporting
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory that XLA's programs for CPUs free at the end of each step.
+
+    PyTorch's own allocator gains nothing by it.
+    """
+    if HAS_XLA and not has_accelerator():
+        heap.keep()
 
 
 def is_first() -> bool:

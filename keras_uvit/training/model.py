@@ -336,6 +336,7 @@ class DiffusionModel(keras.Model):
         kwargs = arguments.checked("compile", kwargs)
         quantizing.check_whole(self.network, "Training")
         self.check_weights()
+        backend.keep_memory()
         self._jit_compile_chosen = jit_compile
         jit_compile = backend.HAS_XLA if jit_compile is None else jit_compile
         with own_defaults(self.dtype_policy):  # float32 for the loss and the learning rate
