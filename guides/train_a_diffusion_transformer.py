@@ -17,7 +17,7 @@ shallow blocks with its deep ones, as in a U-Net.
 
 In this guide we train a small one on the 1,797 handwritten digits that come with scikit-learn. We
 draw digits of each class with it, measure how many of them can be read, complete a half of one, and
-save the model. The training takes more than five minutes on two CPU cores.
+save the model. All of it takes about four minutes on a CPU with JAX.
 """
 
 """
