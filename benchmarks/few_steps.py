@@ -9,8 +9,8 @@ matching without guidance, which would be two). Beside them `uvit_tiny_digits` d
 digits also the spread within a class over the real one. `cost` is a training step's time over one
 of flow matching.
 
-With `--fine-tune 500 2000` flow matching's weights are then trained on as a flow map for so many
-steps, which new flow maps are trained for as well.
+With `--fine-tune 500 2000` the weights of flow matching are then trained on as a flow map, for 500
+and for 2,000 steps. Beside them are new flow maps, trained for as many.
 
 Writes rows.json and few_steps.png into OUT, and the averages of the weights. What is in rows.json
 already is not measured again.
@@ -97,6 +97,14 @@ def main():
         print(json.dumps(rows[-1]), flush=True)
         file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
+    def draw_and_add(model, way, seed, drawing, **more):
+        for count in EVALUATIONS:
+            images = model.generate(**task.wanted, num_steps=count, seed=seed, **drawing, verbose=0)
+            add(way, seed, count, images, **more)
+
+    def weights_of(way, seed):
+        return options.out / f"{way.replace(' ', '-')}-{seed}.weights.h5"
+
     def lacks(way, seed):
         return not any((row["way"], row["seed"]) == (way, seed) for row in rows)
 
@@ -115,20 +123,16 @@ def main():
         changes, drawing = WAYS[way]
         length = steps if way == "flow map" else round(steps * cost)
         model, _ = train(task, seed, length, changes)
-        model.ema_network.save_weights(options.out / f"{way}-{seed}.weights.h5")
-        for count in EVALUATIONS:
-            images = model.generate(**task.wanted, num_steps=count, seed=seed, **drawing, verbose=0)
-            add(way, seed, count, images, steps=length, cost=cost)
+        model.ema_network.save_weights(weights_of(way, seed))
+        draw_and_add(model, way, seed, drawing, steps=length, cost=cost)
     for seed, length, old in itertools.product(options.seeds, options.fine_tune, (True, False)):
         way = f"{'flow matching, then ' if old else ''}{length} steps of flow map"
         if not lacks(way, seed):
             continue
-        weights = options.out / f"flow matching-{seed}.weights.h5" if old else None
+        weights = weights_of("flow matching", seed) if old else None
         shorter = dataclasses.replace(presets.get(task.name).flow_map, steps=length)
         model, _ = train(task, seed, length, dict(flow_map=shorter), weights)
-        for count in EVALUATIONS:
-            images = model.generate(**task.wanted, num_steps=count, seed=seed, verbose=0)
-            add(way, seed, count, images, steps=length)
+        draw_and_add(model, way, seed, {}, steps=length)
     found = summary(rows, task)
     print(table(found, list(found[0])))
     draw(rows, task, options.out / "few_steps.png")

@@ -2,8 +2,10 @@
 
     KERAS_BACKEND=torch python benchmarks/first_try.py                  (half an hour, one core)
     KERAS_BACKEND=torch python benchmarks/first_try.py --data scenes    (or fashion, captions)
+    KERAS_BACKEND=jax python benchmarks/first_try.py --data scenes --patch-size 4 --steps 2500
 
-Three data sets, each by `presets.for_data(photos)`, `model.fit(photos)` and nothing else: the
+Three data sets, each by `presets.for_data(photos)`, `model.fit(photos)` and, without flags, nothing
+else: the
 60,000 clothes of Fashion-MNIST; a folder of 300 pictures in colour of four kinds of scenes
 (benchmarks/scenes.py); 3,000 captioned shapes. The first two are then measured by
 `evaluation.report`, and of 200 held-out captions the shares of right attributes are read back.
@@ -31,31 +33,29 @@ from shapes import text_encoder  # noqa: E402
 
 def of_fashion(folder, seed):
     source = data.sources.arrays(fashion()[0], "fashion-mnist")
-    return data.images.in_memory(source, flip=False, seed=seed, verbose=0)
+    return data.images.in_memory(source, flip=False, seed=seed, verbose=0), None
 
 
 def of_scenes(folder, seed):
     scenes.main(folder / "scenes", 300)
-    return data.image_folder(folder / "scenes", image_size=32, seed=seed, verbose=0)
+    return data.image_folder(folder / "scenes", image_size=32, seed=seed, verbose=0), None
 
 
 def of_captions(folder, seed):
     source = shapes.source(3000, "train")
-    text = text_encoder(source.captions, 12, 64)
+    text = text_encoder(source.captions, *presets.get("uvit_tiny_shapes").network["context_shape"])
     data.write_images(source, folder / "cache", text_encoder=text)
-    photos = data.image_shards(folder / "cache", seed=seed, verbose=0)
-    photos.text_encoder = text
-    return photos
+    return data.image_shards(folder / "cache", seed=seed, verbose=0), text
 
 
-def judged(model, photos, folder, seed):
+def judged(model, photos, text, folder, seed):
     found = evaluation.report(model, photos, folder, seed=seed, verbose=0)
     return {key: value for key, value in found.items() if key != "error"}
 
 
-def read_back(model, photos, folder, seed):
+def read_back(model, photos, text, folder, seed):
     prompts = [str(scene) for scene in shapes.scenes(200, "test", seed)]
-    model.set_encoders(text_encoder=photos.text_encoder)
+    model.set_encoders(text_encoder=text)
     images = model.generate(prompts=prompts, batch_size=200, seed=seed, verbose=0)
     grid = evaluation.captioned_grid(images[:24], prompts[:24], zoom=3)
     evaluation.write_png(folder / "samples.png", grid)
@@ -69,20 +69,24 @@ TASKS = {
 }
 
 
-def run(name, out, seed, **changes):
-    """Trains by what is chosen for a data set; a row of what came of it."""
+def run(name, out, seed, changes):
+    """Trains by what is chosen for a data set, but for `changes`; a row of what came of it."""
     load, measure = TASKS[name]
     folder = out / f"{name}-{keras.config.backend()}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    photos = load(folder, seed)
+    photos, text = load(folder, seed)
     keras.utils.set_random_seed(seed)
     model = presets.for_data(photos, seed=seed, **changes)
     start = time.process_time()
     losses = model.fit(photos, verbose=2).history["loss"]
     minutes = (time.process_time() - start) / 60
     row = {"data": name, "backend": keras.config.backend(), "seed": seed, "commit": COMMIT}
-    row |= {"steps": int(keras.ops.convert_to_numpy(model.step)), "cpu_minutes": round(minutes, 1)}
-    return row | {"loss": round(losses[-1], 4), **measure(model, photos, folder, seed)}
+    row |= {
+        "patch_size": model.network.get_config()["patch_size"],
+        "cpu_minutes": round(minutes, 1),
+    }
+    row |= {"steps": int(keras.ops.convert_to_numpy(model.step)), "loss": round(losses[-1], 4)}
+    return row | measure(model, photos, text, folder, seed)
 
 
 def main():
@@ -92,11 +96,15 @@ def main():
     parser.add_argument("--data", choices=TASKS, nargs="+", default=list(TASKS), help="(all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/first_try"), help="(%(default)s)")
+    parser.add_argument("--patch-size", type=int, help="(what is chosen)")
+    parser.add_argument("--steps", type=int, help="(what is chosen)")
     options = parser.parse_args()
+    patch = {"patch_size": options.patch_size} if options.patch_size else {}
+    changes = {"network": patch, "steps": options.steps}
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.data:
         for seed in options.seeds:
-            row = run(name, options.out, seed)
+            row = run(name, options.out, seed, changes)
             print(json.dumps(row), flush=True)
             with open(options.out / "rows.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from tiny import refused
 
 from keras_uvit.backend import heap
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(not heap._is_glibc(), reason="the settings are those of glibc"),
+    pytest.mark.skipif(not heap.is_glibc(), reason="the settings are those of glibc"),
 ]
 # 64 MB taken, written and given back twice: how often does the second time ask the kernel?
 PROGRAM = f"""
@@ -52,3 +53,8 @@ def test_freed_memory_is_kept_unless_the_user_has_set_the_allocator(setting, exp
     assert kept is expected
     # A page is 4 KiB, or 64 on some machines, unless huge ones are given: 32 at the least.
     assert faults < 8 if expected else faults >= 32
+
+
+def test_another_value_of_the_switch_is_refused(monkeypatch):
+    monkeypatch.setenv(heap.SWITCH, "false")
+    refused(heap.keep, ValueError, heap.SWITCH, "0 or 1", "'false'")

@@ -18,16 +18,22 @@ def keep() -> bool:
 
     It does nothing without glibc, where the user has set the allocator (`MALLOC_...` or
     `GLIBC_TUNABLES` in the environment), or with `KERAS_UVIT_KEEP_MEMORY=0`.
+
+    Raises:
+        ValueError: if that variable is neither 0 nor 1.
     """
+    switch = os.environ.get(SWITCH, "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"The environment's {SWITCH} must be 0 or 1. Received: {switch!r}.")
     tuned = any(name.startswith("MALLOC_") for name in os.environ)
     tuned |= "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if tuned or os.environ.get(SWITCH) == "0" or not _is_glibc():
+    if tuned or switch == "0" or not is_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return [mallopt(option, size) for option, size in LIMITS.items()] == [1] * len(LIMITS)
 
 
-def _is_glibc() -> bool:
+def is_glibc() -> bool:
     try:
         return bool(os.confstr("CS_GNU_LIBC_VERSION"))
     except (AttributeError, ValueError):  # not a Unix; another C library
