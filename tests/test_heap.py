@@ -57,4 +57,4 @@ def test_freed_memory_is_kept_unless_the_user_has_set_the_allocator(setting, exp
 
 def test_another_value_of_the_switch_is_refused(monkeypatch):
     monkeypatch.setenv(heap.SWITCH, "false")
-    refused(heap.keep, ValueError, heap.SWITCH, "0 or 1", "'false'")
+    refused(ValueError, heap.keep, heap.SWITCH, "0 or 1", "'false'")
