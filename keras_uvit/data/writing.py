@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import math
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -13,16 +12,10 @@ from typing import Any
 import numpy as np
 
 from keras_uvit import backend, progress
-from keras_uvit.data import manifest, sources
-from keras_uvit.data.latents import ShardedArray
-from keras_uvit.data.manifest import CacheError
-from keras_uvit.data.statistics import latent_statistics
+from keras_uvit.data import manifest, sources, unfinished
 from keras_uvit.pixels import listed
 from keras_uvit.types import Array, PathLike
 from keras_uvit.version import __version__
-
-OWN_FILE = re.compile(r"\d{5}-\w+\.npy|manifest\.json")
-LEFT_OVER = re.compile(r"tmp-\d+-(\d{5}(-\w+)?|plan|manifest)\.(npy|json)")
 
 
 def write_latents(
@@ -197,11 +190,6 @@ def _plan(source, field, dtype, shard_size, flip, text_encoder):
     return plan
 
 
-def _copies(plan):
-    """Samples an image."""
-    return 2 if plan["flip"] == "stored" else 1
-
-
 def _write(source, folder, plan, encoders, batch_size, process, corrupt, verbose):
     in_job, process = process is None, process or backend.process()
     index, count = process
@@ -210,11 +198,11 @@ def _write(source, folder, plan, encoders, batch_size, process, corrupt, verbose
     if corrupt not in ("raise", "skip"):
         raise ValueError(f'corrupt must be "raise" or "skip". Received: {corrupt!r}.')
     folder.mkdir(parents=True, exist_ok=True)
-    _agree(folder, plan)
+    unfinished.agree(folder, plan)
     size = plan["shard_size"]
     own = range(index, plan["num_shards"], count)
     rows = {i: np.arange(i * size, min((i + 1) * size, len(source))) for i in own}
-    missing = [i for i in own if not _is_whole(folder, i, plan, len(rows[i]))]
+    missing = [i for i in own if not unfinished.is_whole(folder, i, plan, len(rows[i]))]
     for i in missing:  # what remains of a damaged one
         (folder / f"{manifest.shard_name(i)}.json").unlink(missing_ok=True)
         (folder / manifest.MANIFEST).unlink(missing_ok=True)
@@ -236,90 +224,14 @@ def _write(source, folder, plan, encoders, batch_size, process, corrupt, verbose
             ) from error
     if in_job:
         backend.barrier("shards")
-    return _finish(folder, plan)
-
-
-def _statistics(folder, plan, shards):
-    """What `latent_statistics` finds; None for latents that do not vary."""
-    about = plan["field"], plan["shape"], np.dtype(plan["dtype"])
-    parts = [manifest.open_shard(folder, shard, *about) for shard in shards]
-    try:
-        found = latent_statistics(ShardedArray(parts))
-        return {key: listed(value) for key, value in found.items()}
-    except ValueError:
-        return None
-
-
-def _agree(folder, plan):
-    """Writes the plan, or raises CacheError where the folder has another one."""
-    path = folder / manifest.PLAN
-    if not path.is_file():
-        foreign = _foreign(folder, plan)
-        if not path.is_file():  # another process may have begun meanwhile: its plan came first
-            if foreign:
-                raise CacheError(
-                    f"{folder} holds .npy files of something else, or .json files, such as "
-                    f"{foreign[0].name}. Choose an empty one."
-                )
-            manifest.write_json(path, plan)
-    there = manifest.read_json(path)
-    other = [key for key in plan if key != "keras_uvit" and there.get(key) != plan[key]]
-    if other:
-        changed = "; ".join(f"{key} was {there.get(key)}, is {plan[key]}" for key in other)
-        raise CacheError(
-            f"{folder} holds a cache made in another way: {changed}. Choose another folder, or "
-            "delete this one."
-        )
-
-
-def _foreign(folder, plan):
-    """Files in a folder without a plan that are not of this plan's shards."""
-    records = list(folder.glob("[0-9]*.json"))
-    ours = {file.stem for file in records if _record(file).get("plan") == manifest.digest(plan)}
-    return [
-        file
-        for file in [*records, *folder.glob("*.npy"), *folder.glob(manifest.MANIFEST)]
-        if file.stem not in ours
-        and not LEFT_OVER.fullmatch(file.name)
-        and not (ours and OWN_FILE.fullmatch(file.name))  # of a shard that was not finished
-    ]
-
-
-def _record(path):
-    """A shard's record; an empty dict for one that is damaged or missing."""
-    try:
-        return manifest.read_json(path)
-    except (CacheError, OSError):
-        return {}
-
-
-def _is_whole(folder, index, plan, images):
-    """Whether a shard is there, made by this plan, by its checksums."""
-    record = _record(folder / f"{manifest.shard_name(index)}.json")
-    try:
-        return (
-            record["plan"] == manifest.digest(plan)
-            and record["count"] == (images - len(record["skipped"])) * _copies(plan)
-            and {*record["files"]} == {plan["field"], *_labels(plan), *_captions(plan)}
-            and manifest.damage(folder, record) is None
-        )
-    except (KeyError, TypeError, AttributeError):  # a damaged record
-        return False
-
-
-def _labels(plan):
-    return [] if plan["num_classes"] is None else ["label"]
-
-
-def _captions(plan):
-    return ["context", "captions"] if "text" in plan else []
+    return unfinished.finish(folder, plan)
 
 
 def _check_space(source, folder, plan, rows, own, verbose):
     """Says how much disk the missing shards' rows take, and raises where there is not as much."""
     images = sum(map(len, rows.values()))
-    parts = {f"{plan['dtype']} {plan['field']}": images * _copies(plan) * _size(plan)}
-    if _captions(plan):
+    parts = {f"{plan['dtype']} {plan['field']}": images * unfinished.copies(plan) * _size(plan)}
+    if unfinished.caption_fields(plan):
         captions = sum(len(source.captions[k]) for own_rows in rows.values() for k in own_rows)
         name = f"{plan['text']['dtype']} contexts of {captions} captions"
         parts[name] = (captions + len(rows)) * _size(plan["text"])
@@ -346,6 +258,7 @@ def _size(about):
 def _encode_shard(source, rows, plan, encoders, batch_size, corrupt, bar):
     """The shard's arrays, and its damaged images as [index, reason]."""
     encode, text_encoder = encoders
+    copies, labelled = unfinished.copies(plan), unfinished.label_fields(plan)
     encoded, labels, kept, skipped = [], [], [], []
     contexts = []
     if text_encoder is not None:
@@ -355,9 +268,9 @@ def _encode_shard(source, rows, plan, encoders, batch_size, corrupt, bar):
         good = [(index, sample) for index, sample in group if not isinstance(sample, str)]
         if good:
             indices, samples = zip(*good)
-            names = np.repeat(indices, _copies(plan))
+            names = np.repeat(indices, copies)
             encoded.append(_stored(encode(samples), plan["dtype"], source, names))
-            labels += [sample["label"] for sample in samples] if _labels(plan) else []
+            labels += [sample["label"] for sample in samples] if labelled else []
             kept += indices
             if text_encoder is not None:
                 texts = [(k, text) for k in indices for text in source.captions[k]]
@@ -367,12 +280,12 @@ def _encode_shard(source, rows, plan, encoders, batch_size, corrupt, bar):
         bar.add(len(group))
     empty = np.empty((0, *plan["shape"]), plan["dtype"])
     arrays = {plan["field"]: np.concatenate([empty, *encoded])}
-    if _labels(plan):
-        arrays["label"] = np.repeat(np.array(labels, "int32"), _copies(plan))
+    if labelled:
+        arrays["label"] = np.repeat(np.array(labels, "int32"), copies)
     if text_encoder is not None:
         counts = np.array([len(source.captions[k]) for k in kept], "int32")
         first = 1 + np.cumsum(counts) - counts
-        arrays["captions"] = np.repeat(np.stack([first, counts], 1), _copies(plan), 0).astype("i4")
+        arrays["captions"] = np.repeat(np.stack([first, counts], 1), copies, 0).astype("i4")
         arrays["context"] = np.concatenate(contexts)
     return arrays, skipped
 
@@ -389,26 +302,3 @@ def _stored(values, dtype, source, names):
             f"not finite or beyond {dtype}. Look at it and at the encoder's weights."
         )
     return values.astype(dtype)
-
-
-def _finish(folder, plan):
-    """Writes the manifest where no shard is missing; whoever comes last does it."""
-    records = [folder / f"{manifest.shard_name(i)}.json" for i in range(plan["num_shards"])]
-    if not all(path.is_file() for path in records):
-        return None
-    shards = [manifest.read_json(path) for path in records]
-    count = sum(shard["count"] for shard in shards)
-    if not count:
-        raise CacheError(f"Not one image of {plan['source']} could be read.")
-    content = {**manifest.read_json(folder / manifest.PLAN), "count": count, "shards": shards}
-    if plan["field"] == "moments":
-        content["statistics"] = _statistics(folder, plan, shards)
-    try:
-        manifest.write_json(folder / manifest.MANIFEST, content)
-    except FileNotFoundError:  # another process finished, and cleared ours away
-        if not (folder / manifest.MANIFEST).is_file():
-            raise
-    for left in folder.glob("tmp-*"):  # of killed processes
-        if LEFT_OVER.fullmatch(left.name):
-            left.unlink(missing_ok=True)
-    return content

@@ -32,7 +32,7 @@ from words import Words
 
 import keras_uvit
 from keras_uvit import data
-from keras_uvit.data import manifest, sources, writing
+from keras_uvit.data import manifest, sources, unfinished
 from keras_uvit.data.manifest import CacheError
 from keras_uvit.encoders import SpaceToDepth
 
@@ -135,7 +135,7 @@ def test_processes_that_finish_at_the_same_time_do_not_disturb_each_other(
 
 def test_a_process_that_begins_a_moment_later_agrees(tmp_path, whole, monkeypatch):
     """It sees no plan; the other writes one, and half a shard; only then it looks for files."""
-    look = writing._foreign
+    look = unfinished._foreign
 
     def late(folder, plan):
         manifest.write_json(folder / "plan.json", plan)
@@ -143,7 +143,7 @@ def test_a_process_that_begins_a_moment_later_agrees(tmp_path, whole, monkeypatc
         assert look(folder, plan)
         return look(folder, plan)
 
-    monkeypatch.setattr(writing, "_foreign", late)
+    monkeypatch.setattr(unfinished, "_foreign", late)
     write_captioned(tmp_path)
     assert content(tmp_path) == whole
 
