@@ -3,12 +3,13 @@
     KERAS_BACKEND=torch python benchmarks/first_try.py                  (half an hour, one core)
     KERAS_BACKEND=torch python benchmarks/first_try.py --data scenes    (or fashion, captions)
     KERAS_BACKEND=jax python benchmarks/first_try.py --data scenes --patch-size 4 --steps 2500
+    KERAS_BACKEND=jax python benchmarks/first_try.py --data scenes --objective flow
 
-Three data sets, each by `presets.for_data(photos)`, `model.fit(photos)` and, without flags, nothing
-else: the
-60,000 clothes of Fashion-MNIST; a folder of 300 pictures in colour of four kinds of scenes
-(benchmarks/scenes.py); 3,000 captioned shapes. The first two are then measured by
-`evaluation.report`, and of 200 held-out captions the shares of right attributes are read back.
+Three data sets, each by `presets.for_data(photos)`, `model.fit(photos)` and, without flags that
+choose otherwise, nothing else: the 60,000 clothes of Fashion-MNIST; a folder of 300 pictures in
+colour of four kinds of scenes (benchmarks/scenes.py); 3,000 captioned shapes. The first two are
+then measured by `evaluation.report`, and of 200 held-out captions the shares of right attributes
+are read back.
 
 Appends a row for each to OUT/rows.jsonl, and writes the report's or the samples' picture.
 """
@@ -26,6 +27,7 @@ from side_by_side import COMMIT
 
 from keras_uvit import data, evaluation, presets
 from keras_uvit.data import shapes
+from keras_uvit.presets.own_data import OBJECTIVES
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from shapes import text_encoder  # noqa: E402
@@ -81,10 +83,9 @@ def run(name, out, seed, changes):
     losses = model.fit(photos, verbose=2).history["loss"]
     minutes = (time.process_time() - start) / 60
     row = {"data": name, "backend": keras.config.backend(), "seed": seed, "commit": COMMIT}
-    row |= {
-        "patch_size": model.network.get_config()["patch_size"],
-        "cpu_minutes": round(minutes, 1),
-    }
+    config = model.network.get_config()
+    row |= {key: config[key] for key in ("patch_size", "hidden_dim")}
+    row |= {"prediction": model.objective.prediction, "cpu_minutes": round(minutes, 1)}
     row |= {"steps": int(keras.ops.convert_to_numpy(model.step)), "loss": round(losses[-1], 4)}
     return row | measure(model, photos, text, folder, seed)
 
@@ -97,10 +98,14 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/first_try"), help="(%(default)s)")
     parser.add_argument("--patch-size", type=int, help="(what is chosen)")
+    parser.add_argument("--hidden-dim", type=int, help="(what is chosen)")
+    parser.add_argument("--objective", choices=OBJECTIVES, help="(what is chosen)")
     parser.add_argument("--steps", type=int, help="(what is chosen)")
     options = parser.parse_args()
-    patch = {"patch_size": options.patch_size} if options.patch_size else {}
-    changes = {"network": patch, "steps": options.steps}
+    sizes = {"patch_size": options.patch_size, "hidden_dim": options.hidden_dim}
+    network = {key: size for key, size in sizes.items() if size}
+    objective, _ = OBJECTIVES.get(options.objective, ({}, ""))
+    changes = {"network": network, "steps": options.steps, **objective}
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.data:
         for seed in options.seeds:
