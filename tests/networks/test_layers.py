@@ -184,6 +184,26 @@ def test_on_a_tpu_keras_is_not_asked_for_its_kernel(monkeypatch):
     np.testing.assert_allclose(plain, numpy(fused), atol=1e-6)  # rounding of values of size one
 
 
+@pytest.mark.skipif(backend.NAME != "jax", reason="TPUs through JAX")
+def test_on_an_accelerator_a_projection_keeps_no_copy_of_the_tokens_in_rows(monkeypatch):
+    import jax
+
+    x, kernel, bias = (jax.numpy.asarray(normal(*shape)) for shape in ((2, 5, 4), (4, 6), (6,)))
+
+    def program_and_result():
+        def project(x):  # a new function each time: JAX keeps what it has traced
+            return backend.project(x, kernel, bias)
+
+        return str(jax.make_jaxpr(project)(x)), numpy(project(x))
+
+    in_rows, expected = program_and_result()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    as_they_are, found = program_and_result()
+    assert "[10,4]" in in_rows
+    assert "[10,4]" not in as_they_are
+    np.testing.assert_allclose(found, expected, atol=1e-6)  # rounding of values of size one
+
+
 @pytest.mark.skipif(backend.NAME != "jax", reason="the others take the batch as one")
 def test_attention_image_by_image_is_that_of_the_batch(monkeypatch):
     import jax
