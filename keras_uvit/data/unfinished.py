@@ -1,6 +1,8 @@
 """A cache's folder while it is being written: whose it is, what is there, and when it is whole."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,20 +16,22 @@ OWN_FILE = re.compile(r"\d{5}-\w+\.npy|manifest\.json")
 LEFT_OVER = re.compile(r"tmp-\d+-(\d{5}(-\w+)?|plan|manifest)\.(npy|json)")
 
 
-def copies(plan):
-    """Samples an image."""
+def copies(plan: dict[str, Any]) -> int:
+    """How many samples the cache has of each image: two where mirror images are stored."""
     return 2 if plan["flip"] == "stored" else 1
 
 
-def label_fields(plan):
+def label_fields(plan: dict[str, Any]) -> list[str]:
+    """The arrays of labels that a shard has."""
     return [] if plan["num_classes"] is None else ["label"]
 
 
-def caption_fields(plan):
+def caption_fields(plan: dict[str, Any]) -> list[str]:
+    """The arrays of captions that a shard has."""
     return ["context", "captions"] if "text" in plan else []
 
 
-def agree(folder, plan):
+def agree(folder: Path, plan: dict[str, Any]) -> None:
     """Writes the plan, or raises CacheError where the folder has another one."""
     path = folder / manifest.PLAN
     if not path.is_file():
@@ -70,8 +74,8 @@ def _record(path):
         return {}
 
 
-def is_whole(folder, index, plan, images):
-    """Whether a shard is there, made by this plan, by its checksums."""
+def is_whole(folder: Path, index: int, plan: dict[str, Any], images: int) -> bool:
+    """Whether the shard of so many images is there, made by this plan, by its checksums."""
     record = _record(folder / f"{manifest.shard_name(index)}.json")
     try:
         return (
@@ -84,8 +88,11 @@ def is_whole(folder, index, plan, images):
         return False
 
 
-def finish(folder, plan):
-    """Writes the manifest where no shard is missing; whoever comes last does it."""
+def finish(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """Writes the manifest and returns it, or None while a shard is missing.
+
+    Of several processes the last one does it.
+    """
     records = [folder / f"{manifest.shard_name(i)}.json" for i in range(plan["num_shards"])]
     if not all(path.is_file() for path in records):
         return None
