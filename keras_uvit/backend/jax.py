@@ -38,7 +38,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     of a network of 257, 258 or 334. With tokens added up to 384 it needs 0.8 to 2.4 times the
     memory (benchmarks/tpu.py --attention). The backward pass computes the L x L weights again:
     with all blocks' weights kept a step of U-ViT-L/2 needs 10.5 GB a chip instead of 6.3, for 0.6 %
-    less operations.
+    fewer operations.
     """
     length, platform = query.shape[1], jax.default_backend()
     if platform == "tpu":
