@@ -17,7 +17,7 @@ for a topology, and not run: no weight exists. Each row is a process. A chip's n
 
 --layouts: data (all weights everywhere), fsdp, tensor4; see keras_uvit/distribution.py. `plain` is
 the rival, the same step in plain JAX (rivals_jax.py), with the layout "data". Compiling takes
-minutes: three blocks of L/2 three, on two busy cores; --num-layers takes fewer.
+minutes of one core: L/2 four, H/2 six to eight; --num-layers takes fewer blocks.
 """
 
 import argparse

@@ -85,12 +85,13 @@ def normal_per_image(seeds: Tensor, step: Tensor, shape: tuple[int, ...]) -> Ten
 
 
 def project(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-    if has_accelerator():
+    if jax.default_backend() == "tpu":
+        # Its memory is in tiles of eight rows, so that below the reshape of 258 tokens would be a
+        # copy, which the backward pass would keep.
         y = ops.matmul(x, kernel)
     else:
         # Rows in one axis: the weight's gradient sums over them, and for two of them XLA's CPU code
-        # transposes x, element by element inside what computes it. (Where memory is in tiles of
-        # eight rows, as a TPU's, the reshape of 258 tokens is a copy that the backward pass keeps.)
+        # transposes x, element by element inside what computes it.
         y = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), kernel)
         y = ops.reshape(y, (*x.shape[:-1], kernel.shape[-1]))
     return y if bias is None else y + bias

@@ -187,7 +187,7 @@ def test_on_a_tpu_keras_is_not_asked_for_its_kernel(monkeypatch):
 
 
 @pytest.mark.skipif(backend.NAME != "jax", reason="TPUs through JAX")
-def test_on_an_accelerator_a_projection_keeps_no_copy_of_the_tokens_in_rows(monkeypatch):
+def test_on_a_tpu_a_projection_keeps_no_copy_of_the_tokens_in_rows(monkeypatch):
     import jax
 
     x, kernel, bias = (jax.numpy.asarray(normal(*shape)) for shape in ((2, 5, 4), (4, 6), (6,)))
