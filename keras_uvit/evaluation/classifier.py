@@ -63,7 +63,8 @@ class Classifier:
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         batches = _batches(np.asarray(images), np.asarray(labels), self.seed)
-        self._trained.fit(batches, steps_per_epoch=steps, epochs=1, verbose=0)
+        # The generator shuffles; Keras would warn that it cannot.
+        self._trained.fit(batches, steps_per_epoch=steps, shuffle=False, verbose=0)
         return self
 
     def features(self, images: np.ndarray) -> np.ndarray:
